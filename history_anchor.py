@@ -1,0 +1,66 @@
+"""Stage 2: embed histories, cluster the candidates, and choose the most active user of each cluster as an anchor.
+
+Reads   --candidate_path (<data_dir>/user_anchor_candidate.json), <data_dir>/test_100/user_test_100.json, an encoder
+Writes  <output_dir>/user_history_emb.pt, test_user_history_emb.pt   one row per candidate, per test user
+        <output_dir>/anchor_user_idx.pt                              anchors, as indices of candidates; written last
+Takes   seconds on the demo (2 CPU cores). A finished selection is left as it is.
+
+    python history_anchor.py --candidate_path ./data/movie_tagging/user_anchor_candidate.json --task_name movie_tagging
+"""
+
+import argparse
+from pathlib import Path
+
+from prime import cli
+from prime.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
+from prime.checkpoint import pick_device
+from prime.data import load_users
+from prime.errors import InputError
+from prime.runs import Run
+from prime.tasks import get_task
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--candidate_path", help="default <data_dir>/user_anchor_candidate.json")
+    parser.add_argument("--output_dir", help="default ./anchor_selection/<task_name>")
+    parser.add_argument(
+        "--encoder",
+        default="microsoft/deberta-v3-large",
+        help="Hugging Face encoder or causal LM, a name or a directory",
+    )
+    parser.add_argument("--k", type=cli.positive, default=50, help="clusters, so anchors at most")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    parser.add_argument("--max_batch_tokens", type=cli.positive, default=4096, help="tokens of one forward pass")
+    return parser
+
+
+def open_run(args: argparse.Namespace) -> Path:
+    """The output folder; a selection from elsewhere (the published one) is not overwritten."""
+    folder = Path(args.output_dir or f"./anchor_selection/{args.task_name}")
+    if (folder / ANCHOR_IDX).exists() and not (folder / "settings.json").exists():
+        raise InputError(f"{folder}: holds a selection that was not made here; give another --output_dir")
+    return Run(folder, "history_anchor", "anchors", cli.settings_of(args)).root
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    task = get_task(args.task_name)
+    candidates = load_users(args.candidate_path, task) if args.candidate_path else cli.load_candidates(args, task)
+    tests = load_users(cli.data_dir(args) / "test_100" / "user_test_100.json", task)
+    folder = open_run(args)
+    if (folder / ANCHOR_IDX).exists():
+        return
+    check_k(args.k, len(candidates))
+    encoder = load_encoder(args.encoder, pick_device(args.device))
+    both = embed_users([*candidates, *tests], task, encoder, args.max_batch_tokens)
+    embeddings, test_embeddings = both[: len(candidates)], both[len(candidates) :]
+    anchors = choose_anchors(cluster(embeddings, args.k), [len(user.profile) for user in candidates])
+    save_selection(folder, embeddings, test_embeddings, anchors)
+    print(
+        f"{len(anchors)} anchors of {len(candidates)} candidates: {', '.join(candidates[i].user_id for i in anchors)}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,45 @@
+"""Stage 6: from per-user results to predictions, scores, and the one table of the run.
+
+Reads   <output_dir>/users/*/result.json of a stage that predicts (1, 4), the stages beside it, mia_summary.json
+        where stage 5 has run, <data_dir>/test_100/user_test_100.json and user_test_100_label.json
+Writes  <output_dir>/output-k{k}.json, output-k{k}-profile.json   predictions in LaMP's format
+        <output_dir>/eval-k{k}.json, eval-k{k}-profile.json       their scores
+        <output_dir>/../summary.json, summary.md                  a row per method, of all stages found there
+Takes   seconds. Runs on what is there: a partial stage gives partial scores, and the table says so.
+
+    python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from prime import cli, report
+from prime.data import load_labels, load_users
+from prime.tasks import get_task
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = cli.new_parser(__doc__)
+    parser.add_argument("--output_dir", required=True, help="output of stage 1, 4 or 4b")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    task, stage_dir = get_task(args.task_name), Path(args.output_dir)
+    report.check_stage(stage_dir, task)
+    test = cli.data_dir(args) / "test_100"
+    users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
+    golds = load_labels(test / "user_test_100_label.json")
+    predictions, sources = report.gather(stage_dir, task)
+    report.check_golds(predictions, golds, test / "user_test_100_label.json")
+    report.write_stage_files(stage_dir, task, golds)
+    summary = report.summarise(task, predictions, golds, report.attack_results(sources), users)
+    report.write_summary(stage_dir.resolve().parent, summary)
+    print(report.aligned(report.table_rows(summary)))
+    print(report.notes(summary))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,244 @@
+"""Which candidates become sharers ("anchors"), and which sharers are near a test user.
+
+A user's embedding is the mean over history items of an encoder's mean token state. Candidates are clustered
+and each cluster's most active user shares an adapter (Per-Pcs, Tan et al. 2024, "sharer selection").
+
+Letters: `n` candidates or anchors, `m` test users, `h` embedding width, `b` batch rows, `t` tokens.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import normalize
+
+from prime.data import User
+from prime.errors import InputError
+from prime.runs import replacing
+from prime.tasks import Task
+
+MAX_TOKENS = 512
+MIN_ITEMS = 10  # published: an anchor has *more* than ten items
+CANDIDATE_EMB, TEST_EMB, ANCHOR_IDX = "user_history_emb.pt", "test_user_history_emb.pt", "anchor_user_idx.pt"
+
+
+# --- embeddings ------------------------------------------------------------------------------------
+
+
+class Encoder(NamedTuple):
+    """A frozen encoder: `tokens(text)` gives the ids, cut to what it can read; `pad_id` fills batches."""
+
+    model: torch.nn.Module
+    tokens: Callable[[str], list[int]]
+    pad_id: int
+
+
+def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
+    """Any Hugging Face encoder or causal LM without its head (`AutoModel`), in float32."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--encoder {name}: no encoder could be loaded: {error}") from error
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
+    limit = min(MAX_TOKENS, tokenizer.model_max_length, positions)
+
+    def tokens(text: str) -> list[int]:
+        return tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+
+    return Encoder(model.to(device).eval().requires_grad_(False), tokens, pad)
+
+
+def item_text(item: Mapping[str, str], task: Task) -> str:
+    """What of a history item is embedded: the target, then the other fields except the id, one a line.
+
+    The target comes first because it carries the taste and is short; a long article behind it may be cut.
+    """
+    fields = [task.target, *(f for f in task.fields if f not in ("id", task.target))]
+    return "\n".join(item[f] for f in fields)
+
+
+def _batches(rows: Sequence[Sequence[int]], max_batch_tokens: int) -> Iterator[list[int]]:
+    """Row numbers in batches of similar length, each of at most `max_batch_tokens` with padding."""
+    batch: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
+        if batch and len(rows[batch[0]]) * (len(batch) + 1) > max_batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def embed_texts(texts: Sequence[str], encoder: Encoder, max_batch_tokens: int = 4096) -> torch.Tensor:
+    """[len(texts), h] mean of the last hidden states over each text's own tokens (padding masked)."""
+    rows = [encoder.tokens(text) or [encoder.pad_id] for text in texts]
+    device = next(encoder.model.parameters()).device
+    means: dict[int, torch.Tensor] = {}
+    for batch in _batches(rows, max_batch_tokens):
+        ids = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(rows[i]) for i in batch], batch_first=True, padding_value=encoder.pad_id
+        ).to(device)
+        lengths = torch.tensor([[len(rows[i])] for i in batch], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths  # [b, t]
+        states = encoder.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        sums = (states * mask[..., None]).sum(1) / lengths
+        means.update(zip(batch, sums.cpu(), strict=True))
+    return torch.stack([means[i] for i in range(len(rows))])
+
+
+def embed_users(users: Sequence[User], task: Task, encoder: Encoder, max_batch_tokens: int = 4096) -> torch.Tensor:
+    """[n, h] mean over each user's history items; one without history gets zeros, and a warning says so."""
+    texts = [item_text(item, task) for user in users for item in user.profile]
+    if not texts:
+        raise InputError(f"none of the {len(users)} users has a history item to embed")
+    # Equal texts (items shared between users) are embedded once.
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    items = embed_texts(list(place), encoder, max_batch_tokens)
+    out = torch.zeros(len(users), items.shape[1])
+    for row, user in enumerate(users):
+        if user.profile:
+            out[row] = items[[place[item_text(item, task)] for item in user.profile]].mean(0)
+        else:
+            warnings.warn(f"user {user.user_id}: empty history, embedded as zeros", stacklevel=2)
+    return out
+
+
+# --- choosing --------------------------------------------------------------------------------------
+
+
+def check_k(k: int, n: int) -> None:
+    """InputError for more clusters than candidates."""
+    if k > n:
+        raise InputError(f"--k {k}: more clusters than the {n} anchor candidates")
+
+
+def cluster(embeddings: torch.Tensor, k: int = 50) -> list[int]:
+    """k-means label of each row of [n, h]; published settings: random_state 0, max_iter 3000, n_init 10."""
+    from sklearn.cluster import KMeans
+
+    check_k(k, len(embeddings))
+    means = KMeans(n_clusters=k, random_state=0, max_iter=3000, n_init=10)
+    return means.fit_predict(embeddings.double().numpy()).tolist()
+
+
+def choose_anchors(labels: Sequence[int], n_items: Sequence[int], min_items: int = MIN_ITEMS) -> list[int]:
+    """Index of each cluster's user with the longest profile (ties: the first), if longer than `min_items`.
+
+    Ascending, so the list does not depend on how the clusters are numbered.
+    """
+    best: dict[int, int] = {}
+    for i, label in enumerate(labels):
+        if label not in best or n_items[i] > n_items[best[label]]:
+            best[label] = i
+    anchors = sorted(i for i in best.values() if n_items[i] > min_items)
+    if not anchors:
+        raise InputError(f"no anchor: the longest profile has {max(n_items)} items, over {min_items} are needed")
+    return anchors
+
+
+def top_similar(test_emb: torch.Tensor, anchor_emb: torch.Tensor, n_sim: int) -> list[list[int]]:
+    """For each row of test_emb [m, h] the `n_sim` rows of anchor_emb [n, h] of highest cosine, best first.
+
+    Ties go to the earlier anchor; a zero vector is equally far (0) from everything. n_sim 0: all anchors.
+    """
+    if not 0 <= n_sim <= len(anchor_emb):
+        raise InputError(f"--n_sim {n_sim}: must be 0 (all) to {len(anchor_emb)}, the number of anchors")
+    unit_test, unit_anchor = (normalize(e.double(), dim=-1) for e in (test_emb, anchor_emb))
+    order = torch.argsort(unit_test @ unit_anchor.T, dim=-1, descending=True, stable=True)
+    return order[:, : n_sim or len(anchor_emb)].tolist()
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def save_tensor(path: Path, tensor: torch.Tensor) -> None:
+    """Write so that a reader sees either the old file or the whole new one."""
+    with replacing(path) as temporary:
+        torch.save(tensor, temporary)
+
+
+def save_selection(folder: Path, candidate_emb: torch.Tensor, test_emb: torch.Tensor, anchors: Sequence[int]) -> None:
+    """The three published files, `anchor_user_idx.pt` (here an int64 tensor) last: the mark of being done."""
+    save_tensor(folder / CANDIDATE_EMB, candidate_emb)
+    save_tensor(folder / TEST_EMB, test_emb)
+    save_tensor(folder / ANCHOR_IDX, torch.tensor(anchors, dtype=torch.int64))
+
+
+class _PickledInt64:
+    """Stands in for `numpy.dtype` in the published index file: knows int64 and its byte order, no more."""
+
+    order = "="
+
+    def __init__(self, code: str, *_flags: object) -> None:
+        if code != "i8":
+            raise pickle.UnpicklingError(f"dtype {code!r} where int64 ('i8') was expected")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
+
+
+def _pickled_scalar(dtype: _PickledInt64, data: bytes) -> int:
+    """Stands in for `numpy.core.multiarray.scalar`: eight bytes to an int."""
+    return struct.unpack(f"{dtype.order}q", data)[0]
+
+
+# The published file is a pickled list of int64 scalars made with numpy 1. These names are answered by the
+# harmless stand-ins above, so reading it runs no code of numpy's nor the file's. Numpy 2 says `_core`.
+_PUBLISHED_GLOBALS: list[Any] = [
+    (_PickledInt64, "numpy.dtype"),
+    (_pickled_scalar, "numpy.core.multiarray.scalar"),
+    (_pickled_scalar, "numpy._core.multiarray.scalar"),
+]
+
+
+def _load(path: Path) -> Any:
+    """`torch.load` that can only build tensors, plain containers and integers."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; history_anchor.py writes it")
+    try:
+        with torch.serialization.safe_globals(_PUBLISHED_GLOBALS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, struct.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: not a file of tensors or integers: {reason}") from error
+
+
+def load_embeddings(path: str | Path, n_users: int) -> torch.Tensor:
+    """[n, h] float32, one row for each of `n_users` users."""
+    value = _load(Path(path))
+    if not isinstance(value, torch.Tensor) or value.ndim != 2:
+        raise InputError(f"{path}: expected a tensor [users, width], found {_shape(value)}")
+    if len(value) != n_users:
+        raise InputError(f"{path}: holds {len(value)} users, the data {n_users}: run history_anchor.py again")
+    return value.float()
+
+
+def load_anchor_idx(path: str | Path, n_candidates: int) -> list[int]:
+    """Indices into the candidate file: an int tensor, a list of ints, or published pickled numpy scalars."""
+    value = _load(Path(path))
+    values = value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 1 else value
+    if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
+        raise InputError(f"{path}: expected a list of user indices, found {_shape(value)}")
+    if len(set(values)) != len(values):
+        raise InputError(f"{path}: an anchor is listed twice")
+    wrong = [v for v in values if not 0 <= v < n_candidates]
+    if wrong:
+        raise InputError(f"{path}: indices {wrong} lie outside the {n_candidates} candidates")
+    return values
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return f"{type(value).__name__} {str(value)[:60]}"

@@ -1,0 +1,212 @@
+"""The adapter bank: many low-rank adapters over one frozen base model, each row of a batch routed to its own.
+
+Shape legend: `b` batch rows, `t` tokens, `d` width, `v` vocabulary, `r` rank, `n` adapters, `c` candidates,
+`g` row groups (consecutive rows of one adapter), `l` layers.
+
+The target `nn.Linear`s of a Hugging Face causal LM are replaced by thin wrappers that add
+`scale * (x A_i^T) B_i^T` with i = the row's adapter (Hu et al. 2022; PEFT is the oracle in the tests).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prime.errors import InputError
+from prime.lora import Adapter, check_alike, layer_of, pad_rank
+from prime.runs import derive_seed
+
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# Multiplies the input of one module, x [g, m*t, in], given the module's number.
+InputScaler = Callable[[int, Tensor], Tensor]
+
+
+class Route:
+    """Which adapter each row of the next forward pass uses; shared by all wrappers of a bank."""
+
+    def __init__(self) -> None:
+        self.groups: Tensor | None = None  # [g] adapter of each group of b / g consecutive rows; None: the base
+        self.scaler: InputScaler | None = None  # dropout or gates in front of the factor pair
+
+
+class BankLinear(nn.Module):
+    """A frozen `nn.Linear` plus the routed low-rank update of stacked factors A `[n, r, in]`, B `[n, out, r]`."""
+
+    def __init__(self, base: nn.Linear, number: int, route: Route):
+        super().__init__()
+        self.base = base
+        self.number = number
+        self.route = route
+        self.scale = 1.0
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        groups = self.route.groups
+        if groups is None or self.A is None or self.B is None:
+            return y
+        a, b = self.A.index_select(0, groups), self.B.index_select(0, groups)
+        rows = x.reshape(len(groups), -1, x.shape[-1]).to(a.dtype)
+        if self.route.scaler is not None:
+            rows = self.route.scaler(self.number, rows)
+        low = torch.bmm(rows, a.transpose(1, 2))
+        out = y.reshape(len(groups), -1, y.shape[-1])
+        if out.dtype == b.dtype:
+            return torch.baddbmm(out, low, b.transpose(1, 2), alpha=self.scale).view_as(y)
+        return (out + torch.bmm(low, b.transpose(1, 2)).mul_(self.scale).to(out.dtype)).view_as(y)
+
+
+class AdapterBank:
+    """Adapters stacked over one frozen causal LM.
+
+    Args:
+        model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
+        targets: last parts of the module names that carry adapters (published default: q, k, v, o).
+
+    Raises:
+        InputError: no module, or a module that is no `nn.Linear`, has one of these names.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
+        self.model = model.requires_grad_(False).eval()
+        self.config: Any = model.config
+        self.device = next(model.parameters()).device
+        self.route = Route()
+        self.wrappers = self._wrap(tuple(targets))
+        self.layers = 1 + max(layer_of(name) for name in self.wrappers)
+        self._stored: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _wrap(self, targets: tuple[str, ...]) -> dict[str, BankLinear]:
+        found = {name: module for name, module in self.model.named_modules() if name.rsplit(".", 1)[-1] in targets}
+        missing = set(targets) - {name.rsplit(".", 1)[-1] for name in found}
+        if missing:
+            raise InputError(f"the model has no module named {', '.join(sorted(missing))} (--target_modules)")
+        wrappers = {}
+        for number, (name, module) in enumerate(found.items()):
+            if not isinstance(module, nn.Linear):
+                raise InputError(f"{name} is a {type(module).__name__}, not an nn.Linear; it cannot carry an adapter")
+            parent, _, leaf = name.rpartition(".")
+            wrappers[name] = BankLinear(module, number, self.route)
+            setattr(self.model.get_submodule(parent), leaf, wrappers[name])
+        return wrappers
+
+    def unwrap(self) -> nn.Module:
+        """Put the plain linear layers back and return the model."""
+        for name, wrapper in self.wrappers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, wrapper.base)
+        return self.model
+
+    @property
+    def n(self) -> int:
+        """Number of adapters (or candidates) that rows can be routed to."""
+        first = next(iter(self.wrappers.values())).A
+        return 0 if first is None else first.shape[0]
+
+    # -- filling the bank ---------------------------------------------------------------------------------------
+
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        """Stack adapters; row index i routes to adapters[i]. Ranks may differ, widths may not."""
+        check_alike(adapters)
+        parts = [adapter.folded() for adapter in adapters]
+        self._check_fits(parts[0])
+        rank = max(part.rank for part in parts)
+        for name, wrapper in self.wrappers.items():
+            pairs = [pad_rank(*part.factors[name], rank) for part in parts]
+            a, b = (torch.stack(side).to(self.device) for side in zip(*pairs, strict=True))
+            self._stored[name] = (a, b)
+            wrapper.A, wrapper.B, wrapper.scale = a, b, 1.0
+
+    def _check_fits(self, adapter: Adapter) -> None:
+        odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
+        if odd:
+            side = "the model" if odd[0] in self.wrappers else "the adapter"
+            raise InputError(f"adapter and model do not have the same target modules: {odd[0]} is only in {side}")
+        for name, (a, b) in adapter.factors.items():
+            base = self.wrappers[name].base
+            if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+                raise InputError(
+                    f"{name}: the adapter is {a.shape[1]} -> {b.shape[0]} wide, "
+                    f"the model {base.in_features} -> {base.out_features}"
+                )
+
+    def combine(self, weights: Tensor, rule: str) -> None:
+        """Make c candidates out of the n loaded adapters; row index j then routes to candidate j.
+
+        Args:
+            weights: `[c, n]`, or `[c, n, l]` for one weight per adapter and layer. A zero row is the base, a
+                one-hot row that adapter.
+            rule: `factor` or `delta`, see `prime.lora.merge`.
+        """
+        for name, wrapper in self.wrappers.items():
+            a, b = self._stored[name]
+            own = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
+            wrapper.A, wrapper.B = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
+
+    def allocate(self, seeds: Sequence[int], rank: int, alpha: float) -> None:
+        """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero."""
+        for name, wrapper in self.wrappers.items():
+            base = wrapper.base
+            bound = 1 / math.sqrt(base.in_features)
+            draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
+            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(self.device).requires_grad_()
+            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=self.device, requires_grad=True)
+            wrapper.scale = alpha / rank
+            self._stored.pop(name, None)
+
+    def adapter(self, index: int) -> Adapter:
+        """A copy of one adapter (or candidate) now in the bank."""
+        scale = next(iter(self.wrappers.values())).scale
+        factors = {name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}
+        return Adapter(factors, scale)
+
+    def parameters(self) -> list[Tensor]:
+        """The stacked factors, A and B of each module in turn."""
+        return [tensor for w in self.wrappers.values() for tensor in (w.A, w.B) if tensor is not None]
+
+    # -- using the bank -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def routed(self, groups: Sequence[int] | Tensor | None, scaler: InputScaler | None = None) -> Iterator[None]:
+        """Within the block, forward passes send rows to adapters.
+
+        Args:
+            groups: `[g]` adapter indices; the b rows are g groups of b / g consecutive rows (g = b: one index
+                per row). None: the plain base.
+            scaler: multiplies each module's input in front of its factor pair (dropout, gates).
+        """
+        before = (self.route.groups, self.route.scaler)
+        self.route.groups = None if groups is None else torch.as_tensor(groups, device=self.device)
+        self.route.scaler = scaler
+        try:
+            yield
+        finally:
+            self.route.groups, self.route.scaler = before
+
+
+def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A_c = sum_n w_cn A_n, B_c likewise (published rule). weights [c, n] -> [c, r, in], [c, out, r]."""
+    return torch.einsum("cn,nri->cri", weights, a), torch.einsum("cn,nor->cor", weights, b)
+
+
+def _combine_delta(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """dW_c = sum_n w_cn B_n A_n as stacked factors. weights [c, n] -> [c, n*r, in] (shared), [c, out, n*r]."""
+    n, r, width = a.shape
+    stacked = torch.einsum("cn,nor->conr", weights, b).reshape(len(weights), b.shape[1], n * r)
+    return a.reshape(1, n * r, width).expand(len(weights), -1, -1), stacked
+
+
+def _part(stack: Tensor | None, index: int) -> Tensor:
+    if stack is None:
+        raise ValueError("the bank is empty")
+    return stack[index].detach().clone()
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A random stream of its own for each (adapter, module), so that neighbours in the bank change nothing."""
+    return torch.Generator().manual_seed(derive_seed(seed, name))

@@ -1,0 +1,143 @@
+"""Base model and tokenizer: loading, device and dtype, folding the task adapter, turning texts into ids."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from prime.decode import EncodedPrompt, EncodedRecord
+from prime.errors import InputError
+from prime.lora import Adapter, load_adapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, then MPS, then CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on a GPU (published) and fp32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_model(
+    path: str, device: str = "auto", dtype: str = "auto", task_adapter: str | None = None
+) -> nn.Module:
+    """A frozen causal LM in evaluation mode.
+
+    Args:
+        path: a Hugging Face directory.
+        device: auto, cpu, cuda, mps.
+        dtype: auto, float32, bfloat16, float16.
+        task_adapter: PEFT directory folded into the weights, or None for the untouched model.
+
+    Raises:
+        InputError: no such model, or an adapter that does not fit it.
+    """
+    place = pick_device(device)
+    check_model_dir(path)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, place), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be loaded as a causal language model: {error}") from None
+    if task_adapter is not None:
+        fold(model, load_adapter(task_adapter), task_adapter)
+    return nn.Module.to(model, place).requires_grad_(False).eval()
+
+
+def check_model_dir(path: str) -> None:
+    """InputError unless `path` is a Hugging Face directory."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such model directory (--llama_model_path)")
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no config.json there; a Hugging Face model directory is expected")
+
+
+def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
+    """Add an adapter's update to the model's weights: W + scale * B A, computed in fp32."""
+    for name, (a, b) in adapter.factors.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            raise InputError(f"{source}: the model has no module {name}") from None
+        weight = cast(Tensor, module.weight)
+        if weight.shape != (b.shape[0], a.shape[1]):
+            raise InputError(
+                f"{source}: {name}: the adapter's update is {(b.shape[0], a.shape[1])}, "
+                f"the model's weight {tuple(weight.shape)}"
+            )
+        weight.data = (weight.data.float() + adapter.scale * (b @ a).to(weight.device)).to(weight.dtype)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face directory; it needs an end-of-sequence token, a padding token is never used."""
+    if not Path(path).is_dir():
+        raise InputError(f"{path}: no such tokenizer directory (--tokenizer_path)")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be loaded as a tokenizer: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
+    return tokenizer
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
+    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    return sorted({tokenizer.eos_token_id, *listed})
+
+
+class Encoder:
+    """Texts to ids: BOS in front (where the tokenizer has one), EOS behind targets, long inputs cut at the left.
+
+    Args:
+        tokenizer: any Hugging Face tokenizer.
+        max_length: tokens of prompt and target together (published: 3000).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 3000):
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def prompt(self, prompt_id: str, text: str) -> EncodedPrompt:
+        """A prompt of at most max_length tokens; the end is kept, it holds the question."""
+        return EncodedPrompt(prompt_id, self._with_bos(self._ids(text), self.max_length))
+
+    def record(self, record_id: str, text: str, target: str) -> EncodedRecord:
+        """Prompt and target, tokenized as one text and parted where the prompt's own ids end.
+
+        Where a token reaches over the boundary, it belongs to the target.
+        """
+        prompt, whole = self._ids(text), self._ids(text + target)
+        shared = next((i for i, (p, w) in enumerate(zip(prompt, whole, strict=False)) if p != w), len(prompt))
+        answer = whole[shared:][: self.max_length - len(self.bos) - 2] + [self.tokenizer.eos_token_id]
+        return EncodedRecord(record_id, self._with_bos(prompt[:shared], self.max_length - len(answer)), tuple(answer))
+
+    def _with_bos(self, ids: list[int], limit: int) -> tuple[int, ...]:
+        room = limit - len(self.bos)
+        return tuple(self.bos + ids[max(0, len(ids) - room) :])
+
+    def label_tokens(self, labels: Sequence[str]) -> int:
+        """Tokens of the longest label and one more, so that an answer that goes on is seen to differ."""
+        return 1 + max(len(self._ids(" " + label)) for label in labels)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The answer as text, without surrounding space."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

@@ -1,0 +1,184 @@
+"""Option groups that the stage scripts share, and what they have in common around `main`."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from prime.data import User, load_profiles, load_users
+from prime.errors import InputError
+from prime.prompts import RECENT_K, load_templates
+from prime.tasks import TASKS, Task, get_task
+
+# Options that change where or how fast a run works, never what it finds.
+NOT_SETTINGS = (
+    "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
+)  # fmt: skip
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the script's docstring as it is written."""
+
+
+def new_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Parser with the options that every stage has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--task_name", required=True, choices=tuple(TASKS), help="task of the table in prime/tasks.py")
+    parser.add_argument("--data_dir", help="folder of the task's data files; default ./data/<task_name>")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="run seed; each user's own is derived from it and the id")
+
+
+def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--llama_model_path", required=True, help="Hugging Face directory of the base model")
+    group.add_argument("--tokenizer_path", help="directory of the tokenizer; default the model's")
+    if with_task_adapter:
+        group.add_argument(
+            "--lora_ckpt", required=True, help="task adapter of stage 1, a PEFT directory or <directory>/lora_ckpt.pt"
+        )
+    group.add_argument("--target_modules", default="q_proj,k_proj,v_proj,o_proj", help="modules that carry adapters")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the base model; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    group.add_argument(
+        "--max_batch_tokens", type=natural, default=0, help="tokens of one forward pass; 0 = chosen for the device"
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument("--prompt_path", help="template file in the published schema; default: the built-in wording")
+    group.add_argument(
+        "--recent_k", type=natural, default=RECENT_K, help="history items used, the last ones; 0 = all"
+    )
+    group.add_argument("--max_length", type=positive, default=3000, help="tokens of a prompt with its answer")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding")
+    group.add_argument("--k_list", type=int_list, default=(1, 2, 4), help="retrieved items in test prompts, beside 0")
+    group.add_argument("--temperature", type=non_negative, default=0.1, help="of sampling; 0 = greedy")
+    group.add_argument("--top_p", type=fraction, default=0.9, help="probability mass that sampling keeps")
+    group.add_argument("--max_gen_len", type=positive, default=100, help="new tokens of an answer at most")
+
+
+def add_history_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--train_gen_len", type=positive, default=100, help="new tokens of an answer to a history record at most"
+    )
+
+
+def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> None:
+    group = parser.add_argument_group("training")
+    group.add_argument("--lr", type=non_negative, default=lr, help="learning rate at the start of the cosine")
+    group.add_argument("--min_lr", type=non_negative, default=0.0, help="learning rate at its end")
+    group.add_argument("--weight_decay", type=non_negative, default=0.01, help="of AdamW")
+    group.add_argument("--clip", type=non_negative, default=clip, help="gradient norm of an adapter at most")
+    group.add_argument("--batch_size", type=positive, default=6, help="records of one step of an adapter")
+    group.add_argument("--epochs", type=positive, default=3, help="passes over the records")
+    group.add_argument("--lora_r", type=positive, default=8, help="rank of the adapter")
+    group.add_argument("--lora_alpha", type=positive, default=8, help="scale of the adapter times its rank")
+    group.add_argument("--lora_dropout", type=fraction, default=0.05, help="dropout in front of the adapter")
+
+
+def add_users(parser: argparse.ArgumentParser, whom: str) -> None:
+    parser.add_argument("--user_idxs", help=f"{whom} to work on, e.g. 0-100 (end not included) or 3,7; default all")
+
+
+# -- option types ---------------------------------------------------------------------------------------------------
+
+
+def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+natural = _number(int, 0, 2**31, "a whole number from 0")
+positive = _number(int, 1, 2**31, "a whole number from 1")
+non_negative = _number(float, 0, 1e9, "a number from 0")
+fraction = _number(float, 0, 1, "a number from 0 to 1")
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4); empty text -> ()."""
+    return tuple(natural(part.strip()) for part in text.split(",") if part.strip())
+
+
+# -- what scripts do first and last ---------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """What turns users into prompts: the task, its templates, the users' textual profiles."""
+
+    task: Task
+    templates: Mapping[str, str]
+    profiles: Mapping[str, str] | None  # None: the data has no profile file
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    return Path(args.data_dir or f"./data/{args.task_name}")
+
+
+def load_texts(args: argparse.Namespace) -> Texts:
+    """Task, templates and profiles; without profile-id2text.json there are no prompts with a profile."""
+    task = get_task(args.task_name)
+    path = data_dir(args) / "profile-id2text.json"
+    profiles = load_profiles(path) if path.exists() else None
+    if profiles is None:
+        print(f"{path}: not there; prompts with a textual profile are left out", file=sys.stderr)
+    return Texts(task, load_templates(args.prompt_path, task), profiles)
+
+
+def load_test_users(args: argparse.Namespace, task: Task) -> list[User]:
+    return load_users(data_dir(args) / "test_100" / "user_test_100.json", task, need_queries=True)
+
+
+def load_candidates(args: argparse.Namespace, task: Task) -> list[User]:
+    return load_users(data_dir(args) / "user_anchor_candidate.json", task)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options a result depends on, for the run's record."""
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+
+
+def bar(total: int, what: str, unit: str = "row") -> tqdm:
+    """A progress bar, silent when the output is no terminal."""
+    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+
+
+def run(main: Callable[[list[str] | None], None]) -> None:
+    """Run a script: an InputError is one message and exit code 2; `--debug` adds the traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        main(None)
+    except InputError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,259 @@
+"""Users, their histories and queries: loading and checking of the files described in data/README.md.
+
+Everything is checked once, here; all problems of a file are told together, with file, user, item and field.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prime.errors import InputError
+from prime.tasks import Task, extract
+
+Path_ = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One test question; `gold` is None where the file does not tell it."""
+
+    id: str
+    input: str
+    gold: str | None
+
+
+@dataclass(frozen=True)
+class User:
+    """One user; `profile` is the history, oldest first; an item has exactly the task's fields, as strings."""
+
+    user_id: str
+    profile: tuple[Mapping[str, str], ...]
+    queries: tuple[Query, ...] = ()
+
+
+def load_users(path: Path_, task: Task, *, need_queries: bool = False) -> list[User]:
+    """All users of a file (`user_base_LLM.json`, `user_anchor_candidate.json`, `user_test_100.json`).
+
+    `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of users, found {_kind(rows)}")
+    check = _Checker(str(path), task, need_queries)
+    users = [check.user(row, position) for position, row in enumerate(rows)]
+    if check.problems:
+        raise InputError.many(check.problems)
+    check.warn_unmarked()
+    return [user for user in users if user is not None]
+
+
+def load_profiles(path: Path_) -> dict[str, str]:
+    """`profile-id2text.json`: the textual profile of each user, by user id."""
+    rows = read_json(path)
+    if not isinstance(rows, dict):
+        raise InputError(f"{path}: expected an object of user id to text, found {_kind(rows)}")
+    problems: list[str] = []
+    texts = {key: _text(value, f"{path}: user {key}: the text", problems) for key, value in rows.items()}
+    if problems:
+        raise InputError.many(problems)
+    return texts
+
+
+def load_labels(path: Path_) -> dict[str, str]:
+    """`user_test_100_label.json`: the gold answer of each query, by query id."""
+    data = read_json(path)
+    rows = data.get("golds") if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected an object with a list under 'golds'")
+    problems: list[str] = []
+    golds: dict[str, str] = {}
+    for position, row in enumerate(rows):
+        where = f"{path}: gold {position}"
+        if not isinstance(row, dict):
+            problems.append(f"{where}: expected an object, found {_kind(row)}")
+            continue
+        key, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
+        if key in golds and golds[key] != gold:
+            problems.append(f"{where}: id {key} was given before with another output")
+        golds[key] = gold
+    if problems:
+        raise InputError.many(problems)
+    return golds
+
+
+def select(users: Sequence[User], spec: str | None) -> list[User]:
+    """The users named by `--user_idxs`: see `select_indices`."""
+    return [users[i] for i in select_indices(spec, len(users))]
+
+
+def select_indices(spec: str | None, n: int) -> list[int]:
+    """Positions named by '0-100,7', in the order written, each once; None is all.
+
+    Ranges are half open ('0-100' is the first hundred) and end at `n`.
+    """
+    if spec is None:
+        return list(range(n))
+    chosen: dict[int, None] = {}
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_index(first) or (dash and not _is_index(last)):
+            raise InputError(f"--user_idxs '{spec}': '{part}' is no index like 7 and no range like 0-100")
+        start, stop = int(first), int(last) if dash else int(first) + 1
+        if stop <= start:
+            raise InputError(f"--user_idxs '{spec}': the range '{part}' is empty (its end is not included)")
+        if start >= n:
+            raise InputError(f"--user_idxs '{spec}': '{part}' is out of range, the file holds {n} users")
+        chosen.update(dict.fromkeys(range(start, min(stop, n))))
+    return list(chosen)
+
+
+class _Checker:
+    """Turns the rows of one file into users, and collects what is wrong with them."""
+
+    def __init__(self, path: str, task: Task, need_queries: bool):
+        self.path, self.task, self.need_queries = path, task, need_queries
+        self.problems: list[str] = []
+        self.unmarked: list[str] = []  # queries without the task's marker
+        self.seen: dict[str, int] = {}
+
+    def user(self, row: Any, position: int) -> User | None:
+        nameless = f"{self.path}: user at position {position}"
+        if not isinstance(row, dict):
+            self.problems.append(f"{nameless}: expected an object, found {_kind(row)}")
+            return None
+        user_id = self._user_id(row, position, nameless)
+        where = f"{self.path}: user {user_id}" if user_id else nameless
+        items = self._list(row, "profile", where, required=True)
+        queries = self._list(row, "query", where, required=self.need_queries)
+        profile = [self._item(item, f"{where}: item {i}") for i, item in enumerate(items)]
+        parsed = [self._query(query, f"{where}: query {i}", user_id) for i, query in enumerate(queries)]
+        self._check_unique([query.id for query in parsed if query], where)
+        return User(user_id, tuple(profile), tuple(query for query in parsed if query))
+
+    def _user_id(self, row: dict[str, Any], position: int, where: str) -> str:
+        value = row.get("user_id")
+        if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+            kind = "is empty" if isinstance(value, str) else f"is {_kind(value)}"
+            told = kind if "user_id" in row else "is missing"
+            self.problems.append(f"{where}: field 'user_id' {told}, expected an integer or a text")
+            return ""
+        user_id = _text(value, f"{where}: field 'user_id'", self.problems)
+        first = self.seen.setdefault(user_id, position)
+        if first != position:
+            self.problems.append(f"{where}: user_id {user_id} is taken by the user at position {first}")
+        return user_id
+
+    def _list(self, row: dict[str, Any], name: str, where: str, required: bool) -> list[Any]:
+        if name not in row:
+            if required:
+                self.problems.append(f"{where}: field '{name}' is missing")
+            return []
+        value = row[name]
+        if isinstance(value, list):
+            return value
+        self.problems.append(f"{where}: field '{name}' is {_kind(value)}, expected a list")
+        return []
+
+    def _item(self, item: Any, where: str) -> dict[str, str]:
+        if not isinstance(item, dict):
+            self.problems.append(f"{where}: expected an object, found {_kind(item)}")
+            return {}
+        return {name: _field(item, name, where, self.problems) for name in self.task.fields}
+
+    def _query(self, query: Any, where: str, user_id: str) -> Query | None:
+        if not isinstance(query, dict):
+            self.problems.append(f"{where}: expected an object, found {_kind(query)}")
+            return None
+        before = len(self.problems)
+        key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
+        gold = _field(query, "gold", where, self.problems) if "gold" in query else None
+        if len(self.problems) > before:
+            return None
+        if self.need_queries and extract(self.task, text) is None:
+            self._unextractable(where, user_id, key)
+        return Query(key, text, gold)
+
+    def _unextractable(self, where: str, user_id: str, key: str) -> None:
+        if self.task.marker:
+            self.unmarked.append(f"user {user_id} query {key}")
+        else:
+            self.problems.append(f"{where}: field 'input' does not hold a title and the options [1] and [2]")
+
+    def _check_unique(self, keys: list[str], where: str) -> None:
+        for key, times in Counter(keys).items():
+            if times > 1:
+                self.problems.append(f"{where}: query id {key} is used more than once")
+
+    def warn_unmarked(self) -> None:
+        """Real files hold such queries: they are used whole, and told once per file."""
+        if not self.unmarked:
+            return
+        named = ", ".join(self.unmarked[:5]) + (", ..." if len(self.unmarked) > 5 else "")
+        warnings.warn(
+            f"{self.path}: {len(self.unmarked)} queries do not hold '{self.task.marker.strip()}', "
+            f"their whole input is taken as the text: {named}",
+            stacklevel=3,
+        )
+
+
+def read_json(path: Path_) -> Any:
+    """The content of a JSON file; whatever is wrong with it is an InputError that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> str:
+    if name not in row:
+        problems.append(f"{where}: field '{name}' is missing")
+        return ""
+    return _text(row[name], f"{where}: field '{name}'", problems)
+
+
+def _text(value: Any, what: str, problems: list[str]) -> str:
+    """A text or number as text; the empty text is fine, real files hold it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        problems.append(f"{what} is {_kind(value)}, expected a text or a number")
+        return ""
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # no tokenizer takes it, no file can hold it
+        problems.append(f"{what} is not valid Unicode (half of a surrogate pair)")
+    return text
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _kind(value: Any) -> str:
+    """A value's JSON type, for messages."""
+    return _KINDS.get(type(value), "null")
+
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a decimal number",
+}

@@ -1,0 +1,366 @@
+"""Population decoding and scoring: rows are (adapter, prompt) pairs, answered in wide batches.
+
+Four things make it fast, none of which changes an answer: prompts that begin alike share that prefix, computed
+once per adapter; rows are sorted by length and batched by a token budget; answers already known for a prompt are
+drafts, and one forward pass over prompt and draft accepts the longest start that the model would have written
+itself (Leviathan et al. 2023, exact here because noise belongs to the prompt, see `prime.sampling`); finished rows
+leave the batch at once.
+
+Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from prime.bank import AdapterBank
+from prime.sampling import Sampler
+
+Tokens = tuple[int, ...]
+Pair = tuple[int, int]  # (adapter, prompt or record)
+Progress = Callable[[int], object]
+
+MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pays
+CPU_BATCH_TOKENS = 1536  # measured best on a CPU: larger batches fall out of the cache (see benchmarks/README.md)
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt to answer: `ids` with BOS, and the id that its noise is derived from."""
+
+    id: str
+    ids: Tokens
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """A text to score: prompt ids with BOS, target ids with EOS; only the target counts."""
+
+    id: str
+    ids: Tokens
+    target: Tokens
+
+
+@dataclass
+class Counts:
+    """What decoding cost: rows answered, rows answered wholly from a draft, forward passes, tokens fed."""
+
+    rows: int = 0
+    from_draft: int = 0
+    passes: int = 0
+    tokens: int = 0
+
+
+@dataclass
+class _Row:
+    adapter: int
+    index: int  # of the prompt (or record)
+    suffix: Tokens  # what follows the shared prefix
+    key: int = 0
+    answer: list[int] = field(default_factory=list)
+
+
+class _Batch:
+    """Rows in flight with their key-value cache; knows how to feed tokens and to drop rows.
+
+    Each feed is laid out [left padding | pending tokens | guessed tokens, right padded], so that the positions
+    whose logits are wanted are the last columns of every row.
+    """
+
+    def __init__(self, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None"):
+        self.bank = bank
+        self.rows = rows
+        self.cache = prefix.expand([row.adapter for row in rows]) if prefix else DynamicCache()
+        seen = prefix.length if prefix else 0
+        self.mask = torch.ones(len(rows), seen, dtype=torch.long, device=bank.device)
+        self.seen = torch.full((len(rows), 1), seen, device=bank.device)  # true length of each row so far
+
+    def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
+        """Logits `[b, 1 + D, v]` after the pending tokens and after each of at most D guessed ones."""
+        width, depth = max(map(len, pending)), max(map(len, guesses))
+        ids = torch.tensor(
+            [[0] * (width - len(p)) + [*p, *g] + [0] * (depth - len(g)) for p, g in zip(pending, guesses, strict=True)]
+        ).to(self.bank.device)
+        left = torch.tensor([[width - len(p)] for p in pending], device=self.bank.device)
+        columns = torch.arange(width + depth, device=self.bank.device)[None]
+        new = (columns >= left).long()
+        positions = (self.seen + columns - left).clamp(min=0)
+        self.mask = torch.cat([self.mask, new], 1)
+        self.seen = self.seen + (width - left)
+        groups = [row.adapter for row in self.rows]
+        with self.bank.routed(None if groups[0] < 0 else groups):
+            return self.bank.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                logits_to_keep=depth + 1,
+                use_cache=True,
+            ).logits
+
+    def accept(self, counts: Tensor, depth: int) -> None:
+        """Of the last `depth` fed columns keep the first counts `[b]` per row; mask the others for good."""
+        self.seen = self.seen + counts[:, None]
+        if depth:
+            self.mask[:, -depth:] = (torch.arange(depth, device=self.mask.device)[None] < counts[:, None]).long()
+
+    def keep(self, indices: list[int]) -> None:
+        """Drop all rows but these."""
+        if len(indices) == len(self.rows):
+            return
+        self.rows = [self.rows[i] for i in indices]
+        if indices:
+            chosen = torch.tensor(indices, device=self.bank.device)
+            self.mask, self.seen = self.mask[chosen], self.seen[chosen]
+            self.cache.batch_select_indices(chosen)
+
+
+class _Prefix:
+    """Keys and values of a prefix under each adapter, computed once: `[adapters, h, length, width]` per layer."""
+
+    def __init__(self, bank: AdapterBank, ids: Tokens, adapters: list[int]):
+        self.length = len(ids)
+        self.place = {adapter: place for place, adapter in enumerate(adapters)}
+        cache = DynamicCache()
+        tokens = torch.tensor([ids] * len(adapters), device=bank.device)
+        with bank.routed(None if adapters[0] < 0 else adapters):
+            bank.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        layers: list[Any] = list(cache.layers)
+        self.layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
+
+    def expand(self, adapters: list[int]) -> DynamicCache:
+        device = self.layers[0][0].device
+        places = torch.tensor([self.place[adapter] for adapter in adapters], device=device)
+        cache = DynamicCache()
+        for number, (keys, values) in enumerate(self.layers):
+            cache.update(keys.index_select(0, places), values.index_select(0, places), number)
+        return cache
+
+
+# -- answering ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def decode(
+    bank: AdapterBank,
+    prompts: Sequence[EncodedPrompt],
+    pairs: Iterable[Pair],
+    sampler: Sampler,
+    max_new_tokens: int,
+    eos: Sequence[int],
+    drafts: Sequence[Sequence[Tokens]] | None = None,
+    max_batch_tokens: int = 0,
+    counts: Counts | None = None,
+    progress: Progress | None = None,
+) -> dict[Pair, Tokens]:
+    """Answers of adapters to prompts.
+
+    Args:
+        bank: holds the adapters; index -1 stands for the plain base and must then be the only one.
+        prompts: the prompts that `pairs` count from 0.
+        pairs: (adapter, prompt) indices to answer; see `every_pair`.
+        sampler: how the next token is chosen.
+        max_new_tokens: at most this many tokens per answer (published: 100).
+        eos: ids that end an answer; not part of it.
+        drafts: per prompt, known answers (any length); they change the time taken, never the answer.
+        max_batch_tokens: tokens per forward pass; 0 = chosen for the device.
+        counts: added to, if given.
+        progress: called with the number of rows just finished.
+
+    Returns:
+        Token ids without EOS, by pair.
+    """
+    counts = counts if counts is not None else Counts()
+    found: dict[Pair, Tokens] = {}
+    known = _Drafts(len(prompts), drafts)
+    texts = [prompt.ids for prompt in prompts]
+    keys = [sampler.key(prompt.id) for prompt in prompts]
+    for batch in _batches(bank, texts, pairs, known, max_batch_tokens or auto_batch_tokens(bank)):
+        for row in batch.rows:
+            row.key = keys[row.index]
+        for row in _answer(batch, sampler, max_new_tokens, frozenset(eos), known, counts):
+            found[row.adapter, row.index] = tuple(row.answer)
+            if progress:
+                progress(1)
+    return found
+
+
+class _Drafts:
+    """Known answers per prompt, most frequent first; a draft must begin with what the row has answered so far."""
+
+    def __init__(self, n: int, drafts: Sequence[Sequence[Tokens]] | None):
+        lists = drafts if drafts is not None else [()] * n
+        self.ranked = [[answer for answer, _ in Counter(map(tuple, known)).most_common()] for known in lists]
+
+    def longest(self, index: int) -> int:
+        return max(map(len, self.ranked[index]), default=0)
+
+    def guess(self, row: _Row, limit: int) -> Tokens:
+        """Continuation of the row's answer by the most frequent known answer that agrees with it so far."""
+        done = tuple(row.answer)
+        for answer in self.ranked[row.index]:
+            if len(answer) > len(done) and answer[: len(done)] == done:
+                return answer[len(done) : len(done) + limit]
+        return ()
+
+
+def _answer(
+    batch: _Batch, sampler: Sampler, limit: int, eos: frozenset[int], known: _Drafts, counts: Counts
+) -> Iterator[_Row]:
+    """Decode a batch to its end; yields rows as they finish."""
+    counts.rows += len(batch.rows)
+    pending = [row.suffix for row in batch.rows]
+    first = True
+    while batch.rows:
+        # One token always comes from the model after the guess, so the guess leaves room for it.
+        guesses = [known.guess(row, limit - len(row.answer) - 1) for row in batch.rows]
+        logits = batch.feed(pending, guesses)
+        counts.passes += 1
+        counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
+        chosen = _choose(logits, batch.rows, sampler).tolist()
+        accepted, open_rows = [], []
+        for i, (row, guess) in enumerate(zip(batch.rows, guesses, strict=True)):
+            agreed = _agreement(guess, chosen[i])
+            accepted.append(agreed)
+            row.answer.extend([*guess[:agreed], chosen[i][agreed]])
+            if row.answer[-1] in eos or len(row.answer) >= limit:
+                if row.answer[-1] in eos:
+                    row.answer.pop()
+                counts.from_draft += first
+                yield row
+            else:
+                open_rows.append(i)
+        batch.accept(torch.tensor(accepted, device=batch.mask.device), max(map(len, guesses)))
+        batch.keep(open_rows)
+        pending = [(row.answer[-1],) for row in batch.rows]
+        first = False
+
+
+def _choose(logits: Tensor, rows: list[_Row], sampler: Sampler) -> Tensor:
+    """The model's own token at every returned position, `[b, 1 + D]`."""
+    b, depth, v = logits.shape
+    keys = torch.tensor([row.key for row in rows], device=logits.device)[:, None].expand(b, depth)
+    starts = torch.tensor([len(row.answer) for row in rows], device=logits.device)[:, None]
+    positions = starts + torch.arange(depth, device=logits.device)[None]
+    return sampler.choose(logits.reshape(b * depth, v), keys.reshape(-1), positions.reshape(-1)).view(b, depth)
+
+
+def _agreement(guess: Tokens, chosen: list[int]) -> int:
+    """Number of leading guessed tokens that the model would have written too."""
+    for place, token in enumerate(guess):
+        if token != chosen[place]:
+            return place
+    return len(guess)
+
+
+# -- scoring --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def score(
+    bank: AdapterBank,
+    records: Sequence[EncodedRecord],
+    pairs: Iterable[Pair],
+    max_batch_tokens: int = 0,
+    progress: Progress | None = None,
+) -> dict[Pair, Tensor]:
+    """Log-probabilities of the target tokens of records under adapters.
+
+    Args: as for `decode`; adapter -1 is the plain base and must then be the only one.
+
+    Returns:
+        fp32 CPU tensors `[target tokens, EOS included]`, by pair.
+    """
+    found: dict[Pair, Tensor] = {}
+    texts = [record.ids for record in records]
+    targets = _Drafts(len(records), [[record.target[:-1]] for record in records])
+    for batch in _batches(bank, texts, pairs, targets, max_batch_tokens or auto_batch_tokens(bank)):
+        guesses = [records[row.index].target[:-1] for row in batch.rows]
+        logits = batch.feed([row.suffix for row in batch.rows], guesses)
+        for row, own in zip(batch.rows, logits, strict=True):
+            target = torch.tensor(records[row.index].target, device=own.device)
+            own = own[: len(target)].float()
+            found[row.adapter, row.index] = (own.gather(1, target[:, None])[:, 0] - own.logsumexp(1)).cpu()
+        if progress:
+            progress(len(batch.rows))
+    return found
+
+
+# -- batches --------------------------------------------------------------------------------------------------------
+
+
+def auto_batch_tokens(bank: AdapterBank) -> int:
+    """Tokens per forward pass that suit the device: a constant on a CPU, half the free memory on a GPU."""
+    if bank.device.type != "cuda":
+        return CPU_BATCH_TOKENS
+    config = bank.config
+    free, _ = torch.cuda.mem_get_info(bank.device)
+    width = config.hidden_size * 12 + getattr(config, "intermediate_size", 4 * config.hidden_size) * 3
+    per_token = 2 * (width + 2 * config.hidden_size * config.num_hidden_layers) + 4 * config.vocab_size
+    return max(CPU_BATCH_TOKENS, min(65_536, int(free / 2 / per_token)))
+
+
+def _batches(
+    bank: AdapterBank, texts: list[Tokens], pairs: Iterable[Pair], known: _Drafts, budget: int
+) -> Iterator[_Batch]:
+    """Rows (adapter, text) in batches of at most `budget` fed tokens, alike in length, a shared prefix apart."""
+    wanted: dict[int, list[int]] = {}
+    for adapter, index in pairs:
+        wanted.setdefault(index, []).append(adapter)
+    for indices, length in prefix_groups({index: texts[index] for index in wanted}):
+        adapters = sorted({adapter for index in indices for adapter in wanted[index]})
+        prefix = _Prefix(bank, texts[indices[0]][:length], adapters) if length else None
+        rows = [_Row(adapter, index, texts[index][length:]) for index in indices for adapter in wanted[index]]
+        rows.sort(key=lambda row: (-len(row.suffix) - known.longest(row.index), row.index, row.adapter))
+        for part in _cut(rows, known, budget):
+            yield _Batch(bank, part, prefix)
+
+
+def every_pair(adapters: Iterable[int], prompts: int) -> list[Pair]:
+    """All (adapter, prompt) pairs of these adapters and the first `prompts` prompts."""
+    return [(adapter, index) for adapter in adapters for index in range(prompts)]
+
+
+def _cut(rows: list[_Row], known: _Drafts, budget: int) -> Iterator[list[_Row]]:
+    """Consecutive rows whose padded size stays within the budget; at least one row each."""
+    part: list[_Row] = []
+    width = depth = 0
+    for row in rows:
+        new_width, new_depth = max(width, len(row.suffix)), max(depth, known.longest(row.index))
+        if part and (len(part) + 1) * (new_width + new_depth) > budget:
+            yield part
+            part, new_width, new_depth = [], len(row.suffix), known.longest(row.index)
+        part.append(row)
+        width, depth = new_width, new_depth
+    if part:
+        yield part
+
+
+def prefix_groups(texts: Mapping[int, Tokens]) -> list[tuple[list[int], int]]:
+    """Texts grouped by a common beginning: (indices, length of the shared prefix), 0 where sharing does not pay.
+
+    At least the last token of each text stays outside the prefix, since its logits are wanted.
+    """
+    order = sorted(texts, key=lambda i: texts[i])
+    groups: list[tuple[list[int], int]] = []
+    for index in order:
+        if groups:
+            members, length = groups[-1]
+            common = min(length, _common(texts[members[-1]], texts[index]))
+            if common >= MIN_PREFIX:
+                groups[-1] = ([*members, index], common)
+                continue
+        groups.append(([index], len(texts[index]) - 1))
+    shared = [(members, length if len(members) > 1 else 0) for members, length in groups]
+    alone = [members[0] for members, length in shared if length == 0]
+    return [group for group in shared if group[1]] + ([(alone, 0)] if alone else [])
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    limit = min(len(a), len(b)) - 1
+    return next((place for place in range(limit) if a[place] != b[place]), max(limit, 0))

@@ -1,0 +1,180 @@
+"""The tiny language model of the embedded demo: knows the world of `prime.demo`, and nobody's taste.
+
+    python -m prime.demo model --out data/demo/model
+
+Reads nothing; writes a Hugging Face Llama of about one million parameters (config.json, model.safetensors in bf16)
+and its sentencepiece tokenizer (tokenizer.model, tokenizer.json, tokenizer_config.json). About 10 minutes on two cores.
+
+It is pretrained on *other* people of the same world: generic readers whose habits are drawn evenly, facts that no
+shipped record has, and layouts unlike the toolkit's prompts. One document is one reader, so the model learns to read
+taste off a history; and for citations one reader both names references and chooses between two, so that the
+two answers have one cause.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencepiece
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prime.demo import GENERIC_FACTS, WORLDS, Dice, Event, person
+
+VOCABULARY, CONTEXT = 1792, 4096
+ROW, BATCH, STEPS, WARMUP, PEAK_LR = 512, 8, 1350, 100, 3e-3
+OTHER_TOKENS = 0.1     # loss weight of tokens that are no answer: they are mostly dice
+Piece = tuple[str, bool]   # text, and whether it is an answer
+
+# Layouts of the pretraining documents: before the text, before the answer, after the answer.
+LEADS = ["", "- ", "given ", "item: ", "* note: ", "[ "]
+MIDDLES = [" -> ", " | ", " => ", "\n", "\nthen: ", " :: "]
+ENDS = ["\n", "\n\n", " ;\n", " ]\n"]
+# Plain words of prompts, so that an instruction costs tokens by the word and not by the letter.
+PLAIN = ["the", "following", "user", "profile", "history", "instruction", "response", "given", "description", "tag", "tags", "movie", "film", "article", "headline", "title", "paper", "abstract", "reference", "references", "related", "review", "score", "rating", "product", "tweet", "text", "paraphrase", "author", "write", "answer", "generate", "choose", "option", "options", "which", "what", "best", "fits", "from", "with", "for", "and", "of", "this", "is", "as", "would", "past", "style", "use", "only", "one", "number", "word", "same", "in", "their", "cites", "most", "likely", "category", "select", "similar", "record", "input", "output", "Movie", "Guess", "Say", "Choose", "fits", "own", "User", "Profile", "History", "Description", "Tag", "Article", "Headline", "Title", "Paper", "Abstract", "Reference", "Review", "Score", "Tweet", "Answer", "Instruction", "Response", "Which", "Write", "Give", "Choose", "What", "The", "This", "Text", "Rating", "Citation", "###", ":"]
+
+
+# --- Corpus ----------------------------------------------------------------------------------------------------------
+
+def document(number: int) -> list[Piece]:
+    """One generic reader: one to eight records, in one or two layouts."""
+    dice = Dice("document", number)
+    task = dice.pick(list(WORLDS))
+    reader = person(task, None, GENERIC_FACTS[8 * number % len(GENERIC_FACTS)], dice)
+    layouts = [(dice.pick(LEADS), dice.pick(MIDDLES), dice.pick(ENDS)) for _ in range(1 + dice.below(2))]
+    pieces: list[Piece] = []
+    for i in range(dice.pick((1, 2, 4, 6, 8, 8))):
+        event = WORLDS[task].happen(reader, i, dice)
+        pieces += record(task, event, dice.pick(layouts), dice)
+    return pieces
+
+
+def record(task: str, event: Event, layout: tuple[str, str, str], dice: Dice) -> list[Piece]:
+    """One record in one layout; tweets may stand alone, and citations may be choices."""
+    lead, middle, end = layout
+    asked, answer = event.words["title" if task == "citation" else "text"], event.answer
+    if task == "tweet_paraphrase" and dice.chance(0.4):
+        return [(lead, False), (answer + end, True)]
+    if task == "citation" and dice.chance(0.5):
+        place = dice.below(2)
+        first, second = (event.wrong, answer) if place else (answer, event.wrong)
+        asked, answer = f'{asked}{middle}[1]: "{first}" [2]: "{second}"', f"[{place + 1}]"
+    return [(lead + asked + middle.rstrip(" "), False), (" " * middle.endswith(" ") + answer + end, True)]
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(text for text, _ in pieces)
+
+
+# --- Tokenizer -------------------------------------------------------------------------------------------------------
+
+def build_tokenizer(out: Path) -> Tokenizer:
+    """Train sentencepiece (BPE with bytes as fallback, as Llama 2 has it) and write it in both formats."""
+    lines = [line for n in range(4000) for line in text_of(document(n)).split("\n")] + [" ".join(PLAIN)] * 300
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=VOCABULARY, byte_fallback=True,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, character_coverage=1.0, num_threads=1, minloglevel=2)
+    (out / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = fast_tokenizer(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True,
+              "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False,
+              "model_max_length": CONTEXT}
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return tokenizer
+
+
+def fast_tokenizer(pieces: sentencepiece.SentencePieceProcessor) -> Tokenizer:
+    """The same BPE for the `tokenizers` library; a merge ranks as the id of what it makes."""
+    vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    merges = [(word[:cut], word[cut:]) for word, i in vocab.items() if not (pieces.is_byte(i) or i < 3)
+              for cut in range(1, len(word)) if word[:cut] in vocab and word[cut:] in vocab]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B",
+                                                             special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, pieces: list[Piece]) -> tuple[list[int], list[float]]:
+    """A document as BOS, ids, EOS and the loss weight of each id."""
+    encoding = tokenizer.encode(text_of(pieces))
+    ends, end = [], 0
+    for text, answer in pieces:
+        end += len(text)
+        ends.append((end, answer))
+    weights, piece = [OTHER_TOKENS], 0
+    for _, stop in encoding.offsets[1:]:
+        while stop > ends[piece][0]:
+            piece += 1
+        weights.append(1.0 if ends[piece][1] else OTHER_TOKENS)
+    return [*encoding.ids, 2], [*weights, 1.0]
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+def batches(tokenizer: Tokenizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Documents end to end in rows: ids [b, t + 1] and loss weights [b, t + 1]."""
+    ids: list[int] = []
+    weights: list[float] = []
+    number, size = 0, BATCH * (ROW + 1)
+    while True:
+        while len(ids) < size:
+            more = encode(tokenizer, document(number))
+            ids, weights, number = ids + more[0], weights + more[1], number + 1
+        yield (torch.tensor(ids[:size]).view(BATCH, -1), torch.tensor(weights[:size]).view(BATCH, -1))
+        ids, weights = ids[size:], weights[size:]
+
+
+def new_model() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=1,
+        eos_token_id=2, pad_token_id=None))
+
+
+def learning_rate(step: int) -> float:
+    """Linear warm-up, then a cosine to a twentieth, as a factor of the peak."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.05 + 0.95 * (0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate)
+    started = time.monotonic()
+    for step, (ids, weights) in zip(range(STEPS), batches(tokenizer), strict=False):
+        logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        weight = weights[:, 1:].flatten()
+        loss = (losses * weight).sum() / weight.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            answers = losses[weight == 1].mean().item()
+            print(f"step {step + 1} of {STEPS}: loss per answer token {answers:.3f}, "
+                  f"{time.monotonic() - started:.0f} s", flush=True)
+
+
+def build_model(out: Path) -> None:
+    """Tokenizer and model from nothing but the seed; weights are stored as bf16."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(out)
+    torch.manual_seed(0)
+    model = new_model()
+    train(model, tokenizer)
+    model.to(torch.bfloat16).save_pretrained(out)

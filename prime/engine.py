@@ -1,0 +1,102 @@
+"""Model, adapter bank and tokenizer as one thing that answers prompts and scores records for adapters in the bank."""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prime.bank import AdapterBank
+from prime.checkpoint import Encoder, eos_ids, load_model, load_tokenizer
+from prime.cli import Texts
+from prime.data import User
+from prime.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
+from prime.prompts import Prompt, test_prompts
+from prime.sampling import Sampler
+
+Predictions = dict[str, dict[str, list[dict[str, str]]]]  # {method: {setting: [{"id", "output"}]}}
+
+
+@dataclass
+class Engine:
+    """What every stage that reads a model holds."""
+
+    bank: AdapterBank
+    encoder: Encoder
+    eos: Sequence[int]
+    max_batch_tokens: int = 0
+    counts: Counts = field(default_factory=Counts)
+
+    def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+        return [self.encoder.prompt(prompt.id, prompt.text) for prompt in prompts]
+
+    def answer(
+        self,
+        prompts: Sequence[EncodedPrompt],
+        pairs: Iterable[Pair],
+        sampler: Sampler,
+        limit: int,
+        drafts: Sequence[Sequence[Tokens]] | None = None,
+        progress: Progress | None = None,
+    ) -> dict[Pair, Tokens]:
+        """Token ids of the answers; see `prime.decode.decode`."""
+        return decode(
+            self.bank, prompts, pairs, sampler, limit, self.eos, drafts, self.max_batch_tokens, self.counts, progress
+        )
+
+    def limit(self, labels: Sequence[str] | None, max_gen_len: int) -> int:
+        """New tokens at most: where the task has labels, one more than the longest needs."""
+        return max_gen_len if labels is None else min(max_gen_len, self.encoder.label_tokens(labels))
+
+
+def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) -> Engine:
+    """Model (with the task adapter folded in, if given), bank and tokenizer by the shared options."""
+    tokenizer = load_tokenizer(args.tokenizer_path or args.llama_model_path)
+    model = load_model(args.llama_model_path, args.device, args.dtype, task_adapter)
+    bank = AdapterBank(model, [name.strip() for name in args.target_modules.split(",")])
+    return Engine(bank, Encoder(tokenizer, args.max_length), eos_ids(tokenizer, model), args.max_batch_tokens)
+
+
+def setting_name(k: int, profile: bool) -> str:
+    """Name of a way to prompt in files: `k0`, `k1-profile`, ..."""
+    return f"k{k}-profile" if profile else f"k{k}"
+
+
+def predict(
+    engine: Engine,
+    texts: Texts,
+    user: User,
+    methods: Mapping[str, int],
+    sampler: Sampler,
+    k_list: Sequence[int],
+    max_gen_len: int,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Answers to a user's test queries by each method, without and with profile, for k = 0 and each of k_list.
+
+    Args:
+        methods: name of each method and its adapter in the bank. Methods after the first are decoded with the
+            answers of the first as drafts, which saves time and changes nothing.
+    """
+    profile = (texts.profiles or {}).get(user.user_id)
+    with_and_without = (False, True) if profile else (False,)
+    settings = [(k, with_profile) for k in (0, *k_list) for with_profile in with_and_without]
+    prompts: list[EncodedPrompt] = []
+    for k, with_profile in settings:
+        listed = test_prompts(user, texts.task, texts.templates, k, profile if with_profile else None)
+        prompts += engine.encode(listed)
+    limit = engine.limit(texts.task.labels, max_gen_len)
+    first, *others = dict.fromkeys(methods.values())
+    found = engine.answer(prompts, every_pair([first], len(prompts)), sampler, limit, progress=progress)
+    if others:
+        drafts = [[found[first, index]] for index in range(len(prompts))]
+        found |= engine.answer(prompts, every_pair(others, len(prompts)), sampler, limit, drafts, progress)
+    per_setting = len(user.queries)
+    return {
+        method: {
+            setting_name(*setting): [
+                {"id": prompts[index].id, "output": engine.encoder.text(found[adapter, index])}
+                for index in range(place * per_setting, (place + 1) * per_setting)
+            ]
+            for place, setting in enumerate(settings)
+        }
+        for method, adapter in methods.items()
+    }

@@ -1,0 +1,136 @@
+"""PriME's search for one user: candidates are merged, decoded and scored a whole population at a time.
+
+The base (zero weights) and the single sharers (one-hot) have to be decoded anyway, since similarity is measured
+against the sharers' own answers; they are the first evaluated candidates, for free.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prime.cli import Texts
+from prime.data import User
+from prime.decode import EncodedPrompt, Progress, Tokens, every_pair
+from prime.engine import Engine
+from prime.fitness import Objective
+from prime.prompts import Record, history_records
+from prime.runs import derive_seed
+from prime.sampling import Sampler
+from prime.search import minimise
+
+Answers = list[list[str]]  # [repeats][records]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One candidate: weights `[n]` or `[n, l]`, its scores, and where it came from (base, sharer, search)."""
+
+    weights: Tensor
+    loss: float
+    utility: float
+    similarity: float
+    unpenalised: float  # the loss at penalty 0
+    seconds: float
+    origin: str
+
+    def line(self) -> str:
+        listed = vars(self) | {"weights": self.weights.tolist(), "seconds": round(self.seconds, 4)}
+        return json.dumps(listed) + "\n"
+
+
+class Population:
+    """A user's history and the machinery that answers it for many candidates at once.
+
+    Only history records are read here: no test query reaches the search.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, texts: Texts, engine: Engine, user: User, seed: int, n: int,
+        progress: Callable[[int], object] | None = None,
+    ):  # fmt: skip
+        self.args, self.engine, self.n = args, engine, n
+        profile = (texts.profiles or {}).get(user.user_id)
+        records = history_records(user, texts.task, texts.templates, profile, args.recent_k)
+        self.records = sample_records(records, args.train_sample, seed)
+        self.golds = [record.target.strip() for record in self.records]
+        self.prompts: list[EncodedPrompt] = [engine.encoder.prompt(r.id, r.input) for r in self.records]
+        self.limit = engine.limit(texts.task.history_labels, args.train_gen_len)
+        self.samplers = [
+            Sampler(args.temperature, args.top_p, derive_seed(seed, "repeat", repeat))
+            for repeat in range(args.num_repeat)
+        ]
+        # Gold answers are good drafts: they are what the sharers were trained to write.
+        self.drafts: list[list[Tokens]] = [
+            [engine.encoder.record(r.id, r.input, r.target).target[:-1]] for r in self.records
+        ]
+        self.progress: Progress | None = progress
+        self.shape = (n, engine.bank.layers) if args.piece_merge else (n,)
+
+    def known_points(self) -> Tensor:
+        """The base and the single sharers: `[1 + n, n]`, or `[1 + n, n, l]`."""
+        points = torch.cat([torch.zeros(1, self.n), torch.eye(self.n)])
+        return points[:, :, None].expand(-1, -1, self.shape[1]).clone() if len(self.shape) == 2 else points
+
+    def answers(self, weights: Tensor) -> list[Answers]:
+        """Answers of candidates `[c, n]` or `[c, n, l]` to all history records, once per repeat."""
+        self.engine.bank.combine(weights, self.args.merge_rule)
+        pairs = every_pair(range(len(weights)), len(self.prompts))
+        found: list[Answers] = [[] for _ in weights]
+        for sampler in self.samplers:
+            tokens = self.engine.answer(self.prompts, pairs, sampler, self.limit, self.drafts, self.progress)
+            for candidate, answers in enumerate(found):
+                own = [tokens[candidate, index] for index in range(len(self.prompts))]
+                answers.append([self.engine.encoder.text(ids) for ids in own])
+                for drafts, ids in zip(self.drafts, own, strict=True):
+                    drafts.append(ids)
+        return found
+
+
+def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Record]:
+    """`size` of the records in their order, drawn by the user's seed; 0 = all."""
+    if size == 0 or size >= len(records):
+        return list(records)
+    return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), size))]
+
+
+def evolve(
+    population: Population, objective: Objective, opt_type: str, budget: int, seed: int, log: Path
+) -> list[Evaluation]:
+    """Evaluate the base, the sharers, and `budget` candidates of the search; a line of `log` for each.
+
+    Returns:
+        All evaluations: the base, the n sharers, then the search's in order.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    found: list[Evaluation] = []
+    sharers: list[Answers] = []
+
+    def evaluate(weights: Tensor, origins: list[str]) -> list[float]:
+        started = time.perf_counter()
+        answers = population.answers(weights)
+        sharers.extend(answers[1:] if not sharers else [])
+        scores = [objective(own, sharers) for own in answers]
+        seconds = (time.perf_counter() - started) / len(weights)
+        new = [
+            Evaluation(w, s.loss, s.utility, s.similarity, objective.sign * s.utility, seconds, origin)
+            for w, s, origin in zip(weights, scores, origins, strict=True)
+        ]
+        found.extend(new)
+        with open(log, "a" if len(found) > len(new) else "w", encoding="utf-8") as file:
+            file.writelines(one.line() for one in new)
+        return [one.loss for one in new]
+
+    def evaluate_points(points: list[np.ndarray]) -> list[float]:
+        return evaluate(torch.tensor(np.stack(points), dtype=torch.float32), ["search"] * len(points))
+
+    evaluate(population.known_points(), ["base"] + ["sharer"] * population.n)
+    minimise(population.shape, evaluate_points, opt_type, budget, seed)
+    return found

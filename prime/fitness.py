@@ -1,0 +1,68 @@
+"""PriME's objective: utility on the target user's history minus a penalty for resembling the sharers.
+
+    U = reduce over the task's metrics of (predictions, gold) on the history records          (--m_reduce)
+    S = mean over the chosen sharers of the same, with that sharer's own predictions as gold
+    loss = -(U - penalty * S) where higher is better, U - penalty * S for error metrics
+
+Kim, Shin and Kim (EMNLP 2025). The direction belongs to the task's metrics; nobody passes a flag for it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from prime.metrics import METRICS, score
+from prime.tasks import Task
+
+Answers = Sequence[str]
+
+METRIC_REDUCERS: dict[str, Callable[[list[float]], float]] = {"sum": sum, "mean": fmean, "first": lambda x: x[0]}
+TRIAL_REDUCERS: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "median": median}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One evaluated candidate: `loss` is minimised; `utility` and `similarity` are reduced metrics."""
+
+    loss: float
+    utility: float
+    similarity: float
+
+
+class Objective:
+    """The objective of one target user.
+
+    Args:
+        task: gives the metrics, their direction and the labels of the history task.
+        golds: gold answer of each history record.
+        penalty: weight of the similarity (published `--sim_penalty`; 0.1 in the announcement).
+        m_reduce: how a task's metrics become one number (published: sum).
+        t_reduce: how the losses of repeated decodings (`--num_repeat`) become one.
+    """
+
+    def __init__(self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean"):
+        self.task, self.golds, self.penalty = task, golds, penalty
+        self.reduce_metrics = METRIC_REDUCERS[m_reduce]
+        self.reduce_trials = TRIAL_REDUCERS[t_reduce]
+        self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
+
+    def agreement(self, answers: Answers, reference: Answers) -> float:
+        """The task's history metrics of answers against reference, reduced to one number."""
+        values = score(self.task.history_metrics, answers, reference, self.task.history_labels)
+        return self.reduce_metrics(list(values.values()))
+
+    def __call__(self, trials: Sequence[Answers], sharers: Sequence[Sequence[Answers]]) -> Score:
+        """Score a candidate.
+
+        Args:
+            trials: `[repeats]` answers to the history records.
+            sharers: `[n][repeats]` the sharers' own answers to the same records, decoded with the same noise.
+        """
+        scores = [self._trial(answers, [own[i] for own in sharers]) for i, answers in enumerate(trials)]
+        return Score(*(self.reduce_trials([getattr(one, name) for one in scores]) for name in Score.__annotations__))
+
+    def _trial(self, answers: Answers, sharers: Sequence[Answers]) -> Score:
+        utility = self.agreement(answers, self.golds)
+        similarity = fmean(self.agreement(answers, own) for own in sharers)
+        # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
+        return Score(self.sign * utility - self.sign * self.penalty * similarity, utility, similarity)

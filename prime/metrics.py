@@ -1,0 +1,175 @@
+"""Scores of LaMP, as sufficient statistics: per sample a short vector whose sum over samples gives the score.
+
+So a score of any set of samples is `finish(sum of their stats)`, and resampling users is a matrix product.
+Texts are stripped of surrounding whitespace before they are compared. The same functions measure similarity,
+where both sides are predictions: all of them are symmetric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+
+LOWEST, HIGHEST = 1.0, 5.0  # the scale of LaMP-3
+LIMIT = 1e6  # a larger "score" is a runaway text of digits, no answer
+
+Labels = Sequence[str] | None
+Finish = Callable[[np.ndarray], np.ndarray]
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`stats(pred, gold, labels)` -> [s] of a sample; `finish(sums [..., s])` -> [...], NaN if none."""
+
+    name: str
+    higher_is_better: bool
+    stats: Callable[[str, str, Labels], np.ndarray]
+    finish: Finish
+
+
+def score(names: Iterable[str], preds: Sequence[str], golds: Sequence[str], labels: Labels) -> dict[str, float]:
+    """The named metrics over pairs of prediction and gold; NaN if there are none."""
+    chosen = [METRICS[name] for name in names]
+    return {m.name: float(m.finish(sum_stats(m, preds, golds, labels))) for m in chosen}
+
+
+def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], labels: Labels) -> np.ndarray:
+    """[s] summed over pairs: a user's row for `bootstrap`."""
+    total = np.zeros_like(metric.stats("", "", labels))
+    for pred, gold in zip(preds, golds, strict=True):
+        total += metric.stats(pred, gold, labels)
+    return total
+
+
+def bootstrap(stats_by_user: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0) -> Interval:
+    """(score of all users [u, s], low, high): 95 % percentile interval from resampling users (Efron 1979)."""
+    sums = _resample(np.asarray(stats_by_user, dtype=float), n, seed)
+    return _interval(finish(np.asarray(stats_by_user, dtype=float).sum(0)), finish(sums))
+
+
+def paired_bootstrap(
+    stats_a: np.ndarray, stats_b: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0
+) -> Interval:
+    """(score of a - score of b, low, high) of two methods on the same users, resampled together."""
+    a, b = np.asarray(stats_a, dtype=float), np.asarray(stats_b, dtype=float)
+    if a.shape != b.shape:
+        raise ValueError(f"paired statistics of shapes {a.shape} and {b.shape}")
+    differences = finish(_resample(a, n, seed)) - finish(_resample(b, n, seed))
+    return _interval(finish(a.sum(0)) - finish(b.sum(0)), differences)
+
+
+def _resample(stats_by_user: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """[n, s] sums over users drawn with replacement; the draw depends on seed and number of users only."""
+    users = len(stats_by_user)
+    if users == 0:
+        return np.zeros((n, stats_by_user.shape[1]))
+    drawn = np.random.default_rng(seed).multinomial(users, np.full(users, 1 / users), size=n)
+    return drawn @ stats_by_user
+
+
+def _interval(point: np.ndarray, values: np.ndarray) -> Interval:
+    values = values[~np.isnan(values)]  # resamples of users without samples
+    if len(values) == 0:
+        return float(point), math.nan, math.nan
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(point), float(low), float(high)
+
+
+def _accuracy_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
+    """[equal, 1]. An answer outside the labels equals no gold, so it is wrong without looking at them."""
+    return np.array([float(pred.strip() == gold.strip()), 1.0])
+
+
+def _f1_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
+    """[hits, false alarms, misses per label, 1], length 3 x labels + 1. Unknown texts are no label's."""
+    if not labels:
+        raise ValueError("f1 needs the task's list of labels")
+    pred, gold = pred.strip(), gold.strip()
+    said = np.array([label == pred for label in labels])
+    true = np.array([label == gold for label in labels])
+    return np.concatenate([said & true, said & ~true, true & ~said, [True]]).astype(float)
+
+
+def _finish_f1(sums: np.ndarray) -> np.ndarray:
+    """Mean over all labels of 2 tp / (2 tp + fp + fn); a label that occurs nowhere counts 0."""
+    hits, false, missed = np.split(sums[..., :-1], 3, axis=-1)
+    below = 2 * hits + false + missed
+    f1 = (2 * hits / np.where(below > 0, below, 1)).mean(-1)
+    return np.where(sums[..., -1] > 0, f1, np.nan)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if abs(value) <= LIMIT else None  # also refuses nan and inf
+
+
+def _distance(pred: str, gold: str) -> float:
+    """|pred - gold|, where a side that is no number counts as the end of the scale farther from the other.
+
+    That is the published rule for predictions. Two sides that are no numbers are alike, at distance 0: only
+    the similarity of two predictions can meet that.
+    """
+    a, b = _number(pred), _number(gold)
+    if a is None and b is None:
+        return 0.0
+    if a is not None and b is not None:
+        return abs(a - b)
+    known = a if a is not None else b
+    assert known is not None
+    return max(abs(known - LOWEST), abs(known - HIGHEST))
+
+
+def _error_stats(power: int, pred: str, gold: str, labels: Labels) -> np.ndarray:
+    """[error ** power, 1]."""
+    return np.array([_distance(pred, gold) ** power, 1.0])
+
+
+def _rouge_stats(kind: str, pred: str, gold: str, labels: Labels) -> np.ndarray:
+    """[F, 1]."""
+    return np.array([_rouge(pred.strip(), gold.strip())[kind == "rougeL"], 1.0])
+
+
+@lru_cache(maxsize=1 << 17)
+def _rouge(pred: str, gold: str) -> tuple[float, float]:
+    """(ROUGE-1 F, ROUGE-L F); the search compares the same texts many times."""
+    scores = _scorer().score(gold, pred)
+    return scores["rouge1"].fmeasure, scores["rougeL"].fmeasure
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: only when needed
+
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+
+
+def _mean(sums: np.ndarray) -> np.ndarray:
+    """[..., (total, number)] -> [...]"""
+    number = sums[..., 1]
+    return np.where(number > 0, sums[..., 0] / np.where(number > 0, number, 1), np.nan)
+
+
+def _root_mean(sums: np.ndarray) -> np.ndarray:
+    return np.sqrt(_mean(sums))
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("accuracy", True, _accuracy_stats, _mean),
+        Metric("f1", True, _f1_stats, _finish_f1),
+        Metric("MAE", False, partial(_error_stats, 1), _mean),
+        Metric("RMSE", False, partial(_error_stats, 2), _root_mean),
+        Metric("rouge-1", True, partial(_rouge_stats, "rouge1"), _mean),
+        Metric("rouge-L", True, partial(_rouge_stats, "rougeL"), _mean),
+    )
+}

@@ -1,0 +1,322 @@
+"""From per-user results to the files a person looks at: predictions, scores and the one table of a run.
+
+A *cell* of the table is a method at one test setting: k retrieved items, with or without the textual profile.
+Letters: `u` users, `s` sufficient statistics of a metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prime import membership, metrics
+from prime.errors import InputError
+from prime.runs import read_json, read_results, read_settings, write_json, write_text
+from prime.tasks import Task
+
+# Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
+METHODS = ("base", "rag", "task_lora", "best_sharer", "uniform", "per_pcs", "prime", "oppu")
+REFERENCE = "prime"
+# The blind baseline is the attack on the task-adapted base, before anybody's adapter is merged in.
+BLIND_ROWS = ("base", "task_lora")
+
+Sample = Mapping[str, str]  # {"id", "output"}
+Stats = dict[str, np.ndarray]  # metric -> [u, s], or [s] of one user
+
+
+class Cell(NamedTuple):
+    method: str
+    k: int
+    profile: bool
+
+    def order(self) -> tuple[int, bool, int, str]:
+        known = METHODS.index(self.method) if self.method in METHODS else len(METHODS)
+        return self.k, self.profile, known, self.method
+
+
+Predictions = dict[Cell, dict[str, list[Sample]]]  # cell -> user id -> samples
+
+
+# --- gathering -------------------------------------------------------------------------------------
+
+
+def cell_of(method: str, setting: str) -> Cell:
+    """("base", "k4-profile") -> the cell ("rag", 4, True)."""
+    k = int(setting.removesuffix("-profile").removeprefix("k"))
+    return Cell("rag" if method == "base" and k > 0 else method, k, setting.endswith("-profile"))
+
+
+def setting_of(cell: Cell) -> str:
+    return f"k{cell.k}" + ("-profile" if cell.profile else "")
+
+
+def predictions_of(results: Iterable[Mapping[str, Any]]) -> Predictions:
+    """All predictions of a stage's per-user results, by cell and user."""
+    found: Predictions = {}
+    for result in results:
+        for method, settings in result.get("predictions", {}).items():
+            for setting, samples in settings.items():
+                found.setdefault(cell_of(method, setting), {})[result["user_id"]] = samples
+    return found
+
+
+def check_stage(stage_dir: Path, task: Task) -> None:
+    """InputError unless `stage_dir` holds predictions for the task; it says which stage has to run."""
+    if not any(result.get("predictions") for result in read_results(stage_dir)):
+        raise InputError(
+            f"{stage_dir}: no user's predictions there; run the stage that fills it first: task_lora.py, "
+            "lora_composition_evo.py or lora_composition.py with this --output_dir"
+        )
+    other = task_of(stage_dir)
+    if other != task.name:
+        raise InputError(f"{stage_dir}: made for task {other}, not {task.name}")
+
+
+def task_of(stage_dir: Path) -> str | None:
+    """Name of the task a stage directory was made for; None where it is no stage directory."""
+    if not (stage_dir / "settings.json").is_file():
+        return None
+    return read_settings(stage_dir)["settings"].get("task_name")
+
+
+def gather(stage_dir: Path, task: Task) -> tuple[Predictions, dict[str, Path]]:
+    """Predictions of `stage_dir` and of the task's stages beside it, and the folder each method came from.
+
+    Where two folders hold the same method, `stage_dir` wins, then the folder that comes first by name.
+    """
+    stage_dir = stage_dir.resolve()
+    beside = sorted(p for p in stage_dir.parent.iterdir() if p.is_dir() and p != stage_dir)
+    merged: Predictions = {}
+    source: dict[str, Path] = {}
+    for folder in (p for p in (stage_dir, *beside) if task_of(p) == task.name):
+        for cell, by_user in predictions_of(read_results(folder)).items():
+            if source.setdefault(cell.method, folder) == folder:
+                merged[cell] = by_user
+    return dict(sorted(merged.items(), key=lambda entry: entry[0].order())), source
+
+
+# --- scoring ---------------------------------------------------------------------------------------
+
+
+def check_golds(predictions: Predictions, golds: Mapping[str, str], labels_path: Path) -> None:
+    """InputError naming the label file and the sample ids it lacks."""
+    lists = (samples for by_user in predictions.values() for samples in by_user.values())
+    wanted = {sample["id"] for samples in lists for sample in samples}
+    missing = sorted(wanted - golds.keys())
+    if missing:
+        named = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        raise InputError(f"{labels_path}: no gold for {len(missing)} predicted sample ids: {named}")
+
+
+def user_stats(task: Task, by_user: Mapping[str, Sequence[Sample]], golds: Mapping[str, str]) -> dict[str, Stats]:
+    """Each user's sufficient statistics [s] for each of the task's metrics."""
+
+    def one(samples: Sequence[Sample]) -> Stats:
+        answers, right = [s["output"] for s in samples], [golds[s["id"]] for s in samples]
+        return {m: metrics.sum_stats(metrics.METRICS[m], answers, right, task.labels) for m in task.metrics}
+
+    return {user: one(samples) for user, samples in by_user.items() if samples}
+
+
+def stack(stats: Mapping[str, Stats], users: Sequence[str]) -> Stats:
+    """[u, s] for each metric, one row per user in the order of `users`."""
+    return {m: np.stack([stats[u][m] for u in users]) for m in stats[users[0]]}
+
+
+def scores(task: Task, stats: Stats) -> dict[str, dict[str, float]]:
+    """Each metric with its 95 % interval from resampling users."""
+    return {m: _interval(metrics.bootstrap(stats[m], metrics.METRICS[m].finish)) for m in task.metrics}
+
+
+def _interval(values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), (float(v) for v in values), strict=True))
+
+
+def compare(task: Task, ours: Stats, reference: Stats) -> dict[str, Any]:
+    """Paired by user: each metric's difference (ours minus reference), and users better, equal and worse off.
+
+    Users are counted by the task's first metric, in its direction: "better" means better than the reference.
+    """
+    out: dict[str, Any] = {}
+    for m in task.metrics:
+        out[m] = _interval(metrics.paired_bootstrap(ours[m], reference[m], metrics.METRICS[m].finish))
+    first = metrics.METRICS[task.metrics[0]]
+    gain = first.finish(ours[task.metrics[0]]) - first.finish(reference[task.metrics[0]])
+    gain = gain if first.higher_is_better else -gain
+    tie = np.isclose(gain, 0, atol=1e-9)
+    counts = {"better": gain[~tie] > 0, "equal": tie, "worse": gain[~tie] < 0}
+    return out | {name: int(np.sum(mask)) for name, mask in counts.items()}
+
+
+def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """AUROC of the published attack by row: each attacked method's own, the blind baseline for base rows."""
+    found: dict[str, dict[str, float]] = {}
+    for method in sorted(source, key=lambda name: name != REFERENCE):  # prime's blind baseline, if there
+        path = source[method] / "mia_summary.json"
+        if not path.is_file():
+            continue
+        summary = read_json(path)
+        if summary["method"] != method:
+            continue
+        attack = summary["attacks"][membership.PUBLISHED_ATTACK]
+        found[method] = attack["auroc"]
+        for row in BLIND_ROWS:
+            found.setdefault(row, attack["blind_auroc"])
+    return found
+
+
+def summarise(
+    task: Task,
+    predictions: Predictions,
+    golds: Mapping[str, str],
+    aurocs: Mapping[str, Mapping[str, float]],
+    expected: Sequence[str],
+) -> dict[str, Any]:
+    """The content of summary.json. `expected` are the ids of all test users; other users are left out."""
+    stats = {cell: user_stats(task, by_user, golds) for cell, by_user in predictions.items()}
+    users = {cell: [u for u in expected if u in of_cell] for cell, of_cell in stats.items()}
+    rows: list[dict[str, Any]] = []
+    paired: list[dict[str, Any]] = []
+    present: dict[str, int] = {}
+    for cell in (cell for cell in stats if users[cell]):
+        present[cell.method] = min(present.get(cell.method, len(expected)), len(users[cell]))
+        measured = scores(task, stack(stats[cell], users[cell]))
+        rows.append(cell._asdict() | measured | {"auroc": aurocs.get(cell.method)})
+        other = Cell(REFERENCE, cell.k, cell.profile)
+        both = [u for u in users[cell] if u in stats.get(other, {})]
+        if both and cell != other:
+            paired.append(cell._asdict() | compare(task, stack(stats[cell], both), stack(stats[other], both)))
+    return {
+        "task": task.name,
+        "rows": rows,
+        "paired": paired,
+        "auroc_attack": f"{membership.PUBLISHED_ATTACK} (published: summed token loss), pooled over users; "
+        f"rows {' and '.join(BLIND_ROWS)} are the blind baseline: the same attack on the task-adapted base",
+        "users": {method: {"present": n, "expected": len(expected)} for method, n in present.items()},
+    }
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def write_stage_files(stage_dir: Path, task: Task, golds: Mapping[str, str]) -> list[Path]:
+    """`output-k{k}[-profile].json` and `eval-...` of the stage's own method; returns the paths written."""
+    own = read_settings(stage_dir)["method"]
+    written: list[Path] = []
+    for cell, by_user in predictions_of(read_results(stage_dir)).items():
+        if cell.method != own:
+            continue
+        samples = [{"id": s["id"], "output": s["output"]} for of_user in by_user.values() for s in of_user]
+        answers, right = [s["output"] for s in samples], [golds[s["id"]] for s in samples]
+        files = {
+            f"output-{setting_of(cell)}.json": {"task": task.lamp, "golds": samples},
+            f"eval-{setting_of(cell)}.json": metrics.score(task.metrics, answers, right, task.labels),
+        }
+        for name, content in files.items():
+            write_json(stage_dir / name, content)
+            written.append(stage_dir / name)
+    return written
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """summary.json and the same table as summary.md."""
+    write_json(folder / "summary.json", summary)
+    write_text(folder / "summary.md", f"# {summary['task']}\n\n{markdown(summary)}\n\n{notes(summary)}\n")
+
+
+# --- membership inference
+
+PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
+
+
+def write_attacks(
+    exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int
+) -> dict[str, Any]:
+    """mia_results.json in the published shape, keyed "{user_id}-{index}", and mia_summary.json; the summary."""
+    losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
+    write_json(exp_dir / "mia_results.json", losses)
+    summary = {
+        "method": method,
+        "users": len(users),
+        "on_base": sum(user["on_base"] for user in users),
+        "attacks": membership.attack_table(users, seed=seed),
+        "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed)},
+    }
+    write_json(exp_dir / "mia_summary.json", summary)
+    return summary
+
+
+def attack_table(summary: Mapping[str, Any]) -> str:
+    """A line per attack on the deployed and on the sharers' own adapters, each AUROC beside its blind baseline."""
+    rows = [["attacked", "attack", "AUROC, pooled", "blind", "AUROC, mean of users", "blind"]]
+    parts = {summary["method"]: summary["attacks"], "sharers, unmerged": summary["sharers"]["attacks"]}
+    for attacked, attacks in parts.items():
+        for name, found in attacks.items():
+            keys = ("auroc", "blind_auroc", "user_auroc", "blind_user_auroc")
+            rows.append([attacked, name, *(cell_text(found[key]) for key in keys)])
+    note = (
+        f"{summary['users']} users ({summary['on_base']} deployed the base), {summary['sharers']['users']} sharers. "
+        "blind: the same attack on the task-adapted base, before any merge.\n"
+        "Brackets: 95 % intervals from resampling users."
+    )
+    return f"{aligned(rows)}\n{note}"
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def cell_text(value: Mapping[str, float] | None, sign: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
+
+
+def metric_names(summary: Mapping[str, Any]) -> list[str]:
+    return [m for m in metrics.METRICS if m in summary["rows"][0]]
+
+
+def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and body: method, setting, metrics and AUROC with intervals, and the comparison to prime."""
+    names = metric_names(summary)
+    header = ["method", "k", "profile", *names, "AUROC", f"{names[0]} - {REFERENCE}'s", "better/equal/worse"]
+    paired = {Cell(p["method"], p["k"], p["profile"]): p for p in summary["paired"]}
+    body = []
+    for row in summary["rows"]:
+        pair = paired.get(Cell(row["method"], row["k"], row["profile"]))
+        counts = f"{pair['better']}/{pair['equal']}/{pair['worse']}" if pair else "-"
+        values = [cell_text(row[m]) for m in names] + [cell_text(row["auroc"])]
+        difference = cell_text(pair[names[0]] if pair else None, sign="+")
+        profile = "yes" if row["profile"] else "no"
+        body.append([row["method"], str(row["k"]), profile, *values, difference, counts])
+    return [header, *body]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to equal width, a rule under the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    header, *body = table_rows(summary)
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def notes(summary: Mapping[str, Any]) -> str:
+    """What the reader has to know beside the table: direction, intervals, the attack, missing users."""
+    names = metric_names(summary)
+    directions = ", ".join(f"{'higher' if metrics.METRICS[m].higher_is_better else 'lower'} {m}" for m in names)
+    lines = [
+        f"Better: {directions}. Brackets: 95 % intervals from resampling users.",
+        f"better/equal/worse: users, by {names[0]}, against {REFERENCE}.",
+        f"AUROC of attack {summary['auroc_attack']}.",
+    ]
+    for method, n in summary["users"].items():
+        if n["present"] < n["expected"]:
+            lines.append(f"{method}: partial, {n['present']} of {n['expected']} users.")
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,87 @@
+"""Gradient-free search by ask and tell; it knows nothing of language models.
+
+nevergrad's `CMA` with bounds is a diagonal, elitist CMA-ES with a population of 4 + int(ln d). Candidates of one
+generation do not depend on each other's losses, so a whole generation is asked, evaluated together, and told in ask
+order: the trajectory is bit for bit that of one candidate at a time (num_workers stays 1; a larger one changes it).
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from prime.errors import InputError
+
+with warnings.catch_warnings():  # nevergrad and its dependencies warn on import about packages we do not use
+    warnings.simplefilter("ignore")
+    import nevergrad as ng
+    from nevergrad.optimization import optimizerlib
+
+Evaluate = Callable[[list[np.ndarray]], Sequence[float]]
+
+BOUND = 1.5  # weights live in [-1.5, 1.5] (published)
+SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA"}
+
+
+def optimizer_name(opt_type: str) -> str:
+    """nevergrad's name of `--opt_type`: cma, ngopt, tbpsa, or any name of its registry."""
+    name = SHORT_NAMES.get(opt_type.lower(), opt_type)
+    if name not in ng.optimizers.registry:
+        near = [key for key in ng.optimizers.registry if key.lower().startswith(opt_type.lower()[:3])]
+        hint = f"; did you mean one of {', '.join(sorted(near)[:8])}?" if near else ""
+        raise InputError(f"--opt_type {opt_type}: nevergrad has no such optimizer{hint}")
+    return name
+
+
+def make_optimizer(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> ng.optimizers.base.Optimizer:
+    """An optimizer over arrays of `shape`, started at 0, bounded to +-1.5, with a random state of its own."""
+    space = ng.p.Array(init=np.zeros(shape)).set_bounds(-BOUND, BOUND)
+    space.random_state.seed(seed % 2**32)
+    return ng.optimizers.registry[optimizer_name(opt_type)](space, budget=budget, num_workers=1)
+
+
+def generation_size(optimizer: ng.optimizers.base.Optimizer) -> int:
+    """How many candidates may be asked before telling without changing the search: CMA's population, else 1."""
+    inner = optimizer
+    while hasattr(inner, "optim"):
+        inner = inner.optim
+    return inner._popsize if isinstance(inner, optimizerlib._CMA) else 1
+
+
+def minimise(
+    shape: tuple[int, ...], evaluate: Evaluate, opt_type: str, budget: int, seed: int
+) -> list[tuple[np.ndarray, float]]:
+    """Ask, evaluate, tell until `budget` candidates are evaluated.
+
+    Args:
+        shape: of the weights, `(n,)` or `(n, l)`.
+        evaluate: losses of a list of weight arrays, to be minimised.
+        opt_type: see `optimizer_name`.
+        budget: number of evaluations (published: 10).
+        seed: of the search's own random state.
+
+    Returns:
+        All evaluated points in order, `(weights, loss)`. nevergrad drops a tail shorter than a population, so its
+        recommendation can be worse than the best evaluated point; callers take the best of these.
+    """
+    if budget < 1:
+        return []
+    with warnings.catch_warnings():
+        # Harmless remarks of the optimisers about missing plots and their own tolerances.
+        warnings.filterwarnings("ignore", module=r"(cma|scipy)\.")
+        return _loop(make_optimizer(shape, opt_type, budget, seed), evaluate, budget)
+
+
+def _loop(
+    optimizer: ng.optimizers.base.Optimizer, evaluate: Evaluate, budget: int
+) -> list[tuple[np.ndarray, float]]:
+    history: list[tuple[np.ndarray, float]] = []
+    while len(history) < budget:
+        size = min(generation_size(optimizer), budget - len(history))
+        asked = [optimizer.ask() for _ in range(size)]
+        points = [np.array(candidate.value, dtype=np.float64) for candidate in asked]
+        losses = [float(loss) for loss in evaluate(points)]
+        for candidate, loss in zip(asked, losses, strict=True):
+            optimizer.tell(candidate, loss)
+        history += zip(points, losses, strict=True)
+    return history

@@ -1,0 +1,223 @@
+"""Joint training of many adapters in one bank, each as if it were alone.
+
+Every adapter has its own data order, dropout, AdamW state, gradient clipping and schedule; a step of the bank is one
+batch of every adapter that is not finished yet. The rows of a step are sorted by length and cut into micro-batches by
+a token budget; an adapter's loss is the mean over the target tokens of its own batch, so neither neighbours nor
+micro-batches change it.
+
+Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prime.bank import AdapterBank
+from prime.decode import EncodedRecord
+from prime.errors import InputError
+from prime.runs import derive_seed
+
+TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass on a CPU
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Published settings of the task adapter; anchors use lr 2e-5 and clip 1.0 (FACTS: Per-Pcs, PriME)."""
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 0.3
+    batch_size: int = 6
+    epochs: int = 3
+    dropout: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One adapter's task: its place in the bank, name for messages, seed, and records."""
+
+    place: int
+    name: str
+    seed: int
+    records: Sequence[EncodedRecord]
+
+    def batches(self, settings: TrainSettings) -> list[list[EncodedRecord]]:
+        """All batches of all epochs, in this learner's own order."""
+        found = []
+        for epoch in range(settings.epochs):
+            stream = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+            order = torch.randperm(len(self.records), generator=stream).tolist()
+            for start in range(0, len(order), settings.batch_size):
+                found.append([self.records[i] for i in order[start : start + settings.batch_size]])
+        return found
+
+
+def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
+    """Cosine decay from lr to min_lr by step (published schedule, no warm-up)."""
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(
+    bank: AdapterBank,
+    learners: Sequence[Learner],
+    settings: TrainSettings,
+    max_batch_tokens: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[float]]:
+    """Train the bank's adapters in place.
+
+    Args:
+        bank: filled by `bank.allocate`; learner.place is its row.
+        max_batch_tokens: tokens of a forward and backward pass; 0 = chosen for the device.
+        progress: called with the number of batches just done.
+
+    Returns:
+        Per learner, the loss of every step: mean over the target tokens of its batch, before the update.
+
+    Raises:
+        InputError: a loss that is not finite, naming the learner.
+    """
+    plans = [learner.batches(settings) for learner in learners]
+    optimizers = [
+        _Optimizer(bank, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
+    ]
+    losses: list[list[float]] = [[] for _ in learners]
+    for step in range(max((len(plan) for plan in plans), default=0)):
+        active = [i for i, plan in enumerate(plans) if step < len(plan)]
+        rows = [
+            _Row(i, learners[i].place, number, derive_seed("dropout", learners[i].seed, step, number), record)
+            for i in active
+            for number, record in enumerate(plans[i][step])
+        ]
+        sums = _accumulate(bank, rows, len(learners), settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS)
+        clip_by_adapter(bank.parameters(), settings.clip)
+        for i in active:
+            if not math.isfinite(sums[i]):
+                raise InputError(f"{learners[i].name}: the training loss is {sums[i]} at step {step}; lower --lr")
+            losses[i].append(sums[i])
+            optimizers[i].step(step)
+        for parameter in bank.parameters():
+            parameter.grad = None
+        if progress:
+            progress(len(active))
+    return losses
+
+
+@dataclass(frozen=True)
+class _Row:
+    learner: int
+    place: int
+    number: int  # within the learner's batch
+    noise: int  # seed of this row's dropout
+    record: EncodedRecord
+
+    @property
+    def length(self) -> int:
+        return len(self.record.ids) + len(self.record.target) - 1
+
+
+def _accumulate(bank: AdapterBank, rows: list[_Row], n: int, dropout: float, budget: int) -> list[float]:
+    """Forward and backward over one batch of every learner; returns each learner's loss, gradients stay in the bank."""
+    tokens = [0] * n
+    for row in rows:
+        tokens[row.learner] += len(row.record.target)
+    sums = [0.0] * n
+    for part in _cut(sorted(rows, key=lambda row: (row.length, row.learner, row.number)), budget):
+        nll = row_losses(bank, part, dropout)
+        share = torch.tensor([1 / tokens[row.learner] for row in part], device=nll.device)
+        (nll * share).sum().backward()
+        for row, value in zip(part, (nll.detach() * share).tolist(), strict=True):
+            sums[row.learner] += value
+    return sums
+
+
+def _cut(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
+    """Rows in ascending length, parted so that rows x longest stays within the budget."""
+    part: list[_Row] = []
+    for row in rows:
+        if part and (len(part) + 1) * row.length > budget:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float) -> Tensor:
+    """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
+    texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
+    width = max(map(len, texts))
+    first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
+    labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)
+    places = [row.place for row in rows]
+    with bank.routed(places, dropout_scaler(rows, dropout) if dropout else None):
+        logits = bank.model(input_ids=ids, logits_to_keep=width - first, use_cache=False).logits
+    nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return nll.sum(1)
+
+
+def _labels(record: EncodedRecord, first: int, width: int) -> list[int]:
+    """Next-token targets of columns first .. width - 1; -100 where nothing counts."""
+    before = len(record.ids) - 1 - first
+    return [-100] * before + list(record.target) + [-100] * (width - first - before - len(record.target))
+
+
+def dropout_scaler(rows: list[_Row], rate: float) -> Callable[[int, Tensor], Tensor]:
+    """LoRA dropout whose noise belongs to (adapter seed, step, row, module): the same in any batch."""
+
+    def scale(module: int, x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape, dtype=x.dtype)
+        for place, row in enumerate(rows):
+            stream = torch.Generator().manual_seed((row.noise + module) % 2**63)
+            own = torch.empty(row.length, x.shape[-1], dtype=x.dtype)
+            mask[place, : row.length] = own.bernoulli_(1 - rate, generator=stream)
+        return x * mask.div_(1 - rate).to(x.device)
+
+    return scale
+
+
+def clip_by_adapter(parameters: list[Tensor], limit: float) -> None:
+    """Scale each adapter's gradient to norm at most `limit` over all its tensors, as clip_grad_norm_ does for one."""
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
+    factor = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+
+
+class _Optimizer:
+    """AdamW over one adapter's slices of the stacked factors, with its own cosine schedule."""
+
+    def __init__(self, bank: AdapterBank, place: int, steps: int, settings: TrainSettings):
+        self.stacks, self.place, self.steps, self.settings = bank.parameters(), place, steps, settings
+        self.slices = [torch.nn.Parameter(stack.data[place]) for stack in self.stacks]
+        self.adamw = torch.optim.AdamW(
+            self.slices, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def step(self, step: int) -> None:
+        self.adamw.param_groups[0]["lr"] = cosine_lr(self.settings, step, self.steps)
+        for part, stack in zip(self.slices, self.stacks, strict=True):
+            part.grad = None if stack.grad is None else stack.grad[self.place]
+        self.adamw.step()
+
+
+def train_settings(args: argparse.Namespace) -> TrainSettings:
+    """The training options of a stage script."""
+    return TrainSettings(
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        dropout=args.lora_dropout,
+    )

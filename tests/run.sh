@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the tests: `bash tests/run.sh` all of them, `bash tests/run.sh --fast` without the slow tier (under 90 seconds).
+# Further arguments go to pytest.
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+install_requirements requirements.txt requirements-dev.txt
+cd "$ROOT"
+select=()
+if [ "${1:-}" = "--fast" ]; then
+    select=(-m "not slow")
+    shift
+fi
+exec "$PY" -m pytest "${select[@]}" "$@"

@@ -1,0 +1,194 @@
+"""Embeddings, clustering, the choice of anchors, and the published files."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+from prime import anchors
+from prime.data import User
+from prime.errors import InputError
+from prime.tasks import TASKS
+
+TASK = TASKS["movie_tagging"]
+WORDS = ["[PAD]", "[UNK]", "[EOS]"] + [f"w{i}" for i in range(40)]
+
+
+def save_encoder(folder, kind):
+    """A tiny random encoder (BERT or Llama) with a word tokenizer, as a Hugging Face directory."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    size = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "max_position_embeddings": 24, "pad_token_id": None}
+    special = {"unk_token": "[UNK]"} | ({"pad_token": "[PAD]"} if kind == "bert" else {"eos_token": "[EOS]"})
+    if kind == "bert":
+        BertModel(BertConfig(**size | {"pad_token_id": 0})).save_pretrained(folder)
+    else:
+        LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bert", "llama"])
+def encoder(request, tmp_path_factory):
+    return anchors.load_encoder(str(save_encoder(tmp_path_factory.mktemp(request.param), request.param)))
+
+
+def text(rng, n):
+    return " ".join(WORDS[i] for i in rng.integers(3, len(WORDS), n))
+
+
+def user(name, n_items, seed=0):
+    rng = np.random.default_rng(seed)
+    items = [{"id": str(i), "description": text(rng, 1 + i), "tag": WORDS[3 + i]} for i in range(n_items)]
+    return User(name, tuple(items), ())
+
+
+def test_item_text_holds_every_field_but_the_id():
+    item = {"id": "7", "description": "a heist", "tag": "action"}
+    assert anchors.item_text(item, TASK) == "action\na heist"
+    item = {"id": "7", "title": "t", "abstract": "a", "citation": "c"}
+    assert sorted(anchors.item_text(item, TASKS["citation"]).split("\n")) == ["a", "c", "t"]
+
+
+def test_embedding_is_the_mean_over_own_tokens_whatever_the_batch(encoder):
+    rng = np.random.default_rng(0)
+    texts = [text(rng, n) for n in (3, 9, 1, 5, 20)]
+    together = anchors.embed_texts(texts, encoder)
+    for row, one in zip(together, texts, strict=True):
+        ids = torch.tensor([encoder.tokens(one)])
+        expected = encoder.model(input_ids=ids).last_hidden_state[0].mean(0)
+        assert torch.allclose(row, expected, atol=1e-5)
+    assert torch.allclose(together, anchors.embed_texts(texts, encoder, max_batch_tokens=1), atol=1e-5)
+    assert torch.allclose(together.flip(0), anchors.embed_texts(texts[::-1], encoder), atol=1e-5)
+
+
+def test_long_and_empty_texts_are_embedded(encoder):
+    rng = np.random.default_rng(0)
+    rows = anchors.embed_texts([text(rng, 400), ""], encoder)
+    assert rows.shape == (2, 16) and torch.isfinite(rows).all()
+
+
+def test_user_embedding_is_the_mean_over_items(encoder):
+    users = [user("a", 3), user("b", 5, seed=1), user("c", 3)]
+    rows = anchors.embed_users(users, TASK, encoder)
+    texts = [anchors.item_text(item, TASK) for item in users[1].profile]
+    assert torch.allclose(rows[1], anchors.embed_texts(texts, encoder).mean(0), atol=1e-5)
+    assert torch.allclose(rows[0], rows[2])
+
+
+def test_an_empty_history_is_a_zero_vector_with_a_warning(encoder):
+    with pytest.warns(UserWarning, match="user nobody: empty history"):
+        rows = anchors.embed_users([user("a", 2), user("nobody", 0)], TASK, encoder)
+    assert rows[1].abs().max() == 0 < rows[0].abs().max()
+    with pytest.raises(InputError, match="none of the 1 users"):
+        anchors.embed_users([user("nobody", 0)], TASK, encoder)
+
+
+def test_a_missing_encoder_is_named(tmp_path):
+    with pytest.raises(InputError, match="--encoder .*nothing-here"):
+        anchors.load_encoder(str(tmp_path / "nothing-here"))
+
+
+def test_clusters_are_found_and_repeatable():
+    rng = np.random.default_rng(0)
+    points = torch.tensor(rng.normal(0, 0.01, (30, 4)) + 5 * np.eye(4)[np.arange(30) % 3])
+    labels = anchors.cluster(points, 3)
+    assert labels == anchors.cluster(points, 3)
+    assert len({(i % 3, label) for i, label in enumerate(labels)}) == 3
+
+
+def test_more_clusters_than_candidates_is_refused():
+    with pytest.raises(InputError, match=r"--k 50.* 7 anchor candidates"):
+        anchors.cluster(torch.rand(7, 4), 50)
+
+
+def test_the_most_active_user_of_each_cluster_is_the_anchor():
+    labels = [1, 0, 1, 0, 2, 2]
+    assert anchors.choose_anchors(labels, [11, 40, 30, 40, 10, 9]) == [1, 2]  # cluster 2: only 10 items
+    renamed = [{0: 2, 1: 0, 2: 1}[label] for label in labels]
+    assert anchors.choose_anchors(renamed, [11, 40, 30, 40, 10, 9]) == [1, 2]
+    with pytest.raises(InputError, match="longest profile has 10"):
+        anchors.choose_anchors([0, 0], [3, 10])
+
+
+def test_top_similar_is_cosine_and_stable():
+    near = torch.tensor([[0.0, 2.0], [3.0, 0.0], [9.0, 0.0], [1.0, 1.0]])
+    test = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert anchors.top_similar(test, near, 3) == [[1, 2, 3], [0, 1, 2]]
+    assert anchors.top_similar(test[:1], near, 0) == [[1, 2, 3, 0]]
+    with pytest.raises(InputError, match="--n_sim 5.* to 4"):
+        anchors.top_similar(test, near, 5)
+
+
+def test_selection_is_written_and_read_back(tmp_path):
+    emb, test = torch.rand(5, 3), torch.rand(2, 3)
+    anchors.save_selection(tmp_path / "new", emb, test, [0, 3])
+    assert anchors.load_anchor_idx(tmp_path / "new" / "anchor_user_idx.pt", 5) == [0, 3]
+    assert torch.equal(anchors.load_embeddings(tmp_path / "new" / "user_history_emb.pt", 5), emb)
+    assert torch.equal(anchors.load_embeddings(tmp_path / "new" / "test_user_history_emb.pt", 2), test)
+    assert len(list((tmp_path / "new").iterdir())) == 3
+    with pytest.raises(InputError, match="holds 5 users, the data 6"):
+        anchors.load_embeddings(tmp_path / "new" / "user_history_emb.pt", 6)
+    with pytest.raises(InputError, match="no such file"):
+        anchors.load_anchor_idx(tmp_path / "old" / "anchor_user_idx.pt", 5)
+
+
+def published_file(path, values, module, legacy=False):
+    """A pickled list of numpy scalars as numpy 1 names them (`numpy.core`)."""
+    torch.save(values, path, _use_new_zipfile_serialization=not legacy)
+    rename = (b"numpy._core.multiarray", module)
+    if legacy:
+        path.write_bytes(path.read_bytes().replace(*rename))
+        return path
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content.replace(*rename) if name.endswith("data.pkl") else content)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_the_published_index_file_is_read_safely(tmp_path, module, legacy):
+    path = published_file(tmp_path / "idx.pt", [np.int64(3), np.int64(300), np.int64(0)], module, legacy)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    loaded = anchors.load_anchor_idx(path, 301)
+    assert loaded == [3, 300, 0] and all(type(i) is int for i in loaded)
+    with pytest.raises(InputError, match=r"\[300\] lie outside the 300"):
+        anchors.load_anchor_idx(path, 300)
+
+
+class Harmful:
+    def __reduce__(self):
+        return (print, ("code of the file ran",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[Harmful()], [np.float64(1.5)], [True], [1.5], [], {"a": 1}, [1, 1], torch.rand(2), "text"],
+    ids=["code", "float64", "bool", "float", "empty", "dict", "twice", "floats", "text"],
+)
+def test_anything_else_is_refused_by_name(tmp_path, content, capsys):
+    path = tmp_path / "idx.pt"
+    torch.save(content, path)
+    with pytest.raises(InputError, match="idx.pt"):
+        anchors.load_anchor_idx(path, 10)
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_plain_lists_and_broken_files(tmp_path):
+    path = tmp_path / "idx.pt"
+    torch.save([4, 2], path)
+    assert anchors.load_anchor_idx(path, 5) == [4, 2]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(InputError, match="idx.pt"):
+        anchors.load_anchor_idx(path, 5)

@@ -1,0 +1,170 @@
+"""The embedded demo: its files are what the seed makes, its users differ, its model and tokenizer load."""
+
+import json
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from prime import demo
+from prime.data import load_labels, load_profiles, load_users
+from prime.prompts import history_records, load_templates
+from prime.tasks import TASKS, extract
+
+DATA = Path(__file__).parents[1] / "data" / "demo"
+MODEL = DATA / "model"
+FILES = {"base": "user_base_LLM.json", "anchor": "user_anchor_candidate.json", "test": "test_100/user_test_100.json"}
+tasks = pytest.mark.parametrize("task", list(demo.WORLDS))
+
+
+def read(task: str, split: str) -> list[dict]:
+    return json.loads((DATA / task / FILES[split]).read_text())
+
+
+def test_shipped_data_is_what_the_seed_makes() -> None:
+    for name, text in demo.rendered():
+        assert (DATA / name).read_bytes() == text.encode("ascii"), name
+
+
+def test_command_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["demo", "data", "--out", str(tmp_path)])
+    demo.main()
+    written = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.json")}
+    assert written == {name: (DATA / name).read_bytes() for name, _ in demo.rendered()}
+
+
+def test_demo_is_small() -> None:
+    sizes = [p.stat().st_size for p in DATA.rglob("*") if p.is_file()]
+    assert sum(sizes) <= 6_000_000 and max(sizes) <= 2_900_000
+
+
+@tasks
+def test_data_contract(task: str) -> None:
+    info, users = TASKS[task], []
+    for name in FILES.values():
+        users += load_users(DATA / task / name, info, need_queries=True)
+    ids = [user.user_id for user in users]
+    assert len(set(ids)) == len(ids) == sum(demo.SPLITS.values())
+    assert set(load_profiles(DATA / task / "profile-id2text.json")) == set(ids)
+    records = [r["id"] for u in users for r in u.profile] + [q.id for u in users for q in u.queries]
+    assert len(set(records)) == len(records)
+    for user in users:
+        assert all(extract(info, q.input) is not None for q in user.queries)
+        assert info.labels is None or {q.gold for q in user.queries} <= set(info.labels)
+    test = load_users(DATA / task / FILES["test"], info, need_queries=True)
+    golds = load_labels(DATA / task / "test_100" / "user_test_100_label.json")
+    assert golds == {q.id: q.gold for user in test for q in user.queries}
+    assert len(test) >= 24 and min(len(u.queries) for u in test) >= (30 if task == "movie_tagging" else 15)
+
+
+@tasks
+def test_anchor_candidates_are_active(task: str) -> None:
+    lengths = [len(user["profile"]) for user in read(task, "anchor")]
+    assert min(lengths) > 10 and len(set(lengths)) > 5
+
+
+@tasks
+def test_every_text_is_new(task: str) -> None:
+    """No two records of a task share their text: each has its own fact."""
+    texts = [json.dumps({k: v for k, v in item.items() if k != "id"}) for s in FILES for u in read(task, s) for item in u["profile"]]
+    articles = [extract(TASKS[task], q["input"])[0] for s in FILES for u in read(task, s) for q in u["query"]]
+    assert len(set(texts)) == len(texts) and len(set(articles)) == len(articles)
+
+
+def test_facts_are_unique_and_pretraining_has_others() -> None:
+    shipped = range(sum(demo.SPLITS.values()) * demo.FACTS_PER_USER)
+    assert shipped[-1] < demo.GENERIC_FACTS[0]
+    known = {demo.fact(i) for i in [*shipped, *demo.GENERIC_FACTS]}
+    assert len(known) == len(shipped) + len(demo.GENERIC_FACTS)
+
+
+@tasks
+def test_records_carry_their_fact(task: str) -> None:
+    for place in (0, 45, 93):
+        split = "base" if place < 40 else "anchor" if place < 70 else "test"
+        user = read(task, split)[place - {"base": 0, "anchor": 40, "test": 70}[split]]
+        for i, query in enumerate(user["query"], start=len(user["profile"])):
+            name, number = demo.fact(place * demo.FACTS_PER_USER + i)
+            assert name in query["input"] and number in query["input"]
+
+
+def answers(task: str, archetype: int) -> list[str]:
+    """What two pure users of an archetype answer to the same 60 events."""
+    who = demo.Person(None, demo.archetype_habits(task, archetype), 0)
+    return [demo.WORLDS[task].happen(who, i, demo.Dice("compare", i)).answer for i in range(60)]
+
+
+@tasks
+def test_archetypes_differ(task: str) -> None:
+    made = [answers(task, a) for a in range(demo.ARCHETYPES)]
+    agree = [sum(x == y for x, y in zip(a, b, strict=True)) / 60 for a, b in combinations(made, 2)]
+    assert max(agree) < 0.8 and sum(agree) / len(agree) < 0.6
+    assert made[0] == answers(task, 0)
+
+
+def test_quirks_and_noise_leave_the_archetype_visible() -> None:
+    kept = Counter()
+    for i in range(200):
+        who = demo.person("news_headline", 2, 0, demo.Dice("quirk", i))
+        kept.update(value == 2 for value in who.habits.values())
+    assert 0.7 < kept[True] / kept.total() < 0.95
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+def texts() -> list[str]:
+    """Texts of all tasks, prompts included, and some that are none of this world."""
+    found = ["naïve 漢字 ☃", "tabs\tand\n\nbreaks \n", "two  spaces", "a"]
+    for name in demo.WORLDS:
+        users = load_users(DATA / name / FILES["test"], TASKS[name], need_queries=True)[:3]
+        templates = load_templates(None, TASKS[name])
+        records = [r for u in users for r in history_records(u, TASKS[name], templates, "Likes tea.")]
+        found += [r.input + r.target for r in records] + [q.input for u in users for q in u.queries]
+    return found
+
+
+def test_tokenizer_gives_bos_and_sentencepiece_ids() -> None:
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(MODEL / "tokenizer.model"))
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id) == (1, 2, 0)
+    for text in texts():
+        assert tokenizer(text).input_ids == [1, *oracle.encode(text)]
+        assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_model_loads_and_is_tiny() -> None:
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    assert 0.8e6 < model.num_parameters() < 1.3e6
+    assert model.config.max_position_embeddings >= 2048
+    with safe_open(MODEL / "model.safetensors", "pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_pretraining_documents_are_reproducible_and_of_other_people() -> None:
+    from prime.demo_model import document, text_of
+
+    made = [text_of(document(n)) for n in range(200)]
+    assert made == [text_of(document(n)) for n in range(200)]
+    shipped = {item.get("description") for user in read("movie_tagging", "anchor") for item in user["profile"]}
+    assert not any(text in line for line in made for text in shipped)
+
+
+def test_pretraining_weighs_answers() -> None:
+    from tokenizers import Tokenizer
+
+    from prime.demo_model import OTHER_TOKENS, document, encode
+
+    tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+    pieces = [("given a film -> ", False), ("comedy\n", True), ("next ", False)]
+    ids, weights = encode(tokenizer, pieces)
+    heavy = tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w == 1.0])
+    assert heavy.strip() == "comedy" and len(ids) == len(weights) and OTHER_TOKENS < 1
+    assert len(encode(tokenizer, document(0))[0]) > 10

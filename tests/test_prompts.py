@@ -1,0 +1,398 @@
+"""Records and prompts of all tasks, letter for letter, and what a template file may hold."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from prime.data import Query, User
+from prime.errors import InputError
+from prime.prompts import (
+    KEYS,
+    TEMPLATES,
+    Prompt,
+    Record,
+    history_records,
+    load_templates,
+    task_records,
+    test_prompts,
+)
+from prime.tasks import TASKS
+
+TAGS = (
+    "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, psychology, fantasy, "
+    "romance, thought-provoking, social commentary, violence, true story"
+)
+CATEGORIES = (
+    "food & drink, sports, education, parents, religion, travel, business, crime, science & technology, "
+    "culture & arts, entertainment, politics, women, style & beauty, healthy living"
+)
+# One user per task: two history items, one query; {x} and {0} in texts must stay as they are.
+ITEMS: dict[str, list[dict[str, str]]] = {
+    "citation": [
+        {"id": "1", "title": "Deep {x} nets", "abstract": "We dig.", "citation": "Wide nets"},
+        {"id": "2", "title": "Old trees", "abstract": "We cut.", "citation": "Older trees"},
+    ],
+    "movie_tagging": [
+        {"id": "1", "description": "A robot {x} paints.", "tag": "sci-fi"},
+        {"id": "2", "description": "Two thieves.", "tag": "romance"},
+    ],
+    "news_categorize": [
+        {"id": "1", "text": "The cup {x} final.", "title": "Cup", "category": "sports"},
+        {"id": "2", "text": "A bank falls.", "title": "Bank", "category": "business"},
+    ],
+    "product_rating": [
+        {"id": "1", "text": "Broke {x} soon.", "score": "2"},
+        {"id": "2", "text": "Lasts long.", "score": "5"},
+    ],
+    "news_headline": [
+        {"id": "1", "text": "The cup {x} final.", "title": "Cup goes north"},
+        {"id": "2", "text": "A bank falls.", "title": "Bank down"},
+    ],
+    "scholarly_title": [
+        {"id": "1", "title": "Nets", "abstract": "We {x} dig."},
+        {"id": "2", "title": "Trees", "abstract": "We cut."},
+    ],
+    "tweet_paraphrase": [{"id": "1", "text": "rain {x} again"}, {"id": "2", "text": "sun at last"}],
+}
+INPUTS = {
+    "citation": (
+        'For an author who has written the paper with the title "New {0} nets", which reference is related? '
+        'Just answer with [1] or [2] without explanation. [1]: "Nets" [2]: "Fish"'
+    ),
+    "movie_tagging": "Which tag? tags: [sci-fi, comedy] description: A {0} duel.",
+    "news_categorize": "Which category? categories: [sports] article: A {0} duel.",
+    "product_rating": "What score? just answer with 1 or 2 without further explanation. review: A {0} duel.",
+    "news_headline": "Generate a headline for the following article: A {0} duel.",
+    "scholarly_title": "Generate a title for the following abstract of a paper: A {0} duel.",
+    "tweet_paraphrase": ("Paraphrase the following tweet without any explanation before or after it: A {0} duel."),
+}
+# task: (input and target of each item's record, history line of item 2, test prompt, gold)
+EXPECTED: dict[str, tuple[list[tuple[str, str]], str, str, str]] = {
+    "citation": (
+        [
+            ("Which reference does this paper cite?\nPaper: Deep {x} nets Reference:", " Wide nets"),
+            ("Which reference does this paper cite?\nPaper: Old trees Reference:", " Older trees"),
+        ],
+        "Paper: Old trees Reference: Older trees\n",
+        "Which reference does this paper cite, [1] or [2]?\nPaper: New {0} nets [1]: Nets [2]: Fish Reference:",
+        "[2]",
+    ),
+    "movie_tagging": (
+        [
+            (f"Choose the tag that fits the movie: {TAGS}.\nMovie: A robot {{x}} paints. Tag:", " sci-fi"),
+            (f"Choose the tag that fits the movie: {TAGS}.\nMovie: Two thieves. Tag:", " romance"),
+        ],
+        "Movie: Two thieves. Tag: romance\n",
+        f"Choose the tag that fits the movie: {TAGS}.\nMovie: A {{0}} duel. Tag:",
+        "comedy",
+    ),
+    "news_categorize": (
+        [
+            (
+                f"Choose the category of the article: {CATEGORIES}.\nArticle: The cup {{x}} final. Category:",
+                " sports",
+            ),
+            (f"Choose the category of the article: {CATEGORIES}.\nArticle: A bank falls. Category:", " business"),
+        ],
+        "Article: A bank falls. Category: business\n",
+        f"Choose the category of the article: {CATEGORIES}.\nArticle: A {{0}} duel. Category:",
+        "sports",
+    ),
+    "product_rating": (
+        [
+            ("Guess the score of the review, 1 to 5.\nReview: Broke {x} soon. Score:", " 2"),
+            ("Guess the score of the review, 1 to 5.\nReview: Lasts long. Score:", " 5"),
+        ],
+        "Review: Lasts long. Score: 5\n",
+        "Guess the score of the review, 1 to 5.\nReview: A {0} duel. Score:",
+        "4",
+    ),
+    "news_headline": (
+        [
+            ("Write the headline of the article.\nArticle: The cup {x} final. Headline:", " Cup goes north"),
+            ("Write the headline of the article.\nArticle: A bank falls. Headline:", " Bank down"),
+        ],
+        "Article: A bank falls. Headline: Bank down\n",
+        "Write the headline of the article.\nArticle: A {0} duel. Headline:",
+        "Duel at {1}",
+    ),
+    "scholarly_title": (
+        [
+            ("Write the title of the paper.\nAbstract: We {x} dig. Title:", " Nets"),
+            ("Write the title of the paper.\nAbstract: We cut. Title:", " Trees"),
+        ],
+        "Abstract: We cut. Title: Trees\n",
+        "Write the title of the paper.\nAbstract: A {0} duel. Title:",
+        "Duels",
+    ),
+    "tweet_paraphrase": (
+        [("Tweet:", " rain {x} again"), ("Tweet:", " sun at last")],
+        "Tweet: sun at last\n",
+        "Say this in a tweet of your own.\nText: A {0} duel. Tweet:",
+        "duel it is",
+    ),
+}
+PAIRED_HISTORY = {  # the first item, as the second one retrieves it
+    "movie_tagging": "Movie: A robot {x} paints. Tag: sci-fi\n",
+    "product_rating": "Review: Broke {x} soon. Score: 2\n",
+    "news_headline": "Article: The cup {x} final. Headline: Cup goes north\n",
+    "scholarly_title": "Abstract: We {x} dig. Title: Nets\n",
+}
+NAMES = list(TASKS)
+
+
+def make_user(name: str) -> User:
+    return User("u/7", tuple(ITEMS[name]), (Query("q9", INPUTS[name], EXPECTED[name][3]),))
+
+
+def movie_user(*texts: str, tags: tuple[str, ...] = ()) -> User:
+    items = [{"id": str(i), "description": text, "tag": tags[i] if tags else "comedy"} for i, text in enumerate(texts)]
+    return User("7", tuple(items), (Query("q", "tags: [] description: alpha beta", "action"),))
+
+
+def movies(user: User, profile_text: str | None = "p", **options) -> list[Record]:
+    return history_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], profile_text, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_history_records(name: str) -> None:
+    records = history_records(make_user(name), TASKS[name], load_templates(None, TASKS[name]), "likes {0} rain")
+    (first, second) = EXPECTED[name][0]
+    expected = [Record("uu/7-1", *first), Record("uu/7-2", *second)]
+    if name in PAIRED_HISTORY:
+        head = f"### User Profile:\nlikes {{0}} rain\n\n### User History:\n{PAIRED_HISTORY[name]}\n\n"
+        expected.append(Record("uu/7-2-k1-p", head + second[0], second[1]))
+    assert records == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_the_test(name: str) -> None:
+    task, templates = TASKS[name], load_templates(None, TASKS[name])
+    user, (_, line, prompt, _) = make_user(name), EXPECTED[name]
+    assert test_prompts(user, task, templates, 0, None) == [Prompt("q9", prompt)]
+    assert test_prompts(user, task, templates, 0, "p") == [Prompt("q9", f"### User Profile:\np\n\n{prompt}")]
+    # no word in common with both items: the tie goes to the later one
+    two = User("7", user.profile, (Query("q9", user.queries[0].input.replace("nets", "x"), None),))
+    prompt = prompt.replace("nets", "x")
+    text = f"### User History:\n{line}\n\n{prompt}"
+    assert test_prompts(two, task, templates, 1, None) == [Prompt("q9", text)]
+    assert test_prompts(two, task, templates, 1, "p") == [Prompt("q9", f"### User Profile:\np\n\n{text}")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_task_records(name: str) -> None:
+    task, user, (_, _, prompt, gold) = TASKS[name], make_user(name), EXPECTED[name]
+    (record,) = task_records(user, task, TEMPLATES[name], "likes {0} rain")
+    assert record.id == "uu/7-qq9" and record.target == f" {gold}"
+    (asked,) = test_prompts(user, task, TEMPLATES[name], 1, "likes {0} rain")
+    assert record.input == asked.text and record.input.endswith(prompt)
+    (bare,) = task_records(user, task, TEMPLATES[name], None)
+    assert bare.input.startswith("### User Profile:\n\n\n### User History:\n")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs_are_not_changed(name: str) -> None:
+    user, templates = make_user(name), load_templates(None, TASKS[name])
+    long = User("8", tuple(item | {"id": "w " * 900} for item in user.profile), user.queries)
+    before = copy.deepcopy((user, long, templates))
+    for one in (user, long):
+        history_records(one, TASKS[name], templates, None)
+        task_records(one, TASKS[name], templates, "p")
+        test_prompts(one, TASKS[name], templates, 4, "p")
+    assert (user, long, templates) == before
+    templates["prompt"] = "changed"
+    assert load_templates(None, TASKS[name]) == before[2]
+
+
+def test_asked_at_test_as_learned_from_history() -> None:
+    user = movie_user("alpha beta")
+    (record,) = movies(user)
+    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 0, None)
+    assert record.input == prompt.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_space_before_the_answer(name: str) -> None:
+    rows = TEMPLATES[name]
+    assert all(rows[key] == rows[key].rstrip() for key in ("prompt", "OPPU_input"))
+    assert rows["full_prompt"] == rows["prompt"] + " {}"
+    assert rows["OPPU_full"] == rows["OPPU_input"] + f" {{{TASKS[name].target}}}"
+
+
+def test_recent_k_takes_the_last() -> None:
+    user = movie_user(*(f"film {i}" for i in range(60)))
+    ids = [record.id for record in movies(user) if not record.id.endswith("-p")]
+    assert ids == [f"u7-{i}" for i in range(10, 60)]  # 50 by default
+    assert [record.id for record in movies(user, recent_k=2)] == ["u7-58", "u7-59", "u7-59-k1-p"]
+    assert len(movies(user, recent_k=0)) == 60 + 59
+    assert movies(user, recent_k=60) == movies(user, recent_k=100) == movies(user, recent_k=0)
+    with pytest.raises(ValueError, match="recent_k is -1"):
+        movies(user, recent_k=-1)
+
+
+def test_second_record_sees_only_earlier_items_of_the_window() -> None:
+    texts = ("robot war", "deep sea", "love song", "old king", "robot war", "robot war")
+    user = movie_user(*texts, tags=("t0", "t1", "t2", "t3", "t4", "t5"))
+
+    def retrieved(recent_k: int) -> dict[str, str]:
+        paired = [record for record in movies(user, recent_k=recent_k) if record.id.endswith("-k1-p")]
+        return {r.id: r.input.split("### User History:\n")[1].split("\n\n\n")[0][-2:] for r in paired}
+
+    found = retrieved(0)
+    assert found["u7-4-k1-p"] == "t0"  # not itself, not item 5
+    assert found["u7-1-k1-p"] == "t0"  # the only earlier one
+    assert retrieved(5)["u7-4-k1-p"] == "t3"  # item 0 is outside: no match, the latest
+    assert "u7-1-k1-p" not in retrieved(5)  # the first of the window has nothing earlier
+
+
+def test_cut_to_768_and_368_words() -> None:
+    long = " ".join(f"w{i}" for i in range(1000))
+    tag = " ".join(f"t{i}" for i in range(1000))
+    records = movies(movie_user(long, "a \n b", tags=(tag, "x")))
+    assert records[0].input.endswith(" w766 w767 Tag:")
+    assert records[0].target.endswith(" t766 t767")
+    assert records[1].input.endswith("\nMovie: a b Tag:")
+    history = records[2].input.split("### User History:\n")[1].split("\n\n\n")[0]
+    assert " w366 w367 Tag: t0 " in history and history.endswith(" t366 t367")
+    (prompt,) = test_prompts(movie_user(long), TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)
+    assert " w366 w367 Tag: comedy\n" in prompt.text and "w368" not in prompt.text
+
+
+def test_k_items_best_first() -> None:
+    user = movie_user("gamma", "alpha beta", "beta", "delta", "eps", "zeta", "eta")
+    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 3, None)
+    head = "### User History:\nMovie: alpha beta Tag: comedy\nMovie: beta Tag: comedy\nMovie: eta Tag: comedy\n\n\n"
+    assert prompt.text.startswith(head)
+    (everything,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 99, None)
+    assert everything.text.count("Tag: comedy\n") == 7
+
+
+def test_nothing_to_retrieve_leaves_no_header() -> None:
+    user, task = movie_user(), TASKS["movie_tagging"]
+    (plain,) = test_prompts(user, task, TEMPLATES["movie_tagging"], 0, None)
+    assert test_prompts(user, task, TEMPLATES["movie_tagging"], 4, None) == [plain]
+    (record,) = task_records(user, task, TEMPLATES["movie_tagging"], "p")
+    assert record.input == "### User Profile:\np\n\n" + plain.text
+    assert movies(user) == []
+
+
+def test_without_profile_text_the_second_record_has_an_empty_one() -> None:
+    records = movies(movie_user("a", "b"), None)
+    assert records[2].input.startswith("### User Profile:\n\n\n### User History:\nMovie: a Tag: comedy\n\n\n")
+
+
+def test_query_without_its_words() -> None:
+    user = User("7", (), (Query("q", "just this text", "x"),))
+    (prompt,) = test_prompts(user, TASKS["news_headline"], TEMPLATES["news_headline"], 0, None)
+    assert prompt.text.endswith("\nArticle: just this text Headline:")
+    with pytest.raises(InputError, match="user 7: query q: no title and two options"):
+        test_prompts(user, TASKS["citation"], TEMPLATES["citation"], 0, None)
+
+
+def test_training_needs_gold() -> None:
+    user = User("7", (), (Query("q", INPUTS["movie_tagging"], None),))
+    with pytest.raises(InputError, match="user 7: query q: no field 'gold'"):
+        task_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], "p")
+
+
+# --- template files ---
+
+
+def templates(name: str = "movie_tagging", **changes: object) -> dict[str, object]:
+    return {name: TEMPLATES[name] | changes}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_templates_pass_the_check(write, name: str) -> None:
+    assert load_templates(write("t.json", templates(name)), TASKS[name]) == TEMPLATES[name]
+
+
+def test_file_replaces_the_wording(write) -> None:
+    changed = templates(
+        prompt="Q {{literal}} {} A:",
+        full_prompt="Q {{literal}} {} A:{}",
+        OPPU_input="{id}: {description}\n",
+        OPPU_full="{id}: {description}\n{tag}!",
+        extra="ignored",
+    )
+    loaded = load_templates(write("t.json", changed), TASKS["movie_tagging"])
+    assert set(loaded) == set(KEYS)
+    user = movie_user("a film")
+    assert history_records(user, TASKS["movie_tagging"], loaded, None) == [Record("u7-0", "0: a film\n", "comedy!")]
+    (record,) = task_records(User("7", (), user.queries), TASKS["movie_tagging"], loaded, "p")
+    assert (record.input, record.target) == ("### User Profile:\np\n\nQ {literal} alpha beta A:", "action")
+
+
+NAMED = "not allowed, only {id}, {description}, {tag}"
+BAD: list[tuple[dict[str, object], str]] = [
+    ({"OPPU_input": "{description.__class__}"}, f"key 'OPPU_input': field '{{description.__class__}}': {NAMED}"),
+    ({"OPPU_input": "{description[0]}"}, f"key 'OPPU_input': field '{{description[0]}}': {NAMED}"),
+    ({"OPPU_input": "{title}"}, f"key 'OPPU_input': field '{{title}}': {NAMED}"),
+    ({"OPPU_input": "{}"}, f"key 'OPPU_input': field '{{}}': {NAMED}"),
+    ({"OPPU_full": "{0}"}, f"key 'OPPU_full': field '{{0}}': {NAMED}"),
+    ({"retrieval_query": "{}"}, f"key 'retrieval_query': field '{{}}': {NAMED}"),
+    (
+        {"retrieval_history": "{description!r}"},
+        "key 'retrieval_history': field '{description}': conversions and formats are not allowed",
+    ),
+    (
+        {"retrieval_history": "{description:{tag}}"},
+        "key 'retrieval_history': field '{description}': conversions and formats are not allowed",
+    ),
+    ({"prompt": "{:>9999999999}"}, "key 'prompt': field '{}': conversions and formats are not allowed"),
+    ({"prompt": "{0.__class__}"}, "key 'prompt': field '{0.__class__}': not allowed, only {}"),
+    ({"prompt": "{article}"}, "key 'prompt': field '{article}': not allowed, only {}"),
+    ({"prompt": "no article"}, "key 'prompt': field '{}': found 0 times, expected 1"),
+    ({"full_prompt": "{}"}, "key 'full_prompt': field '{}': found 1 times, expected 2"),
+    ({"retrieval_query_wokey": "{} {}"}, "key 'retrieval_query_wokey': field '{}': found 2 times, expected 1"),
+    ({"full_prompt": "other {} {}"}, "key 'full_prompt': must begin with 'prompt' and add the answer"),
+    ({"OPPU_full": "other {tag}"}, "key 'OPPU_full': must begin with 'OPPU_input' and add the answer"),
+    (
+        {"OPPU_full": TEMPLATES["movie_tagging"]["OPPU_input"]},
+        "key 'OPPU_full': must begin with 'OPPU_input' and add the answer",
+    ),
+    ({"prompt": None}, "key 'prompt': not a text"),
+    (
+        {"prompt": "a } b"},
+        "key 'prompt': Single '}' encountered in format string (a literal brace is written {{ or }})",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), BAD)
+def test_bad_template(write, changes: dict[str, object], told: str) -> None:
+    path = write("t.json", templates(**changes))
+    with pytest.raises(InputError) as caught:
+        load_templates(path, TASKS["movie_tagging"])
+    assert str(caught.value) == f"{path}: task 'movie_tagging': {told}"
+
+
+def test_all_problems_of_a_template_file(write) -> None:
+    rows = templates(prompt="{x} {y}", OPPU_full="{z}")
+    del rows["movie_tagging"]["retrieval_query"]  # type: ignore[attr-defined]
+    with pytest.raises(InputError) as caught:
+        load_templates(write("t.json", rows), TASKS["movie_tagging"])
+    assert [line.split("movie_tagging': ")[1] for line in str(caught.value).splitlines()] == [
+        "key 'prompt': field '{x}': not allowed, only {}",
+        "key 'prompt': field '{y}': not allowed, only {}",
+        "key 'retrieval_query': missing",
+        f"key 'OPPU_full': field '{{z}}': {NAMED}",
+    ]
+
+
+@pytest.mark.parametrize("value", [{}, [], {"movie_tagging": []}, templates("citation")])
+def test_file_without_the_task(write, value: object) -> None:
+    path = write("t.json", value)
+    with pytest.raises(InputError) as caught:
+        load_templates(path, TASKS["movie_tagging"])
+    assert str(caught.value) == f"{path}: no templates for task 'movie_tagging'"
+
+
+def test_citation_template_counts(write) -> None:
+    path = write("t.json", templates("citation", prompt="{}", full_prompt="{} {}"))
+    with pytest.raises(InputError) as caught:
+        load_templates(path, TASKS["citation"])
+    assert "key 'prompt': field '{}': found 1 times, expected 3" in str(caught.value)
+    assert "key 'full_prompt': field '{}': found 2 times, expected 4" in str(caught.value)

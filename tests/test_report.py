@@ -1,0 +1,173 @@
+"""The table of a run: gathering, scores, pairs, files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from prime import report
+from prime.errors import InputError
+from prime.metrics import METRICS
+from prime.runs import Run, read_json
+from prime.tasks import TASKS
+
+TASK = TASKS["movie_tagging"]
+TAGS = TASK.labels[:3]
+USERS = [str(u) for u in range(6)]
+
+
+def golds_of(users=USERS, n=4):
+    return {f"{u}-{i}": TAGS[(int(u) + i) % 3] for u in users for i in range(n)}
+
+
+def answers(user, right, n=4):
+    """The first `right` samples answered correctly, the others with an unknown label."""
+    gold = golds_of([user], n)
+    return [{"id": key, "output": gold[key] if i < right else "?"} for i, key in enumerate(gold)]
+
+
+def write_stage(folder, stage, method, predictions_of_user, users=USERS):
+    run = Run(folder, stage, method, {"task_name": "movie_tagging"})
+    for index, user in enumerate(users):
+        run.finish(user, {"user_id": user, "index": index, "predictions": predictions_of_user(user)})
+    return folder
+
+
+@pytest.fixture
+def output(tmp_path):
+    """A run with two stages: the base gets 1 of 4 right, the task LoRA 2, prime 3 (users 0 and 1: 2)."""
+    base = {"k0": 1, "k2": 2, "k2-profile": 1}
+    write_stage(
+        tmp_path / "task-base_LLM", "task_lora", "task_lora",
+        lambda u: {"base": {s: answers(u, r) for s, r in base.items()}, "task_lora": {"k0": answers(u, 2)}},
+    )  # fmt: skip
+    write_stage(
+        tmp_path / "LoRA-Composition-evo", "lora_composition_evo", "prime",
+        lambda u: {"prime": {"k0": answers(u, 2 if u in "01" else 3), "k2-profile": answers(u, 4)},
+                   "uniform": {"k0": answers(u, 2 if u in "012" else 4)}},
+    )  # fmt: skip
+    return tmp_path
+
+
+def summary_of(output, stage="LoRA-Composition-evo", expected=USERS):
+    predictions, source = report.gather(output / stage, TASK)
+    return report.summarise(TASK, predictions, golds_of(), report.attack_results(source), expected)
+
+
+def row(rows, method, k=0, profile=False):
+    return next(r for r in rows if (r["method"], r["k"], r["profile"]) == (method, k, profile))
+
+
+def test_rows_come_in_order_and_the_base_with_retrieval_is_rag(output):
+    keys = [(r["method"], r["k"], r["profile"]) for r in summary_of(output)["rows"]]
+    assert keys == [
+        ("base", 0, False), ("task_lora", 0, False), ("uniform", 0, False), ("prime", 0, False),
+        ("rag", 2, False), ("rag", 2, True), ("prime", 2, True),
+    ]  # fmt: skip
+
+
+def test_scores_carry_intervals(output):
+    rows = summary_of(output)["rows"]
+    assert row(rows, "base")["accuracy"] == {"mean": 0.25, "low": 0.25, "high": 0.25}
+    prime = row(rows, "prime")["accuracy"]
+    assert prime["mean"] == pytest.approx((2 * 2 + 4 * 3) / 24)
+    assert prime["low"] < prime["mean"] < prime["high"]
+    assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1", "auroc"}
+
+
+def test_comparison_is_paired_by_user(output):
+    pair = row(summary_of(output)["paired"], "uniform")
+    assert (pair["better"], pair["equal"], pair["worse"]) == (3, 2, 1)
+    assert pair["accuracy"]["mean"] == pytest.approx((3 * 2 + 3 * 4) / 24 - 16 / 24)
+    assert [p["method"] for p in summary_of(output)["paired"]] == ["base", "task_lora", "uniform", "rag"]
+
+
+def test_lower_is_better_for_error_metrics():
+    task = TASKS["product_rating"]
+    good, bad = np.array([[1.0, 4.0]]), np.array([[8.0, 4.0]])
+    stats = [{"MAE": s, "RMSE": s} for s in (good, bad)]
+    compared = report.compare(task, *stats)
+    assert (compared["better"], compared["worse"]) == (1, 0)
+    assert compared["MAE"]["mean"] == -1.75 and not METRICS["MAE"].higher_is_better
+
+
+def test_partial_runs_are_scored_and_told(output):
+    write_stage(output / "oppu", "oppu", "oppu", lambda u: {"oppu": {"k0": answers(u, 4)}}, USERS[:2])
+    summary = summary_of(output)
+    assert row(summary["rows"], "oppu")["accuracy"]["mean"] == 1.0
+    assert summary["users"]["oppu"] == {"present": 2, "expected": 6}
+    pair = row(summary["paired"], "oppu")
+    assert pair["accuracy"]["mean"] == pytest.approx(0.5) and pair["better"] == 2
+    assert "oppu: partial, 2 of 6 users" in report.notes(summary)
+    assert "prime: partial" not in report.notes(summary)
+
+
+def test_the_named_stage_wins_over_another_with_the_same_method(output):
+    write_stage(output / "LoRA-Composition-evo-b30", "lora_composition_evo", "prime",
+                lambda u: {"prime": {"k0": answers(u, 4)}})  # fmt: skip
+    for stage, accuracy in (("LoRA-Composition-evo", 16 / 24), ("LoRA-Composition-evo-b30", 1.0)):
+        rows = summary_of(output, stage)["rows"]
+        assert row(rows, "prime")["accuracy"]["mean"] == pytest.approx(accuracy)
+    assert row(summary_of(output, "task-base_LLM")["rows"], "prime")["accuracy"]["mean"] == pytest.approx(16 / 24)
+
+
+def test_auroc_of_the_published_attack_and_its_blind_baseline(output):
+    assert all(r["auroc"] is None for r in summary_of(output)["rows"])
+    values = {name: {"mean": m, "low": m - 0.1, "high": m + 0.1} for name, m in (("auroc", 0.7), ("blind_auroc", 0.6))}
+    content = {"method": "prime", "attacks": {"loss": values, "calibrated": {}}}
+    (output / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
+    summary = summary_of(output)
+    assert row(summary["rows"], "prime")["auroc"] == values["auroc"]
+    assert row(summary["rows"], "base")["auroc"] == values["blind_auroc"]
+    assert row(summary["rows"], "uniform")["auroc"] is None
+    assert summary["auroc_attack"].startswith("loss")
+
+
+def test_published_files_of_the_stages_own_method(output):
+    stage = output / "LoRA-Composition-evo"
+    written = report.write_stage_files(stage, TASK, golds_of())
+    assert sorted(p.name for p in written) == [
+        "eval-k0.json", "eval-k2-profile.json", "output-k0.json", "output-k2-profile.json",
+    ]  # fmt: skip
+    content = read_json(stage / "output-k0.json")
+    assert content["task"] == "LaMP_2M" and content["golds"][0] == {"id": "0-0", "output": TAGS[0]}
+    assert len(content["golds"]) == 24
+    assert read_json(stage / "eval-k0.json")["accuracy"] == pytest.approx(16 / 24)
+
+
+def test_missing_golds_are_named(output):
+    predictions, _ = report.gather(output / "task-base_LLM", TASK)
+    golds = golds_of()
+    del golds["3-1"], golds["5-0"]
+    with pytest.raises(InputError, match=r"labels.json: no gold for 2 .*: 3-1, 5-0"):
+        report.check_golds(predictions, golds, output / "labels.json")
+
+
+def test_a_folder_without_results_names_the_stage_to_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="run the stage .*lora_composition_evo.py"):
+            report.check_stage(folder, TASK)
+    Run(tmp_path, "train_anchor_peft", "anchors", {}).finish("1", {"user_id": "1", "index": 0})
+    with pytest.raises(InputError, match="run the stage"):
+        report.check_stage(tmp_path, TASK)
+
+
+def test_stages_of_another_task_are_refused_or_left_out(output):
+    other = TASKS["news_categorize"]
+    with pytest.raises(InputError, match="made for task movie_tagging, not news_categorize"):
+        report.check_stage(output / "LoRA-Composition-evo", other)
+    Run(output / "a-other", "oppu", "oppu", {"task_name": other.name}).finish(
+        "0", {"user_id": "0", "index": 0, "predictions": {"oppu": {"k0": answers("0", 4)}}}
+    )
+    assert "oppu" not in report.gather(output / "LoRA-Composition-evo", TASK)[1]
+
+
+def test_table_and_files(output):
+    summary = summary_of(output)
+    lines = report.aligned(report.table_rows(summary)).splitlines()
+    assert lines[0].split()[:5] == ["method", "k", "profile", "accuracy", "f1"]
+    assert len(lines) == 2 + len(summary["rows"])
+    assert lines[0].index("accuracy") == lines[2].index("0.250")
+    report.write_summary(output, summary)
+    assert read_json(output / "summary.json") == json.loads(json.dumps(summary))
+    assert "| prime | 0 | no | 0.667 [" in (output / "summary.md").read_text()

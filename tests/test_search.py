@@ -1,0 +1,138 @@
+"""The search against plain nevergrad, asked and told one candidate at a time."""
+
+import nevergrad as ng
+import numpy as np
+import pytest
+
+from prime.errors import InputError
+from prime.search import BOUND, generation_size, make_optimizer, minimise, optimizer_name
+
+
+def loss(weights: np.ndarray) -> float:
+    """A rotated bowl with ripples; its minimum is outside the box, so that bounds matter."""
+    flat = np.asarray(weights).ravel()
+    slope = np.cumsum(flat) - 2.0
+    return float(np.sum(slope**2) + 0.3 * np.sum(np.sin(5 * flat)))
+
+
+def one_at_a_time(name: str, shape: tuple[int, ...], budget: int, seed: int) -> list[tuple[np.ndarray, float]]:
+    """nevergrad as its manual shows it."""
+    space = ng.p.Array(init=np.zeros(shape)).set_bounds(-1.5, 1.5)
+    space.random_state = np.random.RandomState(seed)
+    optimizer = ng.optimizers.registry[name](space, budget=budget, num_workers=1)
+    history = []
+    for _ in range(budget):
+        candidate = optimizer.ask()
+        value = loss(candidate.value)
+        history.append((candidate.value.copy(), value))
+        optimizer.tell(candidate, value)
+    return history
+
+
+def batched(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> tuple[list, list[int]]:
+    """The history and the sizes of the batches."""
+    sizes: list[int] = []
+
+    def evaluate(points: list[np.ndarray]) -> list[float]:
+        sizes.append(len(points))
+        return [loss(point) for point in points]
+
+    return minimise(shape, evaluate, opt_type, budget, seed), sizes
+
+
+def assert_same(one: list, other: list) -> None:
+    assert len(one) == len(other)
+    for (x, fx), (y, fy) in zip(one, other, strict=True):
+        assert np.array_equal(x, y) and fx == fy
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+@pytest.mark.parametrize("budget", [7, 10, 23])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_generation_at_once_is_the_trajectory_one_at_a_time(shape: tuple[int, ...], budget: int, seed: int) -> None:
+    found, sizes = batched(shape, "cma", budget, seed)
+    assert_same(found, one_at_a_time("CMA", shape, budget, seed))
+    population = 4 + int(np.log(np.prod(shape)))
+    full, rest = divmod(budget, population)
+    assert sizes == [population] * full + [rest] * (rest > 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["NGOpt", "TBPSA", "OnePlusOne", "DiagonalCMA", "FCMA", "DE", "PSO", "ChainCMAPowell", "NGOpt8"]
+)
+def test_other_optimisers_keep_their_trajectory(name: str) -> None:
+    found, _ = batched((3,), name, 17, 1)
+    assert_same(found, one_at_a_time(name, (3,), 17, 1))
+
+
+@pytest.mark.parametrize("opt_type", ["cma", "ngopt", "tbpsa", "RandomSearch"])
+@pytest.mark.parametrize("budget", [1, 4, 12])
+def test_the_budget_is_kept_inside_the_bounds(opt_type: str, budget: int) -> None:
+    found, sizes = batched((3, 2), opt_type, budget, 0)
+    assert len(found) == sum(sizes) == budget
+    points = np.array([point for point, _ in found])
+    assert points.shape == (budget, 3, 2) and points.dtype == np.float64
+    assert (np.abs(points) <= BOUND).all()
+    assert [value for _, value in found] == [loss(point) for point, _ in found]
+
+
+def test_the_bounds_are_reached_for() -> None:
+    """The bowl lies outside, so a search without bounds would leave the box."""
+    found, _ = batched((1,), "cma", 60, 0)
+    assert max(float(point[0]) for point, _ in found) > 1.3
+
+
+def test_it_gets_better_and_starts_near_zero() -> None:
+    found, _ = batched((3,), "cma", 60, 0)
+    assert min(value for _, value in found[30:]) < min(value for _, value in found[:5])
+
+
+def test_no_budget_no_evaluations() -> None:
+    assert batched((3,), "cma", 0, 0) == ([], [])
+
+
+@pytest.mark.parametrize("opt_type", ["cma", "OnePlusOne", "tbpsa"])
+def test_the_random_state_is_its_own(opt_type: str) -> None:
+    runs = []
+    for outside in (1, 2):
+        np.random.seed(outside)
+        before = np.random.get_state()[1].copy(), np.random.get_state()[2]
+        runs.append(batched((3,), opt_type, 12, 5)[0])
+        after = np.random.get_state()[1], np.random.get_state()[2]
+        assert np.array_equal(before[0], after[0]) and before[1] == after[1]
+    assert_same(*runs)
+
+
+def test_seeds_differ_and_may_be_large() -> None:
+    first = [batched((3,), "cma", 5, seed)[0] for seed in (0, 1, 2**63 - 1)]
+    assert len({tuple(run[0][0]) for run in first}) == 3
+
+
+def test_losses_are_told_in_ask_order() -> None:
+    """A loss that depends on the place in the batch would otherwise be credited to another candidate."""
+    history = minimise((2,), lambda points: [float(i) for i in range(len(points))], "cma", 8, 0)
+    assert [value for _, value in history] == [0.0, 1.0, 2.0, 3.0] * 2
+
+
+def test_the_wrong_number_of_losses_is_an_error() -> None:
+    with pytest.raises(ValueError):
+        minimise((3,), lambda points: [0.0], "cma", 10, 0)
+
+
+def test_names() -> None:
+    assert [optimizer_name(name) for name in ("cma", "CMA", "ngopt", "tbpsa", "DE")] == ["CMA", "CMA", "NGOpt", "TBPSA", "DE"]
+    with pytest.raises(InputError, match="--opt_type cmaes: nevergrad has no such optimizer.*CMA"):
+        optimizer_name("cmaes")
+    with pytest.raises(InputError, match="--opt_type zzzz"):
+        minimise((3,), lambda points: [0.0], "zzzz", 10, 0)
+
+
+def test_the_generation_is_the_inner_optimisers_population() -> None:
+    optimizer = make_optimizer((3, 4), "cma", 30, 0)
+    size = generation_size(optimizer)
+    optimizer.ask()
+    inner = optimizer
+    while hasattr(inner, "optim"):
+        inner = inner.optim
+    assert size == inner.es.popsize == 6
+    assert generation_size(make_optimizer((3,), "OnePlusOne", 30, 0)) == 1
