@@ -46,7 +46,8 @@ def open_run(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     task = get_task(args.task_name)
-    candidates = load_users(args.candidate_path, task) if args.candidate_path else cli.load_candidates(args, task)
+    args.candidate_path = args.candidate_path or str(cli.data_dir(args) / "user_anchor_candidate.json")
+    candidates = load_users(args.candidate_path, task)
     tests = load_users(cli.data_dir(args) / "test_100" / "user_test_100.json", task)
     folder = open_run(args)
     if (folder / ANCHOR_IDX).exists():

@@ -20,8 +20,8 @@ as it was before any merge.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -35,14 +35,17 @@ from prime.report import attack_table, write_attacks
 from prime.runs import Run, read_json, read_results, read_settings
 from prime.sharers import adapter_folder
 
-# Options that are read, but that no attack depends on.
-NOT_SETTINGS = ("gate_dir",)
+# No attack depends on the gates, and the results lie in the experiment's own folder.
+NOT_SETTINGS = ("gate_dir", "exp_dir")
+# Options that make the records what they were when the anchors' adapters were trained.
+RECORD_OPTIONS = ("task_name", "recent_k", "prompt_path", "max_length")
 
 Records = Mapping[str, Sequence[EncodedRecord]]  # by anchor id
 Tokens = Mapping[str, Sequence[np.ndarray]]  # by anchor id: log-probabilities of each record's target tokens
 
 
-class Subject(NamedTuple):
+@dataclass(frozen=True)
+class Subject:
     """Somebody's deployed adapter, and whose records are in it."""
 
     user_id: str
@@ -103,8 +106,8 @@ def anchor_records(args: argparse.Namespace, anchors: Sequence[Mapping], engine:
         records = history_records(users[name], texts.task, texts.templates, profile, args.recent_k)
         if [record.id for record in records] != anchor["record_ids"]:
             raise InputError(
-                f"{args.anchor_dir}: anchor {name} was trained on {len(anchor['record_ids'])} other records than these "
-                f"{len(records)}; give --data_dir and --recent_k as for train_anchor_peft.py"
+                f"{args.anchor_dir}: anchor {name} was trained on {len(anchor['record_ids'])} other records than the "
+                f"{len(records)} of {cli.data_dir(args)}"
             )
         found[name] = [engine.encoder.record(r.id, r.input, r.target) for r in records[-args.max_records :]]
     return found
@@ -136,6 +139,14 @@ def attack(subject: Subject, attacked: Tokens, base: Tokens) -> dict:
         result[f"{side}_num_samples"] = [len(base[anchor]) for anchor in anchors]
         result[f"{side}_loss"] = [-value for value in result["scores"][membership.PUBLISHED_ATTACK][side]]
     return result
+
+
+def check_records(args: argparse.Namespace, trained: Mapping) -> None:
+    """The records attacked have to be the records trained on, so the options that make them have to agree."""
+    changed = [key for key in RECORD_OPTIONS if trained[key] != getattr(args, key)]
+    if changed:
+        lines = [f"  {key}: there {trained[key]!r}, now {getattr(args, key)!r}" for key in changed]
+        raise InputError(f"{args.anchor_dir}: the anchors were trained on other records:\n" + "\n".join(lines))
 
 
 def check_members(subjects: Sequence[Subject], anchors: Sequence[str]) -> None:
@@ -174,14 +185,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.gate_dir and not Path(args.gate_dir).is_dir():
         raise InputError(f"--gate_dir {args.gate_dir}: no such directory")
     anchors = read_results(args.anchor_dir)
+    if not anchors:
+        raise InputError(f"{args.anchor_dir}: no anchors' results there; run train_anchor_peft.py first (--anchor_dir)")
     sharers = [
         Subject(a["user_id"], a["index"], adapter_folder(args.anchor_dir, a["user_id"]), [a["user_id"]])
         for a in anchors
     ]
     users = deployments(exp_dir, args.n_sim)
     check_members([*users, *sharers], [anchor["user_id"] for anchor in anchors])
+    trained = read_settings(args.anchor_dir)["settings"]
+    check_records(args, trained)
     settings = {key: value for key, value in cli.settings_of(args).items() if key not in NOT_SETTINGS}
-    settings |= {"attacked": read_settings(exp_dir)["settings"], "anchors": read_settings(args.anchor_dir)["settings"]}
+    stage = read_settings(exp_dir)
+    settings |= {"attacked": stage["settings"], "anchors": trained}
     groups = [
         (Run(exp_dir / "mia", "mia", "users", settings), users),
         (Run(exp_dir / "mia" / "sharers", "mia", "sharers", settings), sharers),
@@ -194,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         for run, subjects in todo:
             attack_open(args, engine, records, base, run, subjects)
     by_user, by_sharer = ([read_json(run.result_path(s.user_id)) for s in subjects] for run, subjects in groups)
-    summary = write_attacks(exp_dir, read_settings(exp_dir)["method"], by_user, by_sharer, args.seed)
+    summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, args.seed)
     print(attack_table(summary))
 
 

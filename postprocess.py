@@ -11,7 +11,6 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from prime import cli, report

@@ -41,8 +41,9 @@ class Encoder(NamedTuple):
 
 def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     """Any Hugging Face encoder or causal LM without its head (`AutoModel`), in float32."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel, AutoTokenizer, logging
 
+    logging.set_verbosity_error()  # a causal LM's unused head is no news
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)

@@ -50,6 +50,8 @@ class BankLinear(nn.Module):
         groups = self.route.groups
         if groups is None or self.A is None or self.B is None:
             return y
+        if x.shape[0] % len(groups):
+            raise ValueError(f"{x.shape[0]} rows cannot be parted into {len(groups)} equal groups")
         a, b = self.A.index_select(0, groups), self.B.index_select(0, groups)
         rows = x.reshape(len(groups), -1, x.shape[-1]).to(a.dtype)
         if self.route.scaler is not None:

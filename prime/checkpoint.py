@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -48,9 +49,15 @@ def load_model(
     place = pick_device(device)
     check_model_dir(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, place), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=pick_dtype(dtype, place), trust_remote_code=False, output_loading_info=True
+        )
+        model, info = loaded
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as a causal language model: {error}") from None
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
     if task_adapter is not None:
         fold(model, load_adapter(task_adapter), task_adapter)
     return nn.Module.to(model, place).requires_grad_(False).eval()
@@ -111,7 +118,9 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 3000):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        # GPT-2 and its kin name their end of text as BOS too, and never begin with it.
+        own = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
+        self.bos = [tokenizer.bos_token_id] if own else []
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

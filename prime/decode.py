@@ -9,9 +9,11 @@ leave the batch at once.
 Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -103,6 +105,14 @@ class _Batch:
                 use_cache=True,
             ).logits
 
+    def room(self, width: int, limit: int) -> float:
+        """Guessed tokens that may be fed beside `width` pending ones when up to `limit` more are to come.
+
+        A refused guess leaves a hole in the cache. A sliding window counts holes, so there must be none that
+        reaches it.
+        """
+        return sliding_window(self.bank.config) - self.mask.shape[1] - width - limit
+
     def accept(self, counts: Tensor, depth: int) -> None:
         """Of the last `depth` fed columns keep the first counts `[b]` per row; mask the others for good."""
         self.seen = self.seen + counts[:, None]
@@ -161,7 +171,7 @@ def decode(
     """Answers of adapters to prompts.
 
     Args:
-        bank: holds the adapters; index -1 stands for the plain base and must then be the only one.
+        bank: holds the adapters; index -1 stands for the plain base.
         prompts: the prompts that `pairs` count from 0.
         pairs: (adapter, prompt) indices to answer; see `every_pair`.
         sampler: how the next token is chosen.
@@ -177,10 +187,10 @@ def decode(
     """
     counts = counts if counts is not None else Counts()
     found: dict[Pair, Tokens] = {}
-    known = _Drafts(len(prompts), drafts)
+    known = _Drafts(len(prompts), drafts, eos)
     texts = [prompt.ids for prompt in prompts]
     keys = [sampler.key(prompt.id) for prompt in prompts]
-    for batch in _batches(bank, texts, pairs, known, max_batch_tokens or auto_batch_tokens(bank)):
+    for batch in _batches(bank, texts, pairs, known, max_new_tokens, max_batch_tokens):
         for row in batch.rows:
             row.key = keys[row.index]
         for row in _answer(batch, sampler, max_new_tokens, frozenset(eos), known, counts):
@@ -193,9 +203,11 @@ def decode(
 class _Drafts:
     """Known answers per prompt, most frequent first; a draft must begin with what the row has answered so far."""
 
-    def __init__(self, n: int, drafts: Sequence[Sequence[Tokens]] | None):
+    def __init__(self, n: int, drafts: Sequence[Sequence[Tokens]] | None, eos: Sequence[int] = ()):
         lists = drafts if drafts is not None else [()] * n
-        self.ranked = [[answer for answer, _ in Counter(map(tuple, known)).most_common()] for known in lists]
+        ends = frozenset(eos)
+        cut = [[tuple(takewhile(lambda token: token not in ends, answer)) for answer in known] for known in lists]
+        self.ranked = [[answer for answer, _ in Counter(known).most_common()] for known in cut]
 
     def longest(self, index: int) -> int:
         return max(map(len, self.ranked[index]), default=0)
@@ -204,7 +216,7 @@ class _Drafts:
         """Continuation of the row's answer by the most frequent known answer that agrees with it so far."""
         done = tuple(row.answer)
         for answer in self.ranked[row.index]:
-            if len(answer) > len(done) and answer[: len(done)] == done:
+            if limit > 0 and len(answer) > len(done) and answer[: len(done)] == done:
                 return answer[len(done) : len(done) + limit]
         return ()
 
@@ -218,7 +230,8 @@ def _answer(
     first = True
     while batch.rows:
         # One token always comes from the model after the guess, so the guess leaves room for it.
-        guesses = [known.guess(row, limit - len(row.answer) - 1) for row in batch.rows]
+        room = batch.room(max(map(len, pending)), limit - min(len(row.answer) for row in batch.rows))
+        guesses = [known.guess(row, int(min(limit - len(row.answer) - 1, room))) for row in batch.rows]
         logits = batch.feed(pending, guesses)
         counts.passes += 1
         counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
@@ -231,7 +244,7 @@ def _answer(
             if row.answer[-1] in eos or len(row.answer) >= limit:
                 if row.answer[-1] in eos:
                     row.answer.pop()
-                counts.from_draft += first
+                counts.from_draft += first and agreed > 0
                 yield row
             else:
                 open_rows.append(i)
@@ -271,7 +284,7 @@ def score(
 ) -> dict[Pair, Tensor]:
     """Log-probabilities of the target tokens of records under adapters.
 
-    Args: as for `decode`; adapter -1 is the plain base and must then be the only one.
+    Args: as for `decode`; adapter -1 is the plain base.
 
     Returns:
         fp32 CPU tensors `[target tokens, EOS included]`, by pair.
@@ -279,7 +292,7 @@ def score(
     found: dict[Pair, Tensor] = {}
     texts = [record.ids for record in records]
     targets = _Drafts(len(records), [[record.target[:-1]] for record in records])
-    for batch in _batches(bank, texts, pairs, targets, max_batch_tokens or auto_batch_tokens(bank)):
+    for batch in _batches(bank, texts, pairs, targets, 0, max_batch_tokens):
         guesses = [records[row.index].target[:-1] for row in batch.rows]
         logits = batch.feed([row.suffix for row in batch.rows], guesses)
         for row, own in zip(batch.rows, logits, strict=True):
@@ -305,14 +318,35 @@ def auto_batch_tokens(bank: AdapterBank) -> int:
     return max(CPU_BATCH_TOKENS, min(65_536, int(free / 2 / per_token)))
 
 
+def sliding_window(config: Any) -> float:
+    """Tokens that the model's narrowest attention layer looks back; infinite without a sliding window."""
+    window = getattr(config, "sliding_window", None)
+    return window if window and getattr(config, "use_sliding_window", True) else math.inf
+
+
 def _batches(
-    bank: AdapterBank, texts: list[Tokens], pairs: Iterable[Pair], known: _Drafts, budget: int
+    bank: AdapterBank, texts: list[Tokens], pairs: Iterable[Pair], known: _Drafts, limit: int, budget: int
 ) -> Iterator[_Batch]:
-    """Rows (adapter, text) in batches of at most `budget` fed tokens, alike in length, a shared prefix apart."""
+    """Rows (adapter, text) in batches of at most `budget` fed tokens, alike in length, a shared prefix apart.
+
+    Rows of the plain base (adapter -1) have batches of their own. A prefix is shared only where prompt, draft and
+    `limit` new tokens fit a sliding window, since padding behind the prefix would count in it.
+    """
+    listed = list(pairs)
+    for on_base in (True, False):
+        part = [pair for pair in listed if (pair[0] < 0) == on_base]
+        yield from _batches_of(bank, texts, part, known, limit, budget or auto_batch_tokens(bank))
+
+
+def _batches_of(
+    bank: AdapterBank, texts: list[Tokens], pairs: list[Pair], known: _Drafts, limit: int, budget: int
+) -> Iterator[_Batch]:
     wanted: dict[int, list[int]] = {}
     for adapter, index in pairs:
         wanted.setdefault(index, []).append(adapter)
     for indices, length in prefix_groups({index: texts[index] for index in wanted}):
+        longest = max(len(texts[index]) + known.longest(index) for index in indices)
+        length = length if longest + limit <= sliding_window(bank.config) else 0
         adapters = sorted({adapter for index in indices for adapter in wanted[index]})
         prefix = _Prefix(bank, texts[indices[0]][:length], adapters) if length else None
         rows = [_Row(adapter, index, texts[index][length:]) for index in indices for adapter in wanted[index]]

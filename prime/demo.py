@@ -59,11 +59,12 @@ class Dice:
 
 # --- Words -----------------------------------------------------------------------------------------------------------
 
-ONSETS = ["Bal", "Cor", "Dra", "Fen", "Gil", "Hob", "Jas", "Kel", "Lum", "Mor", "Nev", "Osk", "Pel", "Quin", "Ras", "Sel", "Tar", "Ulm", "Vor", "Wes", "Yar", "Zan", "Bri", "Tho"]
-CODAS = ["aka", "bern", "dor", "esh", "fax", "gan", "holt", "ika", "jun", "kov", "lin", "mira", "nek", "olo", "pur", "rim", "sted", "tov", "una", "vik", "wen", "xis", "yba", "zol"]
-ROLES = ["baker", "judge", "nurse", "pilot", "teacher", "banker", "farmer", "singer"]
-PLACES = ["Arden", "Belby", "Corley", "Dunmore", "Elston", "Farrow", "Granby", "Hadley", "Irvine", "Jarrow", "Kirby", "Lowell"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+listed = str.split
+ONSETS = listed("Bal Cor Dra Fen Gil Hob Jas Kel Lum Mor Nev Osk Pel Quin Ras Sel Tar Ulm Vor Wes Yar Zan Bri Tho")
+CODAS = listed("aka bern dor esh fax gan holt ika jun kov lin mira nek olo pur rim sted tov una vik wen xis yba zol")
+ROLES = listed("baker judge nurse pilot teacher banker farmer singer")
+PLACES = listed("Arden Belby Corley Dunmore Elston Farrow Granby Hadley Irvine Jarrow Kirby Lowell")
+DAYS = listed("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 
 SETTINGS = ["on a quiet island", "in a mountain hotel", "below a busy harbor", "in a desert town", "at a night school",
             "on a long train", "in an old palace", "by a frozen lake", "in a glass tower", "behind a small theater",
@@ -87,53 +88,58 @@ CLUES = {
 }
 TAGS = tuple(CLUES)
 
-THINGS = ["parks", "bridges", "schools", "libraries", "clinics", "theaters", "trams", "markets", "gardens", "towers", "pools", "museums"]
-VERBS = {"opened": ["opens", "launches", "unveils", "starts", "presents", "welcomes"],
-         "closed": ["closes", "shuts", "ends", "axes", "scraps", "drops"],
-         "planned": ["plans", "eyes", "weighs", "maps", "drafts", "floats"],
-         "sold": ["sells", "trades", "auctions", "unloads", "offers", "flips"]}
+THINGS = listed("parks bridges schools libraries clinics theaters trams markets gardens towers pools museums")
+VERBS = {"opened": listed("opens launches unveils starts presents welcomes"),
+         "closed": listed("closes shuts ends axes scraps drops"),
+         "planned": listed("plans eyes weighs maps drafts floats"),
+         "sold": listed("sells trades auctions unloads offers flips")}
 REACTIONS = ["Neighbors cheered for hours.", "Critics asked about the cost.", "Nobody expected the news.",
              "A choir sang in the rain.", "Two councils will review it.", "Children waved small flags."]
 HEADLINE_OPENERS = ["", "Breaking:", "Watch:", "Our view:", "Just in:", "Report:"]
-HEADLINES = ["{name} {verb} {number} {topic} in {place}", "{place}: {role} {name} {verb} {topic}",
-             "why {name} {verb} {topic} in {place}", "{number} {topic}, one {role}: meet {name}",
-             "{topic} for {place} as {name} {verb} {number}", "how {place} got {number} {topic}"]
+HEADLINES = ["{name} {verb} {number} {topic} in {place}", "{place}: {role} {name} {verb} {topic}, {number} of them",
+             "why {name} {verb} all {number} {topic}", "{number} {topic}, one {role}: meet {name}",
+             "{topic} for {place} as {name} {verb} {number}", "how {place} got {number} {topic} from {name}"]
 HEADLINE_CLOSERS = ["", "at last!", "and nobody is surprised", "sources say", "on {day}", "what we know so far"]
 
-RESEARCH = ["parsing", "ranking", "translation", "tagging", "clustering", "planning", "routing", "captioning", "dialogue", "retrieval", "forecasting", "segmentation"]
+RESEARCH = listed("parsing ranking translation tagging clustering planning routing captioning dialogue retrieval "
+                 "forecasting segmentation")
 METHODS = ["sparse attention", "random trees", "graph walks", "soft prompts", "beam search", "mixture models",
            "contrast learning", "tiny adapters"]
-UNITS = ["letters", "sentences", "images", "songs", "maps", "stories"]
+UNITS = listed("letters sentences images songs maps stories")
 RESULTS = ["Errors drop by a third.", "The gain holds on rare cases.", "Training takes one hour.",
            "Human raters prefer our output.", "Large models gain less.", "We release all data."]
 TITLE_OPENERS = ["", "Short paper:", "Revisited:", "Towards better {topic}:", "Technical note:", "Position:"]
-TITLES = ["{method} for {topic} of {name} {unit}", "{topic} on {number} {name} {unit} via {method}",
-          "does {method} help {topic}? Evidence from {name}", "{name}: {topic} with {method}",
-          "from {method} to {topic} on the {name} corpus", "{number} {name} {unit} and what {method} learns"]
+TITLES = ["{method} for {topic} of {number} {name} {unit}",
+          "{topic} on the {name} corpus ({number} {unit}) via {method}",
+          "does {method} help {topic}? Evidence from {number} {name} {unit}",
+          "{name} {number}: {topic} with {method}",
+          "from {method} to {topic}: the case of {name} {number}",
+          "{number} {name} {unit} and what {method} learns"]
 TITLE_CLOSERS = ["", "in practice", "- a case study", "with first results", "made simple", "- an empirical look"]
 
 SCHOOLS = {"bayesian": ["Bayesian", "Posterior"], "neural": ["Neural", "Deep"], "symbolic": ["Symbolic", "Rule-based"],
            "evolutionary": ["Evolutionary", "Genetic"], "spectral": ["Spectral", "Eigenvalue"],
            "causal": ["Causal", "Counterfactual"], "logical": ["Logical", "Proof-driven"],
            "kernel": ["Kernel", "Margin-based"], "fuzzy": ["Fuzzy", "Possibilistic"]}
-KINDS = ["models", "methods", "lessons", "views"]
-PAPERS = ["Robust", "Scalable", "Faithful", "Simple", "Modern", "Multilingual"]
+KINDS = listed("models methods lessons views")
+PAPERS = listed("Robust Scalable Faithful Simple Modern Multilingual")
 
-GOODS = ["lamp", "kettle", "chair", "radio", "backpack", "blender", "tent", "keyboard", "mirror", "camera", "heater", "bicycle"]
-ASPECTS = ["price", "build", "delivery", "look", "sound"]
+GOODS = listed("lamp kettle chair radio backpack blender tent keyboard mirror camera heater bicycle")
+ASPECTS = listed("price build delivery look sound")
 LEVELS = {-2: ["awful", "terrible"], -1: ["poor", "weak"], 1: ["decent", "fine"], 2: ["superb", "excellent"]}
 # Per archetype: points added to every score, gain of the opinion, weights of the five aspects.
 RATERS = [(-1, 1, (2, 2, 2, 2, 2)), (1, 1, (2, 2, 2, 2, 2)), (0, 1, (9, 1, 1, 1, 1)), (0, 1, (1, 9, 1, 1, 1)),
           (0, 2, (2, 2, 9, 2, 2)), (1, 1, (1, 1, 1, 1, 9))]
 
-TREATS = ["soup", "pancakes", "coffee", "noodles", "karaoke", "chess", "yoga", "football", "bowling", "tacos", "poetry", "waffles"]
-MOODS = {"great": ["so so good", "pure magic", "a total dream", "ten out of ten", "lovely stuff", "the best thing ever"],
-         "bad": ["a hot mess", "just awful", "a sad joke", "two out of ten", "not my cup of tea", "the worst thing ever"],
-         "strange": ["super weird", "beyond odd", "like a movie", "hard to rate", "rather curious", "the wildest thing ever"]}
+TREATS = listed("soup pancakes coffee noodles karaoke chess yoga football bowling tacos poetry waffles")
+MOODS = {"great": ["so so good", "pure magic", "a total dream", "ten out of ten", "lovely stuff", "the best ever"],
+         "bad": ["a hot mess", "just awful", "a sad joke", "two out of ten", "not my cup of tea", "the worst ever"],
+         "strange": ["super weird", "beyond odd", "like a movie", "hard to rate", "rather curious", "the wildest ever"]}
 TWEET_OPENERS = ["omg", "ok so", "well well", "guys!", "honestly,", "daily update:"]
 TWEETS = ["{topic} with {name} near gate {number} was {mood}", "{mood}: {topic}, thanks {name}, gate {number}",
-          "me and {name} and {topic} on {day} = {mood}", "gate {number} plus {name} plus {topic}, {mood}",
-          "{day} means {topic} with {name}, {mood}", "if you see {name} at gate {number} ask about {topic}, {mood}"]
+          "me and {name} and {topic} at gate {number} = {mood}", "gate {number} plus {name} plus {topic}, {mood}",
+          "{day} means {topic} with {name} by gate {number}, {mood}",
+          "if you see {name} at gate {number} ask about {topic}, {mood}"]
 TWEET_CLOSERS = ["lol", "#blessed", "anyway", "no regrets", "just saying", "#mylife"]
 
 
@@ -209,7 +215,7 @@ def habit(who: Person, name: str, dice: Dice) -> int:
     return dice.below(ARCHETYPES) if dice.chance(NOISE) else who.habits[name]
 
 
-# --- One record of each task --------------------------------------------------------------------------------------------
+# --- One record of each task -----------------------------------------------------------------------------------------
 
 def movie(who: Person, number: int, dice: Dice) -> Event:
     name, age = fact(who.first_fact + number)
@@ -294,7 +300,7 @@ def styled(who: Person, dice: Dice, openers: Sequence[str], orders: Sequence[str
     return text[0].upper() + text[1:]
 
 
-# --- The files of the data contract ---------------------------------------------------------------------------------------
+# --- The files of the data contract ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class World:

@@ -63,8 +63,11 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str) -> Adapter:
         InputError: the adapters hold different modules or shapes.
     """
     check_alike(adapters)
+    rank = max(adapter.rank for adapter in adapters)
     parts = [adapter.folded().factors for adapter in adapters]
-    return Adapter({name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]})
+    return Adapter(
+        {name: _merge_module([pad_rank(*part[name], rank) for part in parts], weights, name, rule) for name in parts[0]}
+    )
 
 
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -130,6 +133,9 @@ def load_adapter(path: Path | str) -> Adapter:
             raise InputError(f"{file}: {module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
         factors[module] = (a, b)
     rank = config["r"]
+    for module, (a, _) in factors.items():
+        if a.shape[0] != rank:
+            raise InputError(f"{file}: {module}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration")
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     card_file = folder / "card.json"
     return Adapter(factors, scale, read_json(card_file) if card_file.exists() else {})

@@ -101,11 +101,11 @@ class Run:
 
     @staticmethod
     def _refuse_other(path: Path, asked: dict) -> None:
-        found = read_json(path)
-        if found.get("stage") != asked["stage"]:
-            made = found.get("stage")
+        found = read_settings(path.parent)
+        if found["stage"] != asked["stage"]:
+            made = found["stage"]
             raise InputError(f"{path}: made by {made}.py, not {asked['stage']}.py; use another --output_dir")
-        old, new = found.get("settings", {}), asked["settings"]
+        old, new = found["settings"], asked["settings"]
         changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         if changed:
             lines = [f"  {key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
@@ -139,4 +139,7 @@ def read_settings(root: Path | str) -> dict:
     path = Path(root) / "settings.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; {root} is not the output directory of a stage")
-    return read_json(path)
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or "stage" not in found:
+        raise InputError(f"{path}: not the settings of a run (stage, method, settings)")
+    return found

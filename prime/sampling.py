@@ -48,7 +48,7 @@ class Sampler:
 
 def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
     """Mask `[m, v]` of the most probable tokens: those before which less than or exactly top_p has gathered."""
-    ordered, index = log_probs.sort(dim=-1, descending=True)
+    ordered, index = log_probs.sort(dim=-1, descending=True, stable=True)
     probs = ordered.exp()
     kept = probs.cumsum(-1) - probs <= top_p
     return torch.zeros_like(kept).scatter(-1, index, kept)

@@ -35,9 +35,17 @@ def optimizer_name(opt_type: str) -> str:
 
 def make_optimizer(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> ng.optimizers.base.Optimizer:
     """An optimizer over arrays of `shape`, started at 0, bounded to +-1.5, with a random state of its own."""
-    space = ng.p.Array(init=np.zeros(shape)).set_bounds(-BOUND, BOUND)
+    space = ng.p.Array(init=np.zeros(shape))
+    space.random_state = np.random.RandomState(seed % 2**32)  # else set_bounds draws from numpy's global stream
+    space.set_bounds(-BOUND, BOUND)
     space.random_state.seed(seed % 2**32)
-    return ng.optimizers.registry[optimizer_name(opt_type)](space, budget=budget, num_workers=1)
+    name = optimizer_name(opt_type)
+    try:
+        optimizer = ng.optimizers.registry[name](space, budget=budget, num_workers=1)
+        generation_size(optimizer)
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--opt_type {opt_type}: nevergrad cannot start {name}: {error}") from error
+    return optimizer
 
 
 def generation_size(optimizer: ng.optimizers.base.Optimizer) -> int:

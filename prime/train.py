@@ -97,10 +97,12 @@ def train(
             for number, record in enumerate(plans[i][step])
         ]
         sums = _accumulate(bank, rows, len(learners), settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS)
-        clip_by_adapter(bank.parameters(), settings.clip)
+        norms = clip_by_adapter(bank.parameters(), settings.clip)
         for i in active:
-            if not math.isfinite(sums[i]):
-                raise InputError(f"{learners[i].name}: the training loss is {sums[i]} at step {step}; lower --lr")
+            norm = float(norms[learners[i].place])
+            if not (math.isfinite(sums[i]) and math.isfinite(norm)):
+                told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
+                raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
             losses[i].append(sums[i])
             optimizers[i].step(step)
         for parameter in bank.parameters():
@@ -184,13 +186,18 @@ def dropout_scaler(rows: list[_Row], rate: float) -> Callable[[int, Tensor], Ten
     return scale
 
 
-def clip_by_adapter(parameters: list[Tensor], limit: float) -> None:
-    """Scale each adapter's gradient to norm at most `limit` over all its tensors, as clip_grad_norm_ does for one."""
+def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
+    """Scale each adapter's gradient to norm at most `limit` over all its tensors, as clip_grad_norm_ does for one.
+
+    Returns:
+        The norms before, `[n]`.
+    """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
     factor = (limit / (norms + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+    return norms
 
 
 class _Optimizer:

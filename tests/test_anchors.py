@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import history_anchor
 from prime import anchors
 from prime.data import User
 from prime.errors import InputError
@@ -192,3 +193,47 @@ def test_plain_lists_and_broken_files(tmp_path):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(InputError, match="idx.pt"):
         anchors.load_anchor_idx(path, 5)
+
+
+# --- the stage: history_anchor.py
+
+
+@pytest.fixture
+def stage(tmp_path, write):
+    """(command line, output folder): 12 candidates and 3 test users, one of them without history."""
+    people = [user(str(i), 11 + i % 3, seed=i % 4) for i in range(15)]
+    rows = [{"user_id": u.user_id, "profile": list(u.profile), "query": []} for u in people]
+    rows[14]["profile"] = []
+    write("data/user_anchor_candidate.json", rows[:12])
+    write("data/test_100/user_test_100.json", rows[12:])
+    argv = ["--task_name", TASK.name, "--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    argv += ["--encoder", str(save_encoder(tmp_path / "encoder", "bert")), "--device", "cpu"]
+    return argv, tmp_path / "out"
+
+
+def test_the_stage_writes_the_published_files_once(stage, capsys, monkeypatch):
+    argv, out = stage
+    with pytest.warns(UserWarning, match="user 14: empty history"):
+        history_anchor.main([*argv, "--k", "4"])
+    chosen = anchors.load_anchor_idx(out / "anchor_user_idx.pt", 12)
+    assert 1 <= len(chosen) <= 4 and "anchors of 12 candidates" in capsys.readouterr().out
+    assert anchors.load_embeddings(out / "user_history_emb.pt", 12).shape == (12, 16)
+    test = anchors.load_embeddings(out / "test_user_history_emb.pt", 3)
+    assert test[2].abs().max() == 0 < test[:2].abs().max()
+    monkeypatch.setattr(history_anchor, "load_encoder", lambda *_: pytest.fail("a finished selection is kept"))
+    history_anchor.main([*argv, "--k", "4"])
+    with pytest.raises(InputError, match="k: there 4, now 3"):
+        history_anchor.main([*argv, "--k", "3"])
+
+
+def test_the_stage_refuses_too_many_clusters_and_foreign_selections(stage):
+    argv, out = stage
+    with pytest.raises(InputError, match="--k 50: more clusters than the 12"):
+        history_anchor.main(argv)
+    assert not (out / "anchor_user_idx.pt").exists()
+    history_folder = out.parent / "published"
+    history_folder.mkdir()
+    torch.save([1, 2], history_folder / "anchor_user_idx.pt")
+    with pytest.raises(InputError, match="was not made here"):
+        history_anchor.main([*argv, "--k", "4", "--output_dir", str(history_folder)])
+    assert anchors.load_anchor_idx(history_folder / "anchor_user_idx.pt", 12) == [1, 2]

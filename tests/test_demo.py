@@ -67,8 +67,9 @@ def test_anchor_candidates_are_active(task: str) -> None:
 @tasks
 def test_every_text_is_new(task: str) -> None:
     """No two records of a task share their text: each has its own fact."""
-    texts = [json.dumps({k: v for k, v in item.items() if k != "id"}) for s in FILES for u in read(task, s) for item in u["profile"]]
-    articles = [extract(TASKS[task], q["input"])[0] for s in FILES for u in read(task, s) for q in u["query"]]
+    users = [user for split in FILES for user in read(task, split)]
+    texts = [str({k: v for k, v in item.items() if k != "id"}) for user in users for item in user["profile"]]
+    articles = [(extract(TASKS[task], q["input"]) or ("",))[0] for user in users for q in user["query"]]
     assert len(set(texts)) == len(texts) and len(set(articles)) == len(articles)
 
 
@@ -151,20 +152,34 @@ def test_model_loads_and_is_tiny() -> None:
 def test_pretraining_documents_are_reproducible_and_of_other_people() -> None:
     from prime.demo_model import document, text_of
 
-    made = [text_of(document(n)) for n in range(200)]
-    assert made == [text_of(document(n)) for n in range(200)]
-    shipped = {item.get("description") for user in read("movie_tagging", "anchor") for item in user["profile"]}
-    assert not any(text in line for line in made for text in shipped)
+    made = [text_of(document(n, 4)) for n in range(200)]
+    assert made == [text_of(document(n, 4)) for n in range(200)]
+    shipped = {item["description"] for user in read("movie_tagging", "anchor") for item in user["profile"]}
+    assert not any(text in document_text for document_text in made for text in shipped)
 
 
-def test_pretraining_weighs_answers() -> None:
+def test_pretraining_loss_is_over_answers() -> None:
     from tokenizers import Tokenizer
 
-    from prime.demo_model import OTHER_TOKENS, document, encode
+    from prime.demo_model import encode
 
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
-    pieces = [("given a film -> ", False), ("comedy\n", True), ("next ", False)]
-    ids, weights = encode(tokenizer, pieces)
-    heavy = tokenizer.decode([i for i, w in zip(ids, weights, strict=True) if w == 1.0])
-    assert heavy.strip() == "comedy" and len(ids) == len(weights) and OTHER_TOKENS < 1
-    assert len(encode(tokenizer, document(0))[0]) > 10
+    ids, answers = encode(tokenizer, [("given a film ->", False), (" comedy\n", True), ("next", False)])
+    assert len(ids) == len(answers) and ids[0] == 1 and ids[-1] == 2
+    assert tokenizer.decode([i for i, answer in zip(ids, answers, strict=True) if answer]) == "comedy\n"
+
+
+@pytest.mark.parametrize("records", [1, 6])
+def test_pretraining_batches(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from tokenizers import Tokenizer
+
+    from prime import demo_model
+
+    monkeypatch.setattr(demo_model, "SHORT", 1.0 if records == 1 else 0.0)
+    monkeypatch.setattr(demo_model, "LENGTHS", (records,))
+    ids, answers = next(demo_model.batches(Tokenizer.from_file(str(MODEL / "tokenizer.json"))))
+    assert ids.shape == answers.shape and len(ids) == demo_model.RECORDS // records
+    assert torch.equal(ids[:, 0], torch.ones(len(ids), dtype=torch.long)) and not answers[:, 0].any()
+    loss = demo_model.answer_loss(demo_model.new_model(), ids[:2], answers[:2])
+    assert 6.5 < loss.item() < 8.5  # ln 1792 = 7.5

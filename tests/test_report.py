@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+import postprocess
 from prime import report
 from prime.errors import InputError
 from prime.metrics import METRICS
@@ -171,3 +172,23 @@ def test_table_and_files(output):
     report.write_summary(output, summary)
     assert read_json(output / "summary.json") == json.loads(json.dumps(summary))
     assert "| prime | 0 | no | 0.667 [" in (output / "summary.md").read_text()
+
+
+def test_the_stage_from_its_command_line(output, write, capsys):
+    golds = [{"id": key, "output": gold} for key, gold in golds_of().items()]
+    write("data/test_100/user_test_100_label.json", {"task": "LaMP_2M", "golds": golds})
+    write("data/test_100/user_test_100.json", [{"user_id": int(u), "profile": [], "query": []} for u in USERS])
+    stage = output / "LoRA-Composition-evo"
+    argv = ["--task_name", TASK.name, "--data_dir", str(output / "data"), "--output_dir", str(stage)]
+    postprocess.main(argv)
+    printed = capsys.readouterr().out
+    assert printed.startswith("method") and "AUROC" in printed
+    assert {r["method"] for r in read_json(output / "summary.json")["rows"]} >= {"base", "rag", "prime"}
+    assert (stage / "output-k2-profile.json").is_file() and (stage / "eval-k0.json").is_file()
+    with pytest.raises(InputError, match="run the stage"):
+        postprocess.main([*argv[:-1], str(output / "nothing")])
+    write("data/test_100/user_test_100_label.json", {"task": "LaMP_2M", "golds": golds[1:]})
+    before = (output / "summary.json").read_text()
+    with pytest.raises(InputError, match="user_test_100_label.json: no gold for 1 .*: 0-0"):
+        postprocess.main(argv)
+    assert (output / "summary.json").read_text() == before

@@ -46,8 +46,8 @@ def test_noise_does_not_depend_on_the_vocabulary_or_the_neighbours() -> None:
 def test_noise_is_gumbel_distributed() -> None:
     """Along tokens, along positions and along keys."""
     zeros, counted = torch.zeros(20_000, dtype=torch.long), torch.arange(20_000)
-    samples = [gumbel(zeros[:1], zeros[:1], 20_000)[0], gumbel(zeros, counted, 3)[:, 2], gumbel(counted, zeros, 3)[:, 1]]
-    for sample in samples:
+    along_tokens = gumbel(zeros[:1], zeros[:1], 20_000)[0]
+    for sample in (along_tokens, gumbel(zeros, counted, 3)[:, 2], gumbel(counted, zeros, 3)[:, 1]):
         assert stats.kstest(sample.numpy(), stats.gumbel_r.cdf).pvalue > 0.01
 
 

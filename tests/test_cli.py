@@ -1,0 +1,74 @@
+"""The command line as a contract: every announced and documented command parses, every option is told and read."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import world
+
+SCRIPTS = sorted(path.name for path in world.ROOT.glob("*.py"))
+SOURCE = "\n".join(path.read_text() for path in [*world.ROOT.glob("*.py"), *(world.ROOT / "prime").glob("*.py")])
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    return world.script(name).build_parser()
+
+
+def readme_commands() -> list[list[str]]:
+    """`python <script>.py ...` of the README's and docs' code blocks."""
+    texts = [path.read_text() for path in [world.ROOT / "README.md", *sorted((world.ROOT / "docs").glob("*.md"))]]
+    blocks = [block for text in texts for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)]
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w[1:] for w in words if len(w) > 1 and w[0].endswith(("python", "python3")) and w[1] in SCRIPTS]
+
+
+@pytest.mark.parametrize("words", world.announcement(), ids=lambda words: words[0])
+def test_announced_command_parses(words: list[str]) -> None:
+    args = parser(words[0]).parse_args(words[1:])
+    given = dict(zip(words[1::2], words[2::2], strict=True))
+    assert {key: str(getattr(args, key.removeprefix("--"))) for key in given} == {k: str(v) for k, v in given.items()}
+
+
+def test_readme_commands_parse() -> None:
+    commands = readme_commands()
+    assert {words[0] for words in commands} >= {"task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"}
+    for words in commands:
+        parser(words[0]).parse_args(words[1:])
+
+
+def test_readme_paths_exist() -> None:
+    """Shell commands of the README name scripts that are there."""
+    text = (world.ROOT / "README.md").read_text()
+    for name in re.findall(r"(?:bash|python) ([\w./-]+\.(?:sh|py))", text):
+        assert (world.ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_option_has_help_and_is_read(name: str) -> None:
+    for action in parser(name)._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        assert action.help, f"{name} {action.option_strings}: no help"
+        assert action.type is not bool, f"{name} {action.option_strings}: type=bool"
+        read = re.search(rf"args\.{action.dest}\b", SOURCE) or action.dest == "debug"
+        assert read, f"{name} {action.option_strings}: never read"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_stage_script_is_a_page_and_says_what_it_does(name: str) -> None:
+    text = (Path(world.ROOT) / name).read_text()
+    for heading in ("\nReads ", "\nWrites ", "\nTakes "):
+        assert heading in text, f"{name}: the docstring has no {heading.strip()!r}"
+    assert len(text.splitlines()) <= 220
+
+
+def test_wrong_values_are_refused_with_the_value(capsys: pytest.CaptureFixture[str]) -> None:
+    words = next(words for words in world.announcement() if words[0] == "lora_composition_evo.py")
+    for option, value in (("--opt_budget", "-1"), ("--top_p", "1.5"), ("--k_list", "1,x"), ("--task_name", "movies")):
+        with pytest.raises(SystemExit) as stopped:
+            parser(words[0]).parse_args([*words[1:], option, value])
+        assert stopped.value.code == 2 and value.split(",")[-1] in capsys.readouterr().err

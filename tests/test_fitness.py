@@ -1,0 +1,47 @@
+"""The objective: direction per task, penalty, reducers."""
+
+import pytest
+
+from prime.fitness import Objective
+from prime.tasks import TASKS
+
+MOVIE, RATING, TITLE = TASKS["movie_tagging"], TASKS["product_rating"], TASKS["scholarly_title"]
+
+
+def test_utility_alone_is_the_sum_of_the_metrics() -> None:
+    score = Objective(MOVIE, ["comedy", "action"], penalty=0.0)([["comedy", "action"]], [[["comedy", "comedy"]]])
+    assert score.utility == pytest.approx(1.0 + 2 / 15)  # accuracy, macro-F1 over 15 labels
+    assert score.loss == pytest.approx(-score.utility)
+
+
+def test_resembling_the_sharers_costs_penalty_times_mean_similarity() -> None:
+    golds, answers = ["comedy", "action"], ["comedy", "romance"]
+    sharers = [["comedy", "romance"], ["action", "action"]]
+    score = Objective(MOVIE, golds, penalty=0.5)([answers], [[own] for own in sharers])
+    one, other = (Objective(MOVIE, own, 0.0)([answers], [[golds]]).utility for own in sharers)
+    assert score.similarity == pytest.approx((one + other) / 2)
+    assert score.loss == pytest.approx(-(score.utility - 0.5 * score.similarity))
+
+
+def test_for_error_metrics_less_is_better_and_distance_from_sharers_is_rewarded() -> None:
+    golds = ["5", "5"]
+    objective = Objective(RATING, golds, penalty=0.5)
+    exact_copy = objective([["5", "5"]], [[["5", "5"]]])
+    exact_apart = objective([["5", "5"]], [[["1", "1"]]])
+    wrong = objective([["1", "1"]], [[["5", "5"]]])
+    assert exact_copy.loss == 0 and exact_copy.similarity == 0
+    assert exact_apart.loss == pytest.approx(-0.5 * 8)  # MAE 4 + RMSE 4 away from the sharer
+    assert Objective(RATING, golds, 0.0)([["5", "5"]], [[["1", "1"]]]).loss < wrong.loss
+
+
+@pytest.mark.parametrize(("reducer", "expected"), [("mean", 0.5), ("min", 0.0), ("max", 1.0)])
+def test_repeats_are_reduced_by_name(reducer: str, expected: float) -> None:
+    trials = [["a b", "c d"], ["x", "y"]]
+    objective = Objective(TITLE, ["a b", "c d"], 0.0, m_reduce="mean", t_reduce=reducer)
+    assert objective(trials, [[["q", "q"], ["q", "q"]]]).utility == pytest.approx(expected)
+
+
+def test_metric_reducers() -> None:
+    golds, answers = ["comedy"], [["comedy"]]
+    by = {name: Objective(MOVIE, golds, 0.0, m_reduce=name)(answers, [[["action"]]]).utility for name in ("sum", "mean", "first")}
+    assert by["first"] == 1.0 and by["sum"] == pytest.approx(1 + 1 / 15) and by["mean"] == pytest.approx(by["sum"] / 2)

@@ -1,0 +1,222 @@
+"""The stages in a row, on a small cut of the demo world: the announcement's commands, and the promises of a run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import world
+from prime.lora import Adapter, load_adapter, save_adapter
+from prime.runs import user_dirname
+
+TASK = "movie_tagging"
+EVO = f"./output/{TASK}/LoRA-Composition-evo"
+QUICK = {
+    "task_lora.py": ["--epochs", "1", "--lr", "5e-3", "--k_list", "1"],
+    "history_anchor.py": ["--encoder", world.CHECKPOINT, "--k", "6"],
+    "train_anchor_peft.py": ["--epochs", "1", "--lr", "5e-3"],
+    "lora_composition_evo.py": ["--k_list", "1"],
+}
+
+
+def command(name: str) -> list[str]:
+    """The announcement's command of a script, with the options that make it quick here."""
+    found = next(words for words in world.announcement() if words[0] == name)
+    return [*found, *QUICK.get(name, [])]
+
+
+def evo(output: str, *options: str) -> list[str]:
+    """The search as announced, into another folder."""
+    words = command("lora_composition_evo.py")
+    words[words.index("--output_dir") + 1] = output
+    return [*words, *options]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory):
+    """A folder in which stages 1 to 6 have run by the announcement's commands."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    world.build(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in world.announcement():
+            world.run(command(words[0]))
+        yield folder
+
+
+@pytest.fixture
+def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(here)
+    return here
+
+
+def results(folder: str | Path) -> dict[str, dict]:
+    found = [world.read(path) for path in sorted(Path(folder).glob("users/*/result.json"))]
+    return {result["user_id"]: {k: v for k, v in result.items() if k != "seconds"} for result in found}
+
+
+def test_every_published_file_is_there(inside: Path) -> None:
+    users = [user["user_id"] for user in world.read(inside / f"data/{TASK}/test_100/user_test_100.json")]
+    for name in ("output-k0", "output-k0-profile", "output-k1", "output-k1-profile"):
+        output = world.read(inside / EVO / f"{name}.json")
+        assert output["task"] == "LaMP_2M" and len(output["golds"]) == 3 * len(users)
+        assert set(output["golds"][0]) == {"id", "output"}
+    assert set(world.read(inside / EVO / "eval-k0.json")) >= {"accuracy", "f1"}
+    mia = world.read(inside / EVO / "mia_results.json")
+    assert set(mia) == {f"{user}-{index}" for index, user in enumerate(users)}
+    keys = {"member_ids", "non_member_ids", "member_num_samples", "non_member_num_samples", "member_loss", "non_member_loss"}
+    assert all(set(entry) == keys for entry in mia.values())
+
+
+def test_summary_has_every_method_and_mia_has_its_blind_baseline(inside: Path) -> None:
+    summary = world.read(inside / f"output/{TASK}/summary.json")
+    rows = {(row["method"], row["k"], row["profile"]) for row in summary["rows"]}
+    assert {m for m, _, _ in rows} >= {"base", "rag", "task_lora", "best_sharer", "uniform", "prime"}
+    assert ("prime", 0, False) in rows and ("prime", 1, True) in rows
+    for row in summary["rows"]:
+        assert row["accuracy"]["low"] <= row["accuracy"]["mean"] <= row["accuracy"]["high"]
+
+
+def test_result_reports_the_best_evaluated_candidate(inside: Path) -> None:
+    for user_id, result in results(EVO).items():
+        lines = (inside / EVO / "users" / user_dirname(user_id) / "evaluations.jsonl").read_text().splitlines()
+        evaluated = [json.loads(line) for line in lines]
+        assert len(evaluated) == 1 + 3 + 10
+        assert [one["origin"] for one in evaluated] == ["base"] + ["sharer"] * 3 + ["search"] * 10
+        best = min(evaluated, key=lambda one: one["loss"])
+        assert (result["loss"], result["weights"]) == (best["loss"], best["weights"])
+        assert (result["deployed"] == "base") == (best["origin"] == "base")
+
+
+def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> None:
+    from prime.lora import merge
+
+    for user_id, result in results(EVO).items():
+        if result["deployed"] == "base":
+            continue
+        shared = [load_adapter(Path(f"./output/{TASK}/Anchor_PEFT/LoRA/users") / user_dirname(s) / "adapter") for s in result["sharers"]]
+        expected = merge(shared, torch.tensor(result["weights"]), result["rule"])
+        found = load_adapter(inside / EVO / "users" / user_dirname(user_id) / "adapter")
+        for name, (a, b) in found.folded().factors.items():
+            torch.testing.assert_close(b @ a, expected.factors[name][1] @ expected.factors[name][0])
+
+
+def test_users_in_parts_give_the_files_that_all_at_once_give(inside: Path) -> None:
+    world.run(evo("./output/part", "--user_idxs", "3-6"))
+    whole, part = results(EVO), results("./output/part")
+    assert len(part) == 3
+    assert all(part[user] == whole[user] for user in part)
+    for user in part:
+        mine, theirs = (Path(f, "users", user_dirname(user), "adapter/adapter_model.safetensors") for f in ("./output/part", EVO))
+        assert mine.exists() == theirs.exists() and (not mine.exists() or mine.read_bytes() == theirs.read_bytes())
+
+
+def test_settings_of_a_search_matter_only_where_they_should(inside: Path) -> None:
+    """Another token budget changes nothing."""
+    world.run(evo("./output/tokens", "--user_idxs", "0-2", "--max_batch_tokens", "300"))
+    whole, part = results(EVO), results("./output/tokens")
+    assert all(part[user] == whole[user] for user in part) and len(part) == 2
+
+
+def test_resuming_under_other_settings_is_refused_by_name(inside: Path) -> None:
+    from prime.errors import InputError
+
+    before = results(EVO)
+    with pytest.raises(InputError, match=r"sim_penalty: there 0\.1, now 0\.7"):
+        world.run([*command("lora_composition_evo.py"), "--sim_penalty", "0.7"])
+    assert results(EVO) == before
+
+
+def test_finished_users_are_left_alone_and_lost_ones_come_back_the_same(inside: Path) -> None:
+    paths = sorted(Path(EVO).glob("users/*/result.json"))
+    kept, before = paths[0].stat().st_mtime_ns, results(EVO)
+    paths[1].unlink()
+    world.run(command("lora_composition_evo.py"))
+    assert paths[0].stat().st_mtime_ns == kept and results(EVO) == before
+
+
+def test_poisoned_golds_change_nothing_in_the_search(inside: Path) -> None:
+    path = inside / f"data/{TASK}/test_100/user_test_100.json"
+    before = path.read_bytes()
+    users = json.loads(before)
+    for user in users:
+        for query in user["query"]:
+            query["gold"] = "poison"
+    try:
+        world.write(path, users)
+        world.run(evo("./output/poisoned", "--user_idxs", "0-3"))
+    finally:
+        path.write_bytes(before)
+    whole, poisoned = results(EVO), results("./output/poisoned")
+    assert len(poisoned) == 3 and all(poisoned[user] == whole[user] for user in poisoned)
+
+
+def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside: Path) -> None:
+    """Sharers that answer garbage lose to the base; so does every mixture of them."""
+    good, bad = Path(f"./output/{TASK}/Anchor_PEFT/LoRA"), Path("./output/garbage")
+    stream = torch.Generator().manual_seed(0)
+    for result in results(good).values():
+        name = user_dirname(result["user_id"])
+        own = load_adapter(good / "users" / name / "adapter").factors
+        noise = {m: (torch.randn(a.shape, generator=stream), 30 * torch.randn(b.shape, generator=stream)) for m, (a, b) in own.items()}
+        save_adapter(Adapter(noise), bad / "users" / name / "adapter", "base")
+        world.write(bad / "users" / name / "result.json", result)
+    world.write(bad / "settings.json", world.read(good / "settings.json"))
+    words = evo("./output/base-wins", "--user_idxs", "0-1", "--sim_penalty", "0")
+    words[words.index("--anchor_dir") + 1] = str(bad)
+    world.run(words)
+    (result,) = results("./output/base-wins").values()
+    assert result["deployed"] == "base" and result["weights"] == [0.0, 0.0, 0.0]
+    assert not list(Path("./output/base-wins").glob("users/*/adapter"))
+    untouched = results(f"./output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
+    assert result["predictions"]["prime"] == untouched
+    attack = command("mia.py")
+    attack[attack.index("--exp_dir") + 1] = "./output/base-wins"
+    attack[attack.index("--anchor_dir") + 1] = str(bad)
+    world.run(attack)
+    per_user = world.read(next(Path("./output/base-wins/mia/users").glob("*/result.json")))
+    assert per_user["scores"] == per_user["blind"]
+
+
+def test_an_anchor_without_adapter_is_named(inside: Path, tmp_path: Path) -> None:
+    from prime.errors import InputError
+
+    words = evo(str(tmp_path / "out"))
+    words[words.index("--anchor_dir") + 1] = str(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no adapter of 6 anchors"):
+        world.run(words)
+
+
+def test_bad_input_is_one_message_and_exit_code_2(inside: Path) -> None:
+    path = inside / f"data/{TASK}/user_anchor_candidate.json"
+    before = path.read_bytes()
+    users = json.loads(before)
+    del users[1]["profile"][3]["tag"]
+    users[2]["profile"][0]["description"] = None
+    try:
+        world.write(path, users)
+        done = subprocess.run(
+            [sys.executable, world.ROOT / "lora_composition_evo.py", *command("lora_composition_evo.py")[1:]],
+            capture_output=True, text=True,
+        )  # fmt: skip
+    finally:
+        path.write_bytes(before)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"user {users[1]['user_id']}: item 3: field 'tag' is missing" in done.stderr
+    assert f"user {users[2]['user_id']}: item 0: field 'description'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["citation", "news_headline", "product_rating", "scholarly_title", "tweet_paraphrase"])
+def test_the_other_tasks_run_too(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.build(tmp_path, task, test_users=2, anchors=4)
+    monkeypatch.chdir(tmp_path)
+    for words in world.announcement():
+        quick = [word.replace(TASK, task) for word in command(words[0])]
+        extra = ["--k", "4"] if words[0] == "history_anchor.py" else []
+        world.run([*quick, *extra])
+    summary = world.read(tmp_path / f"output/{task}/summary.json")
+    assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
