@@ -65,7 +65,7 @@ def search_user(
 ) -> list[Evaluation]:
     """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank."""
     seed = derive_seed(args.seed, user.user_id)
-    population = Population(args, texts, engine, user, seed, n, progress)
+    population = Population(args, texts, engine, user, seed, n, progress.update)
     objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
     return evolve(population, objective, args.opt_type, args.opt_budget, seed, log)
 

@@ -30,6 +30,7 @@ class Route:
 
     def __init__(self) -> None:
         self.groups: Tensor | None = None  # [g] adapter of each group of b / g consecutive rows; None: the base
+        self.on_base: Tensor | None = None  # [g, 1, 1] True where a group has no adapter, None if all have one
         self.scaler: InputScaler | None = None  # dropout or gates in front of the factor pair
 
 
@@ -57,6 +58,8 @@ class BankLinear(nn.Module):
         if self.route.scaler is not None:
             rows = self.route.scaler(self.number, rows)
         low = torch.bmm(rows, a.transpose(1, 2))
+        if self.route.on_base is not None:
+            low = low.masked_fill(self.route.on_base, 0.0)
         out = y.reshape(len(groups), -1, y.shape[-1])
         if out.dtype == b.dtype:
             return torch.baddbmm(out, low, b.transpose(1, 2), alpha=self.scale).view_as(y)
@@ -178,17 +181,27 @@ class AdapterBank:
         """Within the block, forward passes send rows to adapters.
 
         Args:
-            groups: `[g]` adapter indices; the b rows are g groups of b / g consecutive rows (g = b: one index
-                per row). None: the plain base.
+            groups: `[g]` adapter indices, -1 for the plain base; the b rows are g groups of b / g consecutive
+                rows (g = b: one index per row). None: the plain base for all.
             scaler: multiplies each module's input in front of its factor pair (dropout, gates).
         """
-        before = (self.route.groups, self.route.scaler)
-        self.route.groups = None if groups is None else torch.as_tensor(groups, device=self.device)
+        before = (self.route.groups, self.route.on_base, self.route.scaler)
+        self.route.groups, self.route.on_base = self._groups(groups)
         self.route.scaler = scaler
         try:
             yield
         finally:
-            self.route.groups, self.route.scaler = before
+            self.route.groups, self.route.on_base, self.route.scaler = before
+
+    def _groups(self, groups: Sequence[int] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if groups is None:
+            return None, None
+        listed = torch.as_tensor(groups)
+        on_base = listed < 0
+        if on_base.all():
+            return None, None
+        mask = on_base[:, None, None].to(self.device) if on_base.any() else None
+        return listed.clamp(min=0).to(self.device), mask
 
 
 def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from prime.bank import AdapterBank
@@ -28,6 +29,7 @@ Pair = tuple[int, int]  # (adapter, prompt or record)
 Progress = Callable[[int], object]
 
 MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pays
+WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 CPU_BATCH_TOKENS = 1536  # measured best on a CPU: larger batches fall out of the cache (see benchmarks/README.md)
 
 
@@ -63,7 +65,7 @@ class _Row:
     adapter: int
     index: int  # of the prompt (or record)
     suffix: Tokens  # what follows the shared prefix
-    key: int = 0
+    key: int  # of the prompt's noise
     answer: list[int] = field(default_factory=list)
 
 
@@ -82,6 +84,24 @@ class _Batch:
         self.mask = torch.ones(len(rows), seen, dtype=torch.long, device=bank.device)
         self.seen = torch.full((len(rows), 1), seen, device=bank.device)  # true length of each row so far
 
+    @classmethod
+    def join(cls, batches: "list[_Batch]") -> "_Batch":
+        """One batch of all rows; shorter caches get masked columns in front."""
+        whole = batches[0]
+        if len(batches) == 1:
+            return whole
+        columns = max(batch.mask.shape[1] for batch in batches)
+        whole.rows = [row for batch in batches for row in batch.rows]
+        caches: list[list[Any]] = [list(batch.cache.layers) for batch in batches]
+        missing = [columns - batch.mask.shape[1] for batch in batches]
+        for layers in zip(*caches, strict=True):
+            for name in ("keys", "values"):
+                padded = [pad(getattr(own, name), (0, 0, more, 0)) for own, more in zip(layers, missing, strict=True)]
+                setattr(layers[0], name, torch.cat(padded))
+        whole.mask = torch.cat([pad(batch.mask, (more, 0)) for batch, more in zip(batches, missing, strict=True)])
+        whole.seen = torch.cat([batch.seen for batch in batches])
+        return whole
+
     def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
         """Logits `[b, 1 + D, v]` after the pending tokens and after each of at most D guessed ones."""
         width, depth = max(map(len, pending)), max(map(len, guesses))
@@ -94,8 +114,7 @@ class _Batch:
         positions = (self.seen + columns - left).clamp(min=0)
         self.mask = torch.cat([self.mask, new], 1)
         self.seen = self.seen + (width - left)
-        groups = [row.adapter for row in self.rows]
-        with self.bank.routed(None if groups[0] < 0 else groups):
+        with self.bank.routed([row.adapter for row in self.rows]):
             return self.bank.model(
                 input_ids=ids,
                 attention_mask=self.mask,
@@ -138,7 +157,7 @@ class _Prefix:
         self.place = {adapter: place for place, adapter in enumerate(adapters)}
         cache = DynamicCache()
         tokens = torch.tensor([ids] * len(adapters), device=bank.device)
-        with bank.routed(None if adapters[0] < 0 else adapters):
+        with bank.routed(adapters):
             bank.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers: list[Any] = list(cache.layers)
         self.layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
@@ -190,13 +209,12 @@ def decode(
     known = _Drafts(len(prompts), drafts, eos)
     texts = [prompt.ids for prompt in prompts]
     keys = [sampler.key(prompt.id) for prompt in prompts]
-    for batch in _batches(bank, texts, pairs, known, max_new_tokens, max_batch_tokens):
-        for row in batch.rows:
-            row.key = keys[row.index]
-        for row in _answer(batch, sampler, max_new_tokens, frozenset(eos), known, counts):
-            found[row.adapter, row.index] = tuple(row.answer)
-            if progress:
-                progress(1)
+    budget = max_batch_tokens or auto_batch_tokens(bank)
+    batches = _batches(bank, texts, pairs, known, max_new_tokens, budget, keys)
+    for row in _answer(batches, sampler, max_new_tokens, known, counts, budget):
+        found[row.adapter, row.index] = tuple(row.answer)
+        if progress:
+            progress(1)
     return found
 
 
@@ -205,8 +223,8 @@ class _Drafts:
 
     def __init__(self, n: int, drafts: Sequence[Sequence[Tokens]] | None, eos: Sequence[int] = ()):
         lists = drafts if drafts is not None else [()] * n
-        ends = frozenset(eos)
-        cut = [[tuple(takewhile(lambda token: token not in ends, answer)) for answer in known] for known in lists]
+        self.ends = frozenset(eos)
+        cut = [[tuple(takewhile(lambda t: t not in self.ends, answer)) for answer in known] for known in lists]
         self.ranked = [[answer for answer, _ in Counter(known).most_common()] for known in cut]
 
     def longest(self, index: int) -> int:
@@ -222,45 +240,71 @@ class _Drafts:
 
 
 def _answer(
-    batch: _Batch, sampler: Sampler, limit: int, eos: frozenset[int], known: _Drafts, counts: Counts
+    batches: Iterable[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, budget: int
 ) -> Iterator[_Row]:
-    """Decode a batch to its end; yields rows as they finish."""
-    counts.rows += len(batch.rows)
-    pending = [row.suffix for row in batch.rows]
-    first = True
+    """Decode batches to their end; yields rows as they finish.
+
+    Most rows end in the first pass, with a draft. The others wait until enough have gathered to fill a batch of
+    their own, whose passes feed one token (or the rest of another draft) per row.
+    """
+    waiting: list[_Batch] = []
+    for batch in batches:
+        counts.rows += len(batch.rows)
+        yield from _advance(batch, [row.suffix for row in batch.rows], sampler, limit, known, counts, first=True)
+        waiting += [batch] if batch.rows else []
+        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > WAITING_BUDGETS * budget:
+            yield from _finish(waiting, sampler, limit, known, counts)
+            waiting = []
+    yield from _finish(waiting, sampler, limit, known, counts)
+
+
+def _finish(
+    waiting: list[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts
+) -> Iterator[_Row]:
+    if not waiting:
+        return
+    batch = _Batch.join(waiting)
     while batch.rows:
-        # One token always comes from the model after the guess, so the guess leaves room for it.
-        room = batch.room(max(map(len, pending)), limit - min(len(row.answer) for row in batch.rows))
-        guesses = [known.guess(row, int(min(limit - len(row.answer) - 1, room))) for row in batch.rows]
-        logits = batch.feed(pending, guesses)
-        counts.passes += 1
-        counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
-        chosen = _choose(logits, batch.rows, sampler).tolist()
-        accepted, open_rows = [], []
-        for i, (row, guess) in enumerate(zip(batch.rows, guesses, strict=True)):
-            agreed = _agreement(guess, chosen[i])
-            accepted.append(agreed)
-            row.answer.extend([*guess[:agreed], chosen[i][agreed]])
-            if row.answer[-1] in eos or len(row.answer) >= limit:
-                if row.answer[-1] in eos:
-                    row.answer.pop()
-                counts.from_draft += first and agreed > 0
-                yield row
-            else:
-                open_rows.append(i)
-        batch.accept(torch.tensor(accepted, device=batch.mask.device), max(map(len, guesses)))
-        batch.keep(open_rows)
-        pending = [(row.answer[-1],) for row in batch.rows]
-        first = False
+        pending: list[Tokens] = [(row.answer[-1],) for row in batch.rows]
+        yield from _advance(batch, pending, sampler, limit, known, counts, first=False)
 
 
-def _choose(logits: Tensor, rows: list[_Row], sampler: Sampler) -> Tensor:
-    """The model's own token at every returned position, `[b, 1 + D]`."""
-    b, depth, v = logits.shape
-    keys = torch.tensor([row.key for row in rows], device=logits.device)[:, None].expand(b, depth)
-    starts = torch.tensor([len(row.answer) for row in rows], device=logits.device)[:, None]
-    positions = starts + torch.arange(depth, device=logits.device)[None]
-    return sampler.choose(logits.reshape(b * depth, v), keys.reshape(-1), positions.reshape(-1)).view(b, depth)
+def _advance(
+    batch: _Batch, pending: list[Tokens], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, *, first: bool
+) -> Iterator[_Row]:
+    """One forward pass over pending and guessed tokens; rows that end are yielded and leave the batch."""
+    # One token always comes from the model after the guess, so the guess leaves room for it.
+    room = batch.room(max(map(len, pending)), limit - min(len(row.answer) for row in batch.rows))
+    guesses = [known.guess(row, int(min(limit - len(row.answer) - 1, room))) for row in batch.rows]
+    logits = batch.feed(pending, guesses)
+    counts.passes += 1
+    counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
+    accepted, open_rows = [], []
+    own = _choose(logits, batch.rows, guesses, sampler)
+    for i, (row, guess, chosen) in enumerate(zip(batch.rows, guesses, own, strict=True)):
+        agreed = _agreement(guess, chosen)
+        accepted.append(agreed)
+        row.answer.extend([*guess[:agreed], chosen[agreed]])
+        ended = row.answer[-1] in known.ends
+        if ended or len(row.answer) >= limit:
+            if ended:
+                row.answer.pop()
+            counts.from_draft += first and agreed > 0
+            yield row
+        else:
+            open_rows.append(i)
+    batch.accept(torch.tensor(accepted, device=batch.mask.device), max(map(len, guesses)))
+    batch.keep(open_rows)
+
+
+def _choose(logits: Tensor, rows: list[_Row], guesses: list[Tokens], sampler: Sampler) -> list[list[int]]:
+    """The model's own token after the pending tokens and after each guessed one, per row."""
+    wanted = [(i, depth) for i, guess in enumerate(guesses) for depth in range(len(guess) + 1)]
+    index = torch.tensor(wanted, device=logits.device)
+    keys = torch.tensor([rows[i].key for i, _ in wanted], device=logits.device)
+    positions = torch.tensor([len(rows[i].answer) + depth for i, depth in wanted], device=logits.device)
+    chosen = iter(sampler.choose(logits[index[:, 0], index[:, 1]], keys, positions).tolist())
+    return [[next(chosen) for _ in range(len(guess) + 1)] for guess in guesses]
 
 
 def _agreement(guess: Tokens, chosen: list[int]) -> int:
@@ -292,7 +336,8 @@ def score(
     found: dict[Pair, Tensor] = {}
     texts = [record.ids for record in records]
     targets = _Drafts(len(records), [[record.target[:-1]] for record in records])
-    for batch in _batches(bank, texts, pairs, targets, 0, max_batch_tokens):
+    budget = max_batch_tokens or auto_batch_tokens(bank)
+    for batch in _batches(bank, texts, pairs, targets, 0, budget, [0] * len(texts)):
         guesses = [records[row.index].target[:-1] for row in batch.rows]
         logits = batch.feed([row.suffix for row in batch.rows], guesses)
         for row, own in zip(batch.rows, logits, strict=True):
@@ -325,22 +370,19 @@ def sliding_window(config: Any) -> float:
 
 
 def _batches(
-    bank: AdapterBank, texts: list[Tokens], pairs: Iterable[Pair], known: _Drafts, limit: int, budget: int
+    bank: AdapterBank,
+    texts: list[Tokens],
+    pairs: Iterable[Pair],
+    known: _Drafts,
+    limit: int,
+    budget: int,
+    keys: Sequence[int],
 ) -> Iterator[_Batch]:
     """Rows (adapter, text) in batches of at most `budget` fed tokens, alike in length, a shared prefix apart.
 
-    Rows of the plain base (adapter -1) have batches of their own. A prefix is shared only where prompt, draft and
-    `limit` new tokens fit a sliding window, since padding behind the prefix would count in it.
+    A prefix is shared only where prompt, draft and `limit` new tokens fit a sliding window, since padding behind the
+    prefix would count in it.
     """
-    listed = list(pairs)
-    for on_base in (True, False):
-        part = [pair for pair in listed if (pair[0] < 0) == on_base]
-        yield from _batches_of(bank, texts, part, known, limit, budget or auto_batch_tokens(bank))
-
-
-def _batches_of(
-    bank: AdapterBank, texts: list[Tokens], pairs: list[Pair], known: _Drafts, limit: int, budget: int
-) -> Iterator[_Batch]:
     wanted: dict[int, list[int]] = {}
     for adapter, index in pairs:
         wanted.setdefault(index, []).append(adapter)
@@ -349,7 +391,9 @@ def _batches_of(
         length = length if longest + limit <= sliding_window(bank.config) else 0
         adapters = sorted({adapter for index in indices for adapter in wanted[index]})
         prefix = _Prefix(bank, texts[indices[0]][:length], adapters) if length else None
-        rows = [_Row(adapter, index, texts[index][length:]) for index in indices for adapter in wanted[index]]
+        rows = [
+            _Row(adapter, index, texts[index][length:], keys[index]) for index in indices for adapter in wanted[index]
+        ]
         rows.sort(key=lambda row: (-len(row.suffix) - known.longest(row.index), row.index, row.adapter))
         for part in _cut(rows, known, budget):
             yield _Batch(bank, part, prefix)

@@ -47,11 +47,19 @@ class Sampler:
 
 
 def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
-    """Mask `[m, v]` of the most probable tokens: those before which less than or exactly top_p has gathered."""
-    ordered, index = log_probs.sort(dim=-1, descending=True, stable=True)
-    probs = ordered.exp()
-    kept = probs.cumsum(-1) - probs <= top_p
-    return torch.zeros_like(kept).scatter(-1, index, kept)
+    """Mask `[m, v]` of the most probable tokens: those before which less than or exactly top_p has gathered.
+
+    Tokens exactly as probable as the last one belong to it, so the mask does not depend on a sorting order.
+    """
+    size = log_probs.shape[-1]
+    for highest in (min(64, size), size):  # few tokens hold the mass as a rule; all are ordered only where they do not
+        ordered = log_probs.topk(highest, dim=-1).values
+        probs = ordered.exp()
+        kept = probs.cumsum(-1) - probs <= top_p
+        if highest == size or not bool(kept[:, -1].any()):
+            break
+    last = ordered.gather(-1, kept.sum(-1, keepdim=True) - 1)
+    return log_probs >= last
 
 
 def gumbel(keys: Tensor, positions: Tensor, size: int) -> Tensor:

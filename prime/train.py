@@ -1,9 +1,10 @@
 """Joint training of many adapters in one bank, each as if it were alone.
 
 Every adapter has its own data order, dropout, AdamW state, gradient clipping and schedule; a step of the bank is one
-batch of every adapter that is not finished yet. The rows of a step are sorted by length and cut into micro-batches by
-a token budget; an adapter's loss is the mean over the target tokens of its own batch, so neither neighbours nor
-micro-batches change it.
+batch of every adapter that is not finished yet. What is trained is a list of stacked tensors `[n, ...]`, one slice
+per adapter: the bank's own factors, or gates in front of them (`prime.gates`). The rows of a step are sorted by
+length and cut into micro-batches by a token budget; an adapter's loss is the mean over the target tokens of its own
+batch, so neither neighbours nor micro-batches change it.
 
 Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
 """
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prime.bank import AdapterBank
+from prime.bank import AdapterBank, InputScaler
 from prime.decode import EncodedRecord
 from prime.errors import InputError
 from prime.runs import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass on a CPU
+
+# For the adapters of a batch's rows, what stands in front of their factor pairs: `prime.gates.Gates.scaler`.
+Scalers = Callable[[list[int]], InputScaler]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class TrainSettings:
     epochs: int = 3
     dropout: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
+    max_step: int = 0  # steps at most; 0: as many as the epochs have
 
 
 @dataclass(frozen=True)
@@ -49,14 +54,14 @@ class Learner:
     records: Sequence[EncodedRecord]
 
     def batches(self, settings: TrainSettings) -> list[list[EncodedRecord]]:
-        """All batches of all epochs, in this learner's own order."""
+        """The batches of all epochs, at most `max_step`, in this learner's own order."""
         found = []
         for epoch in range(settings.epochs):
             stream = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
             order = torch.randperm(len(self.records), generator=stream).tolist()
             for start in range(0, len(order), settings.batch_size):
                 found.append([self.records[i] for i in order[start : start + settings.batch_size]])
-        return found
+        return found[: settings.max_step or None]
 
 
 def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
@@ -70,13 +75,17 @@ def train(
     settings: TrainSettings,
     max_batch_tokens: int = 0,
     progress: Callable[[int], object] | None = None,
+    stacks: Sequence[Tensor] | None = None,
+    scalers: Scalers | None = None,
 ) -> list[list[float]]:
-    """Train the bank's adapters in place.
+    """Train the bank's adapters, or what stands in front of them, in place.
 
     Args:
-        bank: filled by `bank.allocate`; learner.place is its row.
+        bank: filled by `bank.allocate`, or by `bank.load` where the adapters are frozen; learner.place is its row.
         max_batch_tokens: tokens of a forward and backward pass; 0 = chosen for the device.
         progress: called with the number of batches just done.
+        stacks: the trained tensors `[n, ...]`, one slice per adapter; None: the bank's factors.
+        scalers: gates in front of the factor pairs; dropout follows behind them.
 
     Returns:
         Per learner, the loss of every step: mean over the target tokens of its batch, before the update.
@@ -85,9 +94,11 @@ def train(
         InputError: a loss that is not finite, naming the learner.
     """
     plans = [learner.batches(settings) for learner in learners]
+    trained = bank.parameters() if stacks is None else list(stacks)
     optimizers = [
-        _Optimizer(bank, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
+        _Optimizer(trained, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
     ]
+    budget = max_batch_tokens or TRAIN_BATCH_TOKENS
     losses: list[list[float]] = [[] for _ in learners]
     for step in range(max((len(plan) for plan in plans), default=0)):
         active = [i for i, plan in enumerate(plans) if step < len(plan)]
@@ -96,8 +107,8 @@ def train(
             for i in active
             for number, record in enumerate(plans[i][step])
         ]
-        sums = _accumulate(bank, rows, len(learners), settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS)
-        norms = clip_by_adapter(bank.parameters(), settings.clip)
+        sums = _accumulate(bank, rows, len(learners), settings.dropout, budget, scalers)
+        norms = clip_by_adapter(trained, settings.clip)
         for i in active:
             norm = float(norms[learners[i].place])
             if not (math.isfinite(sums[i]) and math.isfinite(norm)):
@@ -105,7 +116,7 @@ def train(
                 raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
             losses[i].append(sums[i])
             optimizers[i].step(step)
-        for parameter in bank.parameters():
+        for parameter in trained:
             parameter.grad = None
         if progress:
             progress(len(active))
@@ -125,14 +136,16 @@ class _Row:
         return len(self.record.ids) + len(self.record.target) - 1
 
 
-def _accumulate(bank: AdapterBank, rows: list[_Row], n: int, dropout: float, budget: int) -> list[float]:
-    """Forward and backward over one batch of every learner; returns each learner's loss, gradients stay in the bank."""
+def _accumulate(
+    bank: AdapterBank, rows: list[_Row], n: int, dropout: float, budget: int, scalers: Scalers | None
+) -> list[float]:
+    """Forward and backward over one batch of every learner; returns each one's loss, gradients stay in the stacks."""
     tokens = [0] * n
     for row in rows:
         tokens[row.learner] += len(row.record.target)
     sums = [0.0] * n
     for part in _cut(sorted(rows, key=lambda row: (row.length, row.learner, row.number)), budget):
-        nll = row_losses(bank, part, dropout)
+        nll = row_losses(bank, part, dropout, scalers)
         share = torch.tensor([1 / tokens[row.learner] for row in part], device=nll.device)
         (nll * share).sum().backward()
         for row, value in zip(part, (nll.detach() * share).tolist(), strict=True):
@@ -152,7 +165,7 @@ def _cut(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
         yield part
 
 
-def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float) -> Tensor:
+def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float, scalers: Scalers | None = None) -> Tensor:
     """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
     texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
     width = max(map(len, texts))
@@ -160,10 +173,23 @@ def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float) -> Tensor:
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
     labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)
     places = [row.place for row in rows]
-    with bank.routed(places, dropout_scaler(rows, dropout) if dropout else None):
+    with bank.routed(places, _in_front(rows, dropout, scalers)):
         logits = bank.model(input_ids=ids, logits_to_keep=width - first, use_cache=False).logits
     nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
     return nll.sum(1)
+
+
+def _in_front(rows: list[_Row], dropout: float, scalers: Scalers | None) -> InputScaler | None:
+    """What the input of a factor pair goes through: its gate, then dropout."""
+    steps = [scalers([row.place for row in rows])] if scalers else []
+    steps += [dropout_scaler(rows, dropout)] if dropout else []
+
+    def scale(module: int, x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(module, x)
+        return x
+
+    return scale if steps else None
 
 
 def _labels(record: EncodedRecord, first: int, width: int) -> list[int]:
@@ -172,7 +198,7 @@ def _labels(record: EncodedRecord, first: int, width: int) -> list[int]:
     return [-100] * before + list(record.target) + [-100] * (width - first - before - len(record.target))
 
 
-def dropout_scaler(rows: list[_Row], rate: float) -> Callable[[int, Tensor], Tensor]:
+def dropout_scaler(rows: list[_Row], rate: float) -> InputScaler:
     """LoRA dropout whose noise belongs to (adapter seed, step, row, module): the same in any batch."""
 
     def scale(module: int, x: Tensor) -> Tensor:
@@ -201,10 +227,10 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
 
 
 class _Optimizer:
-    """AdamW over one adapter's slices of the stacked factors, with its own cosine schedule."""
+    """AdamW over one adapter's slices of the stacked tensors, with its own cosine schedule."""
 
-    def __init__(self, bank: AdapterBank, place: int, steps: int, settings: TrainSettings):
-        self.stacks, self.place, self.steps, self.settings = bank.parameters(), place, steps, settings
+    def __init__(self, stacks: list[Tensor], place: int, steps: int, settings: TrainSettings):
+        self.stacks, self.place, self.steps, self.settings = stacks, place, steps, settings
         self.slices = [torch.nn.Parameter(stack.data[place]) for stack in self.stacks]
         self.adamw = torch.optim.AdamW(
             self.slices, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
