@@ -14,6 +14,7 @@ Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -66,6 +67,8 @@ def search_user(
     """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank."""
     seed = derive_seed(args.seed, user.user_id)
     population = Population(args, texts, engine, user, seed, n, progress.update)
+    if not population.golds:
+        print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
     objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
     return evolve(population, objective, args.opt_type, args.opt_budget, seed, log)
 

@@ -47,7 +47,9 @@ class Objective:
         self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
 
     def agreement(self, answers: Answers, reference: Answers) -> float:
-        """The task's history metrics of answers against reference, reduced to one number."""
+        """The task's history metrics of answers against reference, reduced to one number; 0 without any record."""
+        if not reference:
+            return 0.0
         values = score(self.task.history_metrics, answers, reference, self.task.history_labels)
         return self.reduce_metrics(list(values.values()))
 

@@ -34,7 +34,7 @@ Gate = dict[str, Tensor]  # module name -> [d]
 Weights = dict[str, Tensor]  # module name -> [n] aggregation weights
 
 # Published: the default of torch's layer_norm. It matters: entries of a gate trained for 50 steps at lr 2e-5 are
-# at most 1e-3, so eps outweighs their variance and LayerNorm leaves such a gate shorter than sqrt(d).
+# about 1e-3 at most, so eps outweighs their variance and LayerNorm leaves such a gate shorter than sqrt(d).
 EPS = 1e-5
 
 
@@ -178,9 +178,7 @@ def compose(
     for batch in batches:
         ids, positions = teacher_forced(batch)
         place = positions.to(bank.device)
-        hooks = {
-            name: partial(hook, name, gate, place) for name, gate in zip(gates.names, gates.stacks, strict=True)
-        }
+        hooks = {name: partial(hook, name, gate, place) for name, gate in zip(gates.names, gates.stacks, strict=True)}
         with bank.routed([0]), _hooked(bank, hooks):
             bank.model(input_ids=ids.to(bank.device), logits_to_keep=1, use_cache=False)
         if progress:
@@ -209,7 +207,7 @@ def _hooked(bank: AdapterBank, hooks: Mapping[str, Callable]) -> Iterator[None]:
 
 
 def teacher_forced(batch: Sequence[EncodedRecord]) -> tuple[Tensor, Tensor]:
-    """Token ids `[b, t]` of prompts and targets, padded at the right, and where target tokens (and EOS) are predicted."""
+    """Token ids `[b, t]` of prompts and targets, padded at the right, and where targets (with EOS) are predicted."""
     texts = [[*record.ids, *record.target[:-1]] for record in batch]
     width = max(map(len, texts))
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])

@@ -160,3 +160,14 @@ def attack_table(results: Sequence[Mapping], *, n: int = 2000, seed: int = 0) ->
         attack: attack_summary(*(column(key, attack, side) for key, side in columns), n=n, seed=seed)
         for attack in results[0]["scores"]
     }
+
+
+def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:
+    """AUROC of every attack on one user, and of the same attack on the base (`blind`); see `attack_table`."""
+    return {
+        attack: {
+            name: auroc(result[key][attack]["member"], result[key][attack]["non_member"])
+            for name, key in (("auroc", "scores"), ("blind", "blind"))
+        }
+        for attack in result["scores"]
+    }

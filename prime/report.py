@@ -243,6 +243,7 @@ def write_attacks(
         "users": len(users),
         "on_base": sum(user["on_base"] for user in users),
         "attacks": membership.attack_table(users, seed=seed),
+        "per_user": {user["user_id"]: membership.user_aurocs(user) for user in users},
         "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed)},
     }
     write_json(exp_dir / "mia_summary.json", summary)

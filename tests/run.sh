@@ -10,4 +10,6 @@ if [ "${1:-}" = "--fast" ]; then
     select=(-m "not slow")
     shift
 fi
-exec "$PY" -m pytest "${select[@]}" "$@"
+# Tiny models gain nothing from a second thread; two workers do, a file of tests each.
+export OMP_NUM_THREADS=1
+exec "$PY" -m pytest -n 2 --dist loadfile "${select[@]}" "$@"

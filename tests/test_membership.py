@@ -314,3 +314,11 @@ def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tm
         mia.check_members([subject], ["a", "b", "c"])
     with pytest.raises(InputError, match="no results of sharers c"):
         mia.check_members([subject], ["a", "b", "d"])
+
+
+def test_user_aurocs_are_scikit_learns() -> None:
+    scores = {"member": [3.0, 1.0, 2.0], "non_member": [0.5, 2.0]}
+    blind = {"member": [1.0, 1.0, 1.0], "non_member": [1.0, 1.0]}
+    found = membership.user_aurocs({"scores": {"loss": scores}, "blind": {"loss": blind}})
+    truth = [1, 1, 1, 0, 0]
+    assert found == {"loss": {"auroc": pytest.approx(roc_auc_score(truth, [3, 1, 2, 0.5, 2])), "blind": 0.5}}

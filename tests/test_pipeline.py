@@ -181,6 +181,21 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     assert per_user["scores"] == per_user["blind"]
 
 
+def test_a_user_without_history_gets_the_base(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = inside / f"data/{TASK}/test_100/user_test_100.json"
+    before = path.read_bytes()
+    users = json.loads(before)
+    users[0]["profile"] = []
+    try:
+        world.write(path, users)
+        world.run(evo("./output/no-history", "--user_idxs", "0-1"))
+    finally:
+        path.write_bytes(before)
+    (result,) = results("./output/no-history").values()
+    assert result["deployed"] == "base" and len(result["predictions"]["prime"]["k0"]) == 3
+    assert f"user {users[0]['user_id']}: an empty history" in capsys.readouterr().err
+
+
 def test_an_anchor_without_adapter_is_named(inside: Path, tmp_path: Path) -> None:
     from prime.errors import InputError
 

@@ -137,3 +137,15 @@ def test_the_generation_is_the_inner_optimisers_population() -> None:
         inner = inner.optim
     assert size == inner.es.popsize == 6
     assert generation_size(make_optimizer((3,), "OnePlusOne", 30, 0)) == 1
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4)])
+def test_a_smaller_budget_is_the_beginning_of_a_larger_one(shape: tuple[int, ...]) -> None:
+    """What benchmarks/merge_rules.py rests on."""
+
+    def losses(points: list[np.ndarray]) -> list[float]:
+        return [float(np.abs(point - 0.4).sum().round(1)) for point in points]
+
+    small, large = (minimise(shape, losses, "cma", budget, seed=7) for budget in (10, 30))
+    for (point, loss), (other, other_loss) in zip(small, large, strict=False):
+        assert np.array_equal(point, other) and loss == other_loss
