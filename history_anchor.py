@@ -14,10 +14,11 @@ from pathlib import Path
 from prime import cli
 from prime.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
 from prime.checkpoint import pick_device
-from prime.data import load_users
+from prime.data import User, load_users
 from prime.errors import InputError
+from prime.prompts import history_texts, load_templates
 from prime.runs import Run
-from prime.tasks import get_task
+from prime.tasks import Task, get_task
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,10 +30,25 @@ def build_parser() -> argparse.ArgumentParser:
         default="microsoft/deberta-v3-large",
         help="Hugging Face encoder or causal LM, a name or a directory",
     )
+    parser.add_argument(
+        "--embed",
+        default="history",
+        choices=("history", "target"),
+        help="of an item: the text that is retrieved too (published), or only what the user wrote or chose; a causal "
+        "encoder reads the taste better off the latter",
+    )
+    parser.add_argument("--prompt_path", help="template file in the published schema; default: the built-in wording")
     parser.add_argument("--k", type=cli.positive, default=50, help="clusters, so anchors at most")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     parser.add_argument("--max_batch_tokens", type=cli.positive, default=4096, help="tokens of one forward pass")
     return parser
+
+
+def item_texts(args: argparse.Namespace, user: User, task: Task) -> list[str]:
+    """What is embedded of each of a user's items."""
+    if args.embed == "target":
+        return [item[task.target] for item in user.profile]
+    return history_texts(user.profile, load_templates(args.prompt_path, task))
 
 
 def open_run(args: argparse.Namespace) -> Path:
@@ -54,7 +70,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     check_k(args.k, len(candidates))
     encoder = load_encoder(args.encoder, pick_device(args.device))
-    both = embed_users([*candidates, *tests], task, encoder, args.max_batch_tokens)
+    users = [*candidates, *tests]
+    texts = [item_texts(args, user, task) for user in users]
+    both = embed_users([user.user_id for user in users], texts, encoder, args.max_batch_tokens)
     embeddings, test_embeddings = both[: len(candidates)], both[len(candidates) :]
     anchors = choose_anchors(cluster(embeddings, args.k), [len(user.profile) for user in candidates])
     save_selection(folder, embeddings, test_embeddings, anchors)

@@ -5,7 +5,7 @@ Reads   data/<task>/test_100/user_test_100.json (history; queries only to predic
 Writes  <output_dir>/users/<user>/composition.jsonl   a line per module: the weights of its sharers
         <output_dir>/users/<user>/adapter/            the composed adapter (PEFT, with a card)
         <output_dir>/users/<user>/result.json         weights, scores on the history, predictions of per_pcs
-Takes   about a minute on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
+Takes   1 to 2 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
 Each batch of history records walks through the model; every module takes the --topk sharers whose gates its input
 resembles most, before it computes (`prime.gates`). What the batches composed is averaged. The paper says no more

@@ -7,6 +7,7 @@
 #   --output_dir DIR           results go to DIR/<task>/                  (output/demo; output with a real model)
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
 #   --seed N                   run seed                                   (0)
+#   --methods prime | all      all: Per-Pcs too                           (prime)
 #   --until STEP               stop after this step                       (postprocess)
 #
 # Each step is printed before it runs and timed after; steps that finished under the same command are skipped.
@@ -15,15 +16,15 @@ CALLED_FROM="$PWD"
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
-tasks=movie_tagging model="" data="" output="" encoder="" seed=0 until=postprocess
+tasks=movie_tagging model="" data="" output="" encoder="" seed=0 methods=prime until=postprocess
 
-usage() { sed -n '2,13s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
-        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --seed | --until)
+        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --seed | --methods | --until)
             [ $# -ge 2 ] || { echo "reproduce.sh: $1 needs a value" >&2; exit 2; } ;;
         *) echo "reproduce.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -34,22 +35,26 @@ while [ $# -gt 0 ]; do
         --output_dir) output="$(absolute "$2")" ;;
         --encoder) encoder="$2" ;;
         --seed) seed="$2" ;;
+        --methods) methods="$2" ;;
         --until) until="$2" ;;
     esac
     shift 2
 done
-[ "$tasks" = all ] && tasks="$ALL_TASKS"
+[ "$tasks" != all ] || tasks="$ALL_TASKS"
+case "$methods" in prime | all) ;; *) echo "reproduce.sh: --methods is prime or all, not $methods" >&2; exit 2 ;; esac
 
-# The demo's model is a thousand times smaller than the published ones and learns at a larger rate; its answers are short.
+# The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
+# settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item.
 if [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
-    training=(--lr 5e-3) answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48) clusters=16
-    attack=(--max_records 20)
+    task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
+    answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
+    selection=(--k 16 --embed target) attack=(--max_records 20)
 else
     [ -n "$data" ] || { echo "reproduce.sh: --llama_model_path needs --data_dir" >&2; exit 2; }
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
-    training=() answers=() history=() attack=() clusters=50
+    task_training=() anchor_training=() gate_training=() answers=() history=() selection=() attack=()
 fi
 
 install_requirements requirements.txt
@@ -73,21 +78,35 @@ step() {
     echo "[$task] $name: $((SECONDS - started)) s"
 }
 
+# Per-Pcs on the same sharers, attacked alike.
+per_pcs() {
+    step train_anchor_gate train_anchor_gate.py "${adapted[@]}" "${gate_training[@]}" \
+        --anchor_path "$out/Anchor_PEFT/LoRA" --output_dir "$out/Anchor_PEFT/gate"
+    step lora_composition lora_composition.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+        --gate_dir "$out/Anchor_PEFT/gate" --anchor_dir "$out/Anchor_PEFT/LoRA" \
+        --n_sim 3 --topk 3 --recent_k 2000 --shared_ratio 1 --agg_temperature 1 --output_dir "$out/LoRA-Composition"
+    step mia_per_pcs mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" --gate_dir "$out/Anchor_PEFT/gate" \
+        --n_sim 3 "${attack[@]}" --exp_dir "$out/LoRA-Composition"
+}
+
 for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
     data_options=(--task_name "$task" --data_dir "$data/$task")
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
-    step task_lora task_lora.py "${model_options[@]}" "${training[@]}" "${answers[@]}" --output_dir "$out/task-base_LLM"
-    step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" --k "$clusters" \
+    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${answers[@]}" \
+        --output_dir "$out/task-base_LLM"
+    step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \
         --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
-    step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${training[@]}" "${history[@]}" \
+    step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${anchor_training[@]}" "${history[@]}" \
         --output_dir "$out/Anchor_PEFT/LoRA"
     step lora_composition_evo lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
         --output_dir "$out/LoRA-Composition-evo"
     step mia mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_dir "$out/Anchor_PEFT/LoRA" \
         --n_sim 3 "${attack[@]}" --exp_dir "$out/LoRA-Composition-evo"
+    [ "$methods" = prime ] || per_pcs
     step postprocess postprocess.py "${data_options[@]}" --output_dir "$out/LoRA-Composition-evo"
     [ "$fresh" = yes ] || [ ! -f "$out/summary.md" ] || cat "$out/summary.md"
 done

@@ -4,7 +4,7 @@ Reads   data/<task>/user_anchor_candidate.json, profile-id2text.json, the task a
         the anchors' adapters (--anchor_path)
 Writes  <output_dir>/users/<anchor>/gate.safetensors   module name -> gate [in]
         <output_dir>/users/<anchor>/result.json        losses of the steps
-Takes   about a minute on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
+Takes   1 to 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
 
 The input of each factor pair is scaled by sigmoid(<x, g>), g starts at 0 (Per-Pcs, Tan et al., EMNLP 2024). Here a
 gate sees --epochs passes over the history, cut at --max_step, under a cosine over just these steps. Published code

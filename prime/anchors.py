@@ -11,17 +11,15 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import normalize
 
-from prime.data import User
 from prime.errors import InputError
 from prime.runs import replacing
-from prime.tasks import Task
 
 MAX_TOKENS = 512
 MIN_ITEMS = 10  # published: an anchor has *more* than ten items
@@ -59,15 +57,6 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     return Encoder(model.to(device).eval().requires_grad_(False), tokens, pad)
 
 
-def item_text(item: Mapping[str, str], task: Task) -> str:
-    """What of a history item is embedded: the target, then the other fields except the id, one a line.
-
-    The target comes first because it carries the taste and is short; a long article behind it may be cut.
-    """
-    fields = [task.target, *(f for f in task.fields if f not in ("id", task.target))]
-    return "\n".join(item[f] for f in fields)
-
-
 def _batches(rows: Sequence[Sequence[int]], max_batch_tokens: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, each of at most `max_batch_tokens` with padding."""
     batch: list[int] = []
@@ -98,20 +87,21 @@ def embed_texts(texts: Sequence[str], encoder: Encoder, max_batch_tokens: int = 
     return torch.stack([means[i] for i in range(len(rows))])
 
 
-def embed_users(users: Sequence[User], task: Task, encoder: Encoder, max_batch_tokens: int = 4096) -> torch.Tensor:
-    """[n, h] mean over each user's history items; one without history gets zeros, and a warning says so."""
-    texts = [item_text(item, task) for user in users for item in user.profile]
-    if not texts:
-        raise InputError(f"none of the {len(users)} users has a history item to embed")
-    # Equal texts (items shared between users) are embedded once.
-    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+def embed_users(
+    user_ids: Sequence[str], texts: Sequence[Sequence[str]], encoder: Encoder, max_batch_tokens: int = 4096
+) -> torch.Tensor:
+    """[n, h] mean over the embedded texts of each user; one without any gets zeros, and a warning says so."""
+    # Equal texts (items shared between users, labels) are embedded once.
+    place = {text: i for i, text in enumerate(dict.fromkeys(text for own in texts for text in own))}
+    if not place:
+        raise InputError(f"none of the {len(texts)} users has a history item to embed")
     items = embed_texts(list(place), encoder, max_batch_tokens)
-    out = torch.zeros(len(users), items.shape[1])
-    for row, user in enumerate(users):
-        if user.profile:
-            out[row] = items[[place[item_text(item, task)] for item in user.profile]].mean(0)
+    out = torch.zeros(len(texts), items.shape[1])
+    for row, (user_id, own) in enumerate(zip(user_ids, texts, strict=True)):
+        if own:
+            out[row] = items[[place[text] for text in own]].mean(0)
         else:
-            warnings.warn(f"user {user.user_id}: empty history, embedded as zeros", stacklevel=2)
+            warnings.warn(f"user {user_id}: empty history, embedded as zeros", stacklevel=2)
     return out
 
 

@@ -1,5 +1,6 @@
 """Base model and tokenizer: loading, device and dtype, folding the task adapter, turning texts into ids."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -8,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from prime.decode import EncodedPrompt, EncodedRecord
 from prime.errors import InputError
@@ -48,6 +50,8 @@ def load_model(
     """
     place = pick_device(device)
     check_model_dir(path)
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=pick_dtype(dtype, place), trust_remote_code=False, output_loading_info=True

@@ -178,7 +178,7 @@ def history_records(
     if recent_k < 0:
         raise ValueError(f"recent_k is {recent_k}, expected 0 (all) or more")
     window = user.profile[-recent_k:] if recent_k else user.profile
-    corpus = _corpus(window, templates)
+    corpus = history_texts(window, templates)
     records = []
     for i, item in enumerate(window):
         fields = _cut(item, RECORD_WORDS)
@@ -196,7 +196,7 @@ def task_records(user: User, task: Task, templates: Templates, profile_text: str
 
     A profile of None is written as an empty one.
     """
-    corpus = _corpus(user.profile, templates)
+    corpus = history_texts(user.profile, templates)
     records = []
     for query in user.queries:
         if query.gold is None:
@@ -212,7 +212,7 @@ def task_records(user: User, task: Task, templates: Templates, profile_text: str
 
 def test_prompts(user: User, task: Task, templates: Templates, k: int, profile_text: str | None) -> list[Prompt]:
     """The user's queries with `k` retrieved items (0: no history) and the profile (None: none)."""
-    corpus = _corpus(user.profile, templates) if k else []
+    corpus = history_texts(user.profile, templates) if k else []
     prompts = []
     for query in user.queries:
         parts = _query_parts(user, query, task)
@@ -252,7 +252,8 @@ def _retrieve(query: str, corpus: Sequence[str], k: int) -> list[str]:
     return [corpus[i] for i in top_k(query, corpus, k)]
 
 
-def _corpus(items: Sequence[Mapping[str, str]], templates: Templates) -> list[str]:
+def history_texts(items: Sequence[Mapping[str, str]], templates: Templates) -> list[str]:
+    """History items as they are retrieved, and by default embedded (`retrieval_history`), cut to 368 words a field."""
     return [templates["retrieval_history"].format(**_cut(item, RETRIEVED_WORDS)) for item in items]
 
 

@@ -64,6 +64,8 @@ def nucleus(log_probs: Tensor, top_p: float) -> Tensor:
 
 def gumbel(keys: Tensor, positions: Tensor, size: int) -> Tensor:
     """Standard Gumbel noise `[m, size]`, a function of (key, position, index) alone."""
+    if keys.device.type == "mps":  # has no float64
+        return gumbel(keys.cpu(), positions.cpu(), size).to(keys.device)
     streams = _mix(keys + positions * GOLDEN)
     tokens = _mix((torch.arange(1, size + 1, device=keys.device)) * GOLDEN)
     bits = _mix(streams[:, None] ^ tokens[None, :])

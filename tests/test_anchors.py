@@ -1,5 +1,6 @@
 """Embeddings, clustering, the choice of anchors, and the published files."""
 
+import argparse
 import pickle
 import zipfile
 
@@ -51,11 +52,17 @@ def user(name, n_items, seed=0):
     return User(name, tuple(items), ())
 
 
-def test_item_text_holds_every_field_but_the_id():
-    item = {"id": "7", "description": "a heist", "tag": "action"}
-    assert anchors.item_text(item, TASK) == "action\na heist"
-    item = {"id": "7", "title": "t", "abstract": "a", "citation": "c"}
-    assert sorted(anchors.item_text(item, TASKS["citation"]).split("\n")) == ["a", "c", "t"]
+def texts_of(users):
+    return [user.user_id for user in users], [[f"{i['description']} {i['tag']}" for i in u.profile] for u in users]
+
+
+@pytest.mark.parametrize(("embed", "expected"), [("history", "Movie: a heist Tag: action\n"), ("target", "action")])
+def test_what_of_an_item_is_embedded(embed, expected):
+    import history_anchor
+
+    one = User("u", ({"id": "7", "description": "a heist", "tag": "action"},), ())
+    args = argparse.Namespace(embed=embed, prompt_path=None)
+    assert history_anchor.item_texts(args, one, TASK) == [expected]
 
 
 def test_embedding_is_the_mean_over_own_tokens_whatever_the_batch(encoder):
@@ -78,18 +85,18 @@ def test_long_and_empty_texts_are_embedded(encoder):
 
 def test_user_embedding_is_the_mean_over_items(encoder):
     users = [user("a", 3), user("b", 5, seed=1), user("c", 3)]
-    rows = anchors.embed_users(users, TASK, encoder)
-    texts = [anchors.item_text(item, TASK) for item in users[1].profile]
-    assert torch.allclose(rows[1], anchors.embed_texts(texts, encoder).mean(0), atol=1e-5)
+    ids, texts = texts_of(users)
+    rows = anchors.embed_users(ids, texts, encoder)
+    assert torch.allclose(rows[1], anchors.embed_texts(texts[1], encoder).mean(0), atol=1e-5)
     assert torch.allclose(rows[0], rows[2])
 
 
 def test_an_empty_history_is_a_zero_vector_with_a_warning(encoder):
     with pytest.warns(UserWarning, match="user nobody: empty history"):
-        rows = anchors.embed_users([user("a", 2), user("nobody", 0)], TASK, encoder)
+        rows = anchors.embed_users(*texts_of([user("a", 2), user("nobody", 0)]), encoder)
     assert rows[1].abs().max() == 0 < rows[0].abs().max()
     with pytest.raises(InputError, match="none of the 1 users"):
-        anchors.embed_users([user("nobody", 0)], TASK, encoder)
+        anchors.embed_users(*texts_of([user("nobody", 0)]), encoder)
 
 
 def test_a_missing_encoder_is_named(tmp_path):

@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-
 import world
 
 SCRIPTS = sorted(path.name for path in world.ROOT.glob("*.py"))

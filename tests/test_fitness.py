@@ -43,5 +43,8 @@ def test_repeats_are_reduced_by_name(reducer: str, expected: float) -> None:
 
 def test_metric_reducers() -> None:
     golds, answers = ["comedy"], [["comedy"]]
-    by = {name: Objective(MOVIE, golds, 0.0, m_reduce=name)(answers, [[["action"]]]).utility for name in ("sum", "mean", "first")}
+    by = {
+        name: Objective(MOVIE, golds, 0.0, m_reduce=name)(answers, [[["action"]]]).utility
+        for name in ("sum", "mean", "first")
+    }
     assert by["first"] == 1.0 and by["sum"] == pytest.approx(1 + 1 / 15) and by["mean"] == pytest.approx(by["sum"] / 2)

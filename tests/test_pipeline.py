@@ -7,25 +7,34 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import world
-from prime.lora import Adapter, load_adapter, save_adapter
+
+from prime.errors import InputError
+from prime.lora import Adapter, load_adapter, merge, save_adapter
 from prime.runs import user_dirname
+from prime.sharers import adapter_folder
 
 TASK = "movie_tagging"
 EVO = f"./output/{TASK}/LoRA-Composition-evo"
+ANCHORS = f"./output/{TASK}/Anchor_PEFT/LoRA"
 QUICK = {
     "task_lora.py": ["--epochs", "1", "--lr", "5e-3", "--k_list", "1"],
     "history_anchor.py": ["--encoder", world.CHECKPOINT, "--k", "6"],
     "train_anchor_peft.py": ["--epochs", "1", "--lr", "5e-3"],
+    "train_anchor_gate.py": ["--max_step", "3"],
+    "lora_composition.py": ["--k_list", "1"],
     "lora_composition_evo.py": ["--k_list", "1"],
 }
 
 
+def quick(words: list[str]) -> list[str]:
+    """An announced command with the options that make it quick here."""
+    return [*words, *QUICK.get(words[0], [])]
+
+
 def command(name: str) -> list[str]:
-    """The announcement's command of a script, with the options that make it quick here."""
-    found = next(words for words in world.announcement() if words[0] == name)
-    return [*found, *QUICK.get(name, [])]
+    """The announcement's first command of a script, made quick."""
+    return quick(next(words for words in world.announcement() if words[0] == name))
 
 
 def evo(output: str, *options: str) -> list[str]:
@@ -43,7 +52,8 @@ def here(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for words in world.announcement():
-            world.run(command(words[0]))
+            world.run(quick(words))
+        world.run(["postprocess.py", "--task_name", TASK, "--output_dir", EVO])  # the table, now with the attacks
         yield folder
 
 
@@ -66,15 +76,16 @@ def test_every_published_file_is_there(inside: Path) -> None:
         assert set(output["golds"][0]) == {"id", "output"}
     assert set(world.read(inside / EVO / "eval-k0.json")) >= {"accuracy", "f1"}
     mia = world.read(inside / EVO / "mia_results.json")
+    assert set(world.read(inside / f"output/{TASK}/LoRA-Composition/mia_results.json")) == set(mia)
     assert set(mia) == {f"{user}-{index}" for index, user in enumerate(users)}
-    keys = {"member_ids", "non_member_ids", "member_num_samples", "non_member_num_samples", "member_loss", "non_member_loss"}
+    keys = {f"{side}_{what}" for side in ("member", "non_member") for what in ("ids", "num_samples", "loss")}
     assert all(set(entry) == keys for entry in mia.values())
 
 
 def test_summary_has_every_method_and_mia_has_its_blind_baseline(inside: Path) -> None:
     summary = world.read(inside / f"output/{TASK}/summary.json")
     rows = {(row["method"], row["k"], row["profile"]) for row in summary["rows"]}
-    assert {m for m, _, _ in rows} >= {"base", "rag", "task_lora", "best_sharer", "uniform", "prime"}
+    assert {m for m, _, _ in rows} >= {"base", "rag", "task_lora", "best_sharer", "uniform", "prime", "per_pcs"}
     assert ("prime", 0, False) in rows and ("prime", 1, True) in rows
     for row in summary["rows"]:
         assert row["accuracy"]["low"] <= row["accuracy"]["mean"] <= row["accuracy"]["high"]
@@ -92,12 +103,10 @@ def test_result_reports_the_best_evaluated_candidate(inside: Path) -> None:
 
 
 def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> None:
-    from prime.lora import merge
-
     for user_id, result in results(EVO).items():
         if result["deployed"] == "base":
             continue
-        shared = [load_adapter(Path(f"./output/{TASK}/Anchor_PEFT/LoRA/users") / user_dirname(s) / "adapter") for s in result["sharers"]]
+        shared = [load_adapter(adapter_folder(ANCHORS, sharer)) for sharer in result["sharers"]]
         expected = merge(shared, torch.tensor(result["weights"]), result["rule"])
         found = load_adapter(inside / EVO / "users" / user_dirname(user_id) / "adapter")
         for name, (a, b) in found.folded().factors.items():
@@ -110,7 +119,7 @@ def test_users_in_parts_give_the_files_that_all_at_once_give(inside: Path) -> No
     assert len(part) == 3
     assert all(part[user] == whole[user] for user in part)
     for user in part:
-        mine, theirs = (Path(f, "users", user_dirname(user), "adapter/adapter_model.safetensors") for f in ("./output/part", EVO))
+        mine, theirs = (adapter_folder(folder, user) / "adapter_model.safetensors" for folder in ("./output/part", EVO))
         assert mine.exists() == theirs.exists() and (not mine.exists() or mine.read_bytes() == theirs.read_bytes())
 
 
@@ -122,8 +131,6 @@ def test_settings_of_a_search_matter_only_where_they_should(inside: Path) -> Non
 
 
 def test_resuming_under_other_settings_is_refused_by_name(inside: Path) -> None:
-    from prime.errors import InputError
-
     before = results(EVO)
     with pytest.raises(InputError, match=r"sim_penalty: there 0\.1, now 0\.7"):
         world.run([*command("lora_composition_evo.py"), "--sim_penalty", "0.7"])
@@ -156,12 +163,15 @@ def test_poisoned_golds_change_nothing_in_the_search(inside: Path) -> None:
 
 def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside: Path) -> None:
     """Sharers that answer garbage lose to the base; so does every mixture of them."""
-    good, bad = Path(f"./output/{TASK}/Anchor_PEFT/LoRA"), Path("./output/garbage")
+    good, bad = Path(ANCHORS), Path("./output/garbage")
     stream = torch.Generator().manual_seed(0)
     for result in results(good).values():
         name = user_dirname(result["user_id"])
         own = load_adapter(good / "users" / name / "adapter").factors
-        noise = {m: (torch.randn(a.shape, generator=stream), 30 * torch.randn(b.shape, generator=stream)) for m, (a, b) in own.items()}
+        noise = {
+            module: (torch.randn(a.shape, generator=stream), 30 * torch.randn(b.shape, generator=stream))
+            for module, (a, b) in own.items()
+        }
         save_adapter(Adapter(noise), bad / "users" / name / "adapter", "base")
         world.write(bad / "users" / name / "result.json", result)
     world.write(bad / "settings.json", world.read(good / "settings.json"))
@@ -173,7 +183,7 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     assert not list(Path("./output/base-wins").glob("users/*/adapter"))
     untouched = results(f"./output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
     assert result["predictions"]["prime"] == untouched
-    attack = command("mia.py")
+    attack = next(words for words in world.announcement() if words[0] == "mia.py" and words[-1] == EVO)
     attack[attack.index("--exp_dir") + 1] = "./output/base-wins"
     attack[attack.index("--anchor_dir") + 1] = str(bad)
     world.run(attack)
@@ -197,8 +207,6 @@ def test_a_user_without_history_gets_the_base(inside: Path, capsys: pytest.Captu
 
 
 def test_an_anchor_without_adapter_is_named(inside: Path, tmp_path: Path) -> None:
-    from prime.errors import InputError
-
     words = evo(str(tmp_path / "out"))
     words[words.index("--anchor_dir") + 1] = str(tmp_path / "nothing")
     with pytest.raises(InputError, match="no adapter of 6 anchors"):
@@ -230,8 +238,7 @@ def test_the_other_tasks_run_too(task: str, tmp_path: Path, monkeypatch: pytest.
     world.build(tmp_path, task, test_users=2, anchors=4)
     monkeypatch.chdir(tmp_path)
     for words in world.announcement():
-        quick = [word.replace(TASK, task) for word in command(words[0])]
-        extra = ["--k", "4"] if words[0] == "history_anchor.py" else []
-        world.run([*quick, *extra])
+        named = [word.replace(TASK, task) for word in quick(words)]
+        world.run([*named, *(["--k", "4"] if words[0] == "history_anchor.py" else [])])
     summary = world.read(tmp_path / f"output/{task}/summary.json")
     assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
