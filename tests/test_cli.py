@@ -29,7 +29,9 @@ def readme_commands() -> list[list[str]]:
 def test_announced_command_parses(words: list[str]) -> None:
     args = parser(words[0]).parse_args(words[1:])
     given = dict(zip(words[1::2], words[2::2], strict=True))
-    assert {key: str(getattr(args, key.removeprefix("--"))) for key in given} == {k: str(v) for k, v in given.items()}
+    for option, text in given.items():
+        value = getattr(args, option.removeprefix("--"))
+        assert value == type(value)(text), option
 
 
 def test_readme_commands_parse() -> None:
