@@ -27,12 +27,13 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from prime import cli
 from prime.data import User, select
-from prime.decode import every_pair
+from prime.decode import Progress, every_pair
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.fitness import Objective, Score
@@ -113,8 +114,8 @@ def measure(
 
 
 def work_on(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, user: User, index: int,
-    progress: cli.tqdm,
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, index: int, user: User,
+    progress: Progress,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     sharers, adapters = pool.sharers(index), pool.adapters(index)
@@ -129,7 +130,7 @@ def work_on(
     measured = time.perf_counter()
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
     method = {"per_pcs": len(sharers)}
-    found = predict(engine, texts, user, method, sampler, args.k_list, args.max_gen_len, progress.update)
+    found = predict(engine, texts, user, method, sampler, args.k_list, args.max_gen_len, progress)
 
     choice = {
         "deployed": "merge",
@@ -173,15 +174,11 @@ def main(argv: list[str] | None = None) -> None:
     check_inputs(args, pool, select(users, args.user_idxs))
     folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition"
     run = Run(folder, "lora_composition", "per_pcs", cli.settings_of(args))
-    open_users = [user for user in select(users, args.user_idxs) if not run.done(user.user_id)]
-    if not open_users:
+    todo = cli.open_users(users, args.user_idxs, run.done)
+    if not todo:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
-    index = {user.user_id: place for place, user in enumerate(users)}
-    with cli.bar(len(open_users), "test users", "user") as users_bar, cli.bar(0, "answers") as rows_bar:
-        for user in open_users:
-            work_on(args, texts, engine, run, pool, user, index[user.user_id], rows_bar)
-            users_bar.update()
+    cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prime import cli
-from prime.data import User, select
+from prime.data import User
+from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
 from prime.evolution import Evaluation, Population, evolve
 from prime.fitness import METRIC_REDUCERS, TRIAL_REDUCERS, Objective
@@ -62,11 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def search_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, log: Path, progress: cli.tqdm
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, log: Path, progress: Progress
 ) -> list[Evaluation]:
     """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank."""
     seed = derive_seed(args.seed, user.user_id)
-    population = Population(args, texts, engine, user, seed, n, progress.update)
+    population = Population(args, texts, engine, user, seed, n, progress)
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
     objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
@@ -74,8 +76,8 @@ def search_user(
 
 
 def work_on(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, user: User, index: int,
-    progress: cli.tqdm,
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, index: int, user: User,
+    progress: Progress,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     sharers, adapters = pool.sharers(index), pool.adapters(index)
@@ -93,7 +95,7 @@ def work_on(
     engine.bank.combine(torch.stack([best.weights, best_sharer.weights, uniform]), args.merge_rule)
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
     methods = {"prime": 0, "best_sharer": 1, "uniform": 2}
-    found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress.update)
+    found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
 
     base_won = best is evaluations[0]
     choice = {
@@ -135,15 +137,11 @@ def main(argv: list[str] | None = None) -> None:
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
     folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition-evo"
     run = Run(folder, "lora_composition_evo", "prime", cli.settings_of(args))
-    open_users = [user for user in select(users, args.user_idxs) if not run.done(user.user_id)]
-    if not open_users:
+    todo = cli.open_users(users, args.user_idxs, run.done)
+    if not todo:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
-    index = {user.user_id: place for place, user in enumerate(users)}
-    with cli.bar(len(open_users), "test users", "user") as users_bar, cli.bar(0, "answers") as rows_bar:
-        for user in open_users:
-            work_on(args, texts, engine, run, pool, user, index[user.user_id], rows_bar)
-            users_bar.update()
+    cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ Takes   1 to 2 minutes on the demo (2 CPU cores). Resumes: run the same command 
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prime import cli
-from prime.data import User, load_users, select
-from prime.decode import EncodedRecord
+from prime.data import User, load_users
+from prime.decode import EncodedRecord, Progress
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.lora import load_adapter, save_adapter
@@ -65,13 +66,16 @@ def train_task_adapter(args: argparse.Namespace, texts: cli.Texts, engine: Engin
     save_adapter(engine.bank.adapter(0), folder, args.llama_model_path)
 
 
-def predict_user(args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, progress: cli.tqdm) -> dict:
+def predict_user(
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, index: int, user: User, progress: Progress
+) -> None:
     """Predictions of the untouched model (bank row 0, zero weight) and of the task-adapted one (row 1)."""
     started = time.perf_counter()
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
     methods = {"task_lora": 1, "base": 0}
-    found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress.update)
-    return {"predictions": found, "seconds": {"predict": round(time.perf_counter() - started, 3)}}
+    found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
+    seconds = {"predict": round(time.perf_counter() - started, 3)}
+    run.finish(user.user_id, {"user_id": user.user_id, "index": index, "predictions": found, "seconds": seconds})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,21 +84,16 @@ def main(argv: list[str] | None = None) -> None:
     texts = cli.load_texts(args)
     users = cli.load_test_users(args, texts.task)
     run = Run(folder, "task_lora", "task_lora", cli.settings_of(args))
-    open_users = [user for user in select(users, args.user_idxs) if not run.done(user.user_id)]
+    todo = cli.open_users(users, args.user_idxs, run.done)
     trained = (folder / "adapter_config.json").exists()
-    if trained and not open_users:
+    if trained and not todo:
         return
     engine = load_engine(args)
     if not trained:
         train_task_adapter(args, texts, engine, folder)
     engine.bank.load([load_adapter(folder)])
     engine.bank.combine(torch.tensor([[0.0], [1.0]]), "delta")
-    index = {user.user_id: place for place, user in enumerate(users)}
-    with cli.bar(len(open_users), "test users", "user") as users_bar, cli.bar(0, "answers") as rows_bar:
-        for user in open_users:
-            result = predict_user(args, texts, engine, user, rows_bar)
-            run.finish(user.user_id, {"user_id": user.user_id, "index": index[user.user_id], **result})
-            users_bar.update()
+    cli.for_each(todo, partial(predict_user, args, texts, engine, run))
 
 
 if __name__ == "__main__":

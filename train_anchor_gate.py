@@ -100,13 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     texts = cli.load_texts(args)
     anchors = anchor_users(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}
-    chosen = select(anchors, args.user_idxs)
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/gate")
     run = Run(folder, "train_anchor_gate", "gates", cli.settings_of(args))
-    size = args.anchors_per_batch or len(chosen)
-    # Groups do not depend on what is finished, so an interrupted run ends with the same bytes as an unbroken one.
-    groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    groups = [group for group in groups if not all(run.done(user.user_id) for user in group)]
+    groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
     if not groups:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)

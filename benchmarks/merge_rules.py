@@ -94,7 +94,7 @@ def search_and_predict(
     engine.bank.load(pool.adapters(index))
     n = own.n_sim
     with tempfile.TemporaryDirectory() as scratch, cli.bar(0, "answers") as progress:
-        evaluations = stage.search_user(own, texts, engine, user, n, Path(scratch) / "log.jsonl", progress)
+        evaluations = stage.search_user(own, texts, engine, user, n, Path(scratch) / "log.jsonl", progress.update)
     chosen = {f"prime, {rule}, budget {b}": best_of(evaluations, 1 + n, b).weights for b in args.budgets}
     chosen[f"uniform, {rule}"] = torch.full((n,), 1 / n)
     if rule == "delta":  # alike under both rules

@@ -4,13 +4,13 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from prime.data import User, load_profiles, load_users
+from prime.data import User, load_profiles, load_users, select_indices
 from prime.errors import InputError
 from prime.prompts import RECENT_K, load_templates
 from prime.tasks import TASKS, Task, get_task
@@ -167,6 +167,29 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def bar(total: int, what: str, unit: str = "row") -> tqdm:
     """A progress bar, silent when the output is no terminal."""
     return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+
+
+def open_users(users: Sequence[User], spec: str | None, done: Callable[[str], bool]) -> list[tuple[int, User]]:
+    """(index, user) of the users named by `--user_idxs` that are not finished."""
+    return [(i, users[i]) for i in select_indices(spec, len(users)) if not done(users[i].user_id)]
+
+
+def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -> list[Sequence[User]]:
+    """Users in groups of `size` (0: one group), without the groups that are wholly finished.
+
+    Groups do not depend on what is finished, so an interrupted run ends with the same bytes as an unbroken one.
+    """
+    size = size or len(users)
+    groups = [users[start : start + size] for start in range(0, len(users), size)]
+    return [group for group in groups if not all(done(user.user_id) for user in group)]
+
+
+def for_each(users: Sequence[tuple[int, User]], work: Callable[[int, User, Callable[[int], object]], None]) -> None:
+    """Call work(index, user, progress) for each, under a bar of users and one of answers."""
+    with bar(len(users), "test users", "user") as users_bar, bar(0, "answers") as rows_bar:
+        for index, user in users:
+            work(index, user, rows_bar.update)
+            users_bar.update()
 
 
 def run(main: Callable[[list[str] | None], None]) -> None:
