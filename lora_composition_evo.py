@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_history_decoding(fitness)
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
-    cli.add_prompts(parser)
+    cli.add_history(parser)
     cli.add_decoding(parser)
     add_selection(parser)
     cli.add_users(parser, "test users")

@@ -33,7 +33,7 @@ while [ $# -gt 0 ]; do
         --llama_model_path) model="$(absolute "$2")" ;;
         --data_dir) data="$(absolute "$2")" ;;
         --output_dir) output="$(absolute "$2")" ;;
-        --encoder) encoder="$2" ;;
+        --encoder) if [ -d "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
         --seed) seed="$2" ;;
         --methods) methods="$2" ;;
         --until) until="$2" ;;
@@ -41,6 +41,10 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 [ "$tasks" != all ] || tasks="$ALL_TASKS"
+case "$until" in
+    task_lora | history_anchor | train_anchor_peft | lora_composition_evo | mia | postprocess) ;;
+    *) echo "reproduce.sh: --until names a step (task_lora, history_anchor, ...), not $until" >&2; exit 2 ;;
+esac
 case "$methods" in prime | all) ;; *) echo "reproduce.sh: --methods is prime or all, not $methods" >&2; exit 2 ;; esac
 
 # The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
@@ -66,7 +70,7 @@ step() {
     shift
     [ "$stopped" = no ] || return 0
     [ "$name" != "$until" ] || stopped=yes
-    if [ "$fresh" = no ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+    if [ "$fresh" = no ] && [ -d "${@: -1}" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
         echo "[$task] $name: finished before, skipped"
         return
     fi

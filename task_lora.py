@@ -12,6 +12,7 @@ Takes   1 to 2 minutes on the demo (2 CPU cores). Resumes: run the same command 
 
 import argparse
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,22 +42,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def training_records(args: argparse.Namespace, texts: cli.Texts, engine: Engine) -> list[EncodedRecord]:
-    path = cli.data_dir(args) / "user_base_LLM.json"
-    users = load_users(path, texts.task, need_queries=True)
+def training_records(texts: cli.Texts, engine: Engine, users: Sequence[User]) -> list[EncodedRecord]:
     profiles = texts.profiles or {}
-    records = [
+    return [
         engine.encoder.record(record.id, record.input, record.target)
         for user in users
         for record in task_records(user, texts.task, texts.templates, profiles.get(user.user_id))
     ]
-    if not records:
+
+
+def load_base_users(args: argparse.Namespace, texts: cli.Texts) -> list[User]:
+    path = cli.data_dir(args) / "user_base_LLM.json"
+    users = load_users(path, texts.task, need_queries=True, need_golds=True)
+    if not any(user.queries for user in users):
         raise InputError(f"{path}: no user has a query to train on")
-    return records
+    return users
 
 
-def train_task_adapter(args: argparse.Namespace, texts: cli.Texts, engine: Engine, folder: Path) -> None:
-    records = training_records(args, texts, engine)
+def train_task_adapter(args: argparse.Namespace, engine: Engine, records: list[EncodedRecord], folder: Path) -> None:
     settings = train_settings(args)
     learner = Learner(0, "task adapter", derive_seed("task", args.seed), records)
     engine.bank.allocate([learner.seed], args.lora_r, args.lora_alpha)
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     folder = Path(args.output_dir or f"./output/{args.task_name}/task-base_LLM")
     texts = cli.load_texts(args)
-    users = cli.load_test_users(args, texts.task)
+    base_users, users = load_base_users(args, texts), cli.load_test_users(args, texts.task)
     run = Run(folder, "task_lora", "task_lora", cli.settings_of(args))
     todo = cli.open_users(users, args.user_idxs, run.done)
     trained = (folder / "adapter_config.json").exists()
@@ -90,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     engine = load_engine(args)
     if not trained:
-        train_task_adapter(args, texts, engine, folder)
+        train_task_adapter(args, engine, training_records(texts, engine, base_users), folder)
     engine.bank.load([load_adapter(folder)])
     engine.bank.combine(torch.tensor([[0.0], [1.0]]), "delta")
     cli.for_each(todo, partial(predict_user, args, texts, engine, run))

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
-    cli.add_prompts(parser)
+    cli.add_history(parser)
     group = parser.add_argument_group("training")
     group.add_argument("--max_step", type=cli.natural, default=50, help="steps of a gate at most; 0 = all of --epochs")
     group.add_argument("--lr", type=cli.non_negative, default=2e-5, help="learning rate at the start of the cosine")

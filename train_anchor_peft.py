@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
-    cli.add_prompts(parser)
+    cli.add_history(parser)
     cli.add_training(parser, lr=2e-5, clip=1.0)
     cli.add_history_decoding(parser)
     add_selection(parser)

@@ -45,7 +45,7 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"--encoder {name}: no encoder could be loaded: {error}") from error
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS

@@ -123,7 +123,7 @@ class AdapterBank:
         rank = max(part.rank for part in parts)
         for name, wrapper in self.wrappers.items():
             pairs = [pad_rank(*part.factors[name], rank) for part in parts]
-            a, b = (torch.stack(side).to(self.device) for side in zip(*pairs, strict=True))
+            a, b = (torch.stack([part.to(self.device) for part in side]) for side in zip(*pairs, strict=True))
             self._stored[name] = (a, b)
             wrapper.A, wrapper.B, wrapper.scale = a, b, 1.0
 

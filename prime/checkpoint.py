@@ -20,6 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def pick_device(name: str = "auto") -> torch.device:
     """`auto` is CUDA, then MPS, then CPU."""
+    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"--device {name}: this machine (or this build of torch) has none")
     if name != "auto":
         return torch.device(name)
     if torch.cuda.is_available():
@@ -97,7 +99,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: no such tokenizer directory (--tokenizer_path)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{path}: cannot be loaded as a tokenizer: {error}") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
@@ -148,8 +150,9 @@ class Encoder:
         return tuple(self.bos + ids[max(0, len(ids) - room) :])
 
     def label_tokens(self, labels: Sequence[str]) -> int:
-        """Tokens of the longest label and one more, so that an answer that goes on is seen to differ."""
-        return 1 + max(len(self._ids(" " + label)) for label in labels)
+        """Tokens enough for any label, and to see that an answer goes on: one more, for numbers (4.75) several."""
+        more = 8 if all(label.isdigit() for label in labels) else 1
+        return more + max(len(self._ids(" " + label)) for label in labels)
 
     def text(self, ids: Sequence[int]) -> str:
         """The answer as text, without surrounding space."""

@@ -55,17 +55,19 @@ def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool) -> No
         help="of the base model; auto: bfloat16 on a GPU, float32 on a CPU",
     )
     group.add_argument(
-        "--max_batch_tokens", type=natural, default=0, help="tokens of one forward pass; 0 = chosen for the device"
+        "--max_batch_tokens", type=natural, default=0, help="tokens of one pass; 0 = chosen for the device"
     )
 
 
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument("--prompt_path", help="template file in the published schema; default: the built-in wording")
-    group.add_argument(
-        "--recent_k", type=natural, default=RECENT_K, help="history items used, the last ones; 0 = all"
-    )
     group.add_argument("--max_length", type=positive, default=3000, help="tokens of a prompt with its answer")
+
+
+def add_history(parser: argparse.ArgumentParser) -> None:
+    add_prompts(parser)
+    parser.add_argument("--recent_k", type=natural, default=RECENT_K, help="history items used, the last ones; 0 = all")
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +94,7 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> Non
     group.add_argument("--epochs", type=positive, default=3, help="passes over the records")
     group.add_argument("--lora_r", type=positive, default=8, help="rank of the adapter")
     group.add_argument("--lora_alpha", type=positive, default=8, help="scale of the adapter times its rank")
-    group.add_argument("--lora_dropout", type=fraction, default=0.05, help="dropout in front of the adapter")
+    group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
 
 
 def add_users(parser: argparse.ArgumentParser, whom: str) -> None:
@@ -119,6 +121,7 @@ natural = _number(int, 0, 2**31, "a whole number from 0")
 positive = _number(int, 1, 2**31, "a whole number from 1")
 non_negative = _number(float, 0, 1e9, "a number from 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
+below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
 
 
 def int_list(text: str) -> tuple[int, ...]:
@@ -197,7 +200,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         main(None)
-    except InputError as error:
+    except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

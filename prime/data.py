@@ -38,15 +38,16 @@ class User:
     queries: tuple[Query, ...] = ()
 
 
-def load_users(path: Path_, task: Task, *, need_queries: bool = False) -> list[User]:
+def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_golds: bool = False) -> list[User]:
     """All users of a file (`user_base_LLM.json`, `user_anchor_candidate.json`, `user_test_100.json`).
 
     `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
+    `need_golds`: each query must tell its gold answer (training).
     """
     rows = read_json(path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of users, found {_kind(rows)}")
-    check = _Checker(str(path), task, need_queries)
+    check = _Checker(str(path), task, need_queries, need_golds)
     users = [check.user(row, position) for position, row in enumerate(rows)]
     if check.problems:
         raise InputError.many(check.problems)
@@ -117,8 +118,8 @@ def select_indices(spec: str | None, n: int) -> list[int]:
 class _Checker:
     """Turns the rows of one file into users, and collects what is wrong with them."""
 
-    def __init__(self, path: str, task: Task, need_queries: bool):
-        self.path, self.task, self.need_queries = path, task, need_queries
+    def __init__(self, path: str, task: Task, need_queries: bool, need_golds: bool):
+        self.path, self.task, self.need_queries, self.need_golds = path, task, need_queries, need_golds
         self.problems: list[str] = []
         self.unmarked: list[str] = []  # queries without the task's marker
         self.seen: dict[str, int] = {}
@@ -173,7 +174,7 @@ class _Checker:
             return None
         before = len(self.problems)
         key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
-        gold = _field(query, "gold", where, self.problems) if "gold" in query else None
+        gold = _field(query, "gold", where, self.problems) if self.need_golds or "gold" in query else None
         if len(self.problems) > before:
             return None
         if self.need_queries and extract(self.task, text) is None:

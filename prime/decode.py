@@ -30,7 +30,7 @@ Progress = Callable[[int], object]
 
 MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pays
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
-CPU_BATCH_TOKENS = 1536  # measured best on a CPU: larger batches fall out of the cache (see benchmarks/README.md)
+CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
 
 
 @dataclass(frozen=True)
@@ -353,14 +353,18 @@ def score(
 
 
 def auto_batch_tokens(bank: AdapterBank) -> int:
-    """Tokens per forward pass that suit the device: a constant on a CPU, half the free memory on a GPU."""
+    """Tokens per forward pass that suit the device: a constant on a CPU, a tenth of the memory beside the weights on a
+    GPU (the waiting rows' caches take several times as much). A function of model and device alone, so that batches do
+    not depend on what ran before.
+    """
     if bank.device.type != "cuda":
         return CPU_BATCH_TOKENS
     config = bank.config
-    free, _ = torch.cuda.mem_get_info(bank.device)
+    total = torch.cuda.get_device_properties(bank.device).total_memory
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in bank.model.parameters())
     width = config.hidden_size * 12 + getattr(config, "intermediate_size", 4 * config.hidden_size) * 3
     per_token = 2 * (width + 2 * config.hidden_size * config.num_hidden_layers) + 4 * config.vocab_size
-    return max(CPU_BATCH_TOKENS, min(65_536, int(free / 2 / per_token)))
+    return max(CPU_BATCH_TOKENS, min(16_384, int((total - weights) / 10 / per_token)))
 
 
 def sliding_window(config: Any) -> float:
@@ -395,7 +399,7 @@ def _batches(
             _Row(adapter, index, texts[index][length:], keys[index]) for index in indices for adapter in wanted[index]
         ]
         rows.sort(key=lambda row: (-len(row.suffix) - known.longest(row.index), row.index, row.adapter))
-        for part in _cut(rows, known, budget):
+        for part in _cut(rows, known, budget, length):
             yield _Batch(bank, part, prefix)
 
 
@@ -404,13 +408,14 @@ def every_pair(adapters: Iterable[int], prompts: int) -> list[Pair]:
     return [(adapter, index) for adapter in adapters for index in range(prompts)]
 
 
-def _cut(rows: list[_Row], known: _Drafts, budget: int) -> Iterator[list[_Row]]:
-    """Consecutive rows whose padded size stays within the budget; at least one row each."""
+def _cut(rows: list[_Row], known: _Drafts, budget: int, prefix: int) -> Iterator[list[_Row]]:
+    """Consecutive rows whose padded size stays within the budget, and whose caches do; at least one row each."""
     part: list[_Row] = []
     width = depth = 0
     for row in rows:
         new_width, new_depth = max(width, len(row.suffix)), max(depth, known.longest(row.index))
-        if part and (len(part) + 1) * (new_width + new_depth) > budget:
+        fed, count = new_width + new_depth, len(part) + 1
+        if part and (count * fed > budget or count * (prefix + fed) > WAITING_BUDGETS * budget):
             yield part
             part, new_width, new_depth = [], len(row.suffix), known.longest(row.index)
         part.append(row)

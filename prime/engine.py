@@ -76,8 +76,8 @@ def predict(
         methods: name of each method and its adapter in the bank. Methods after the first are decoded with the
             answers of the first as drafts, which saves time and changes nothing.
     """
-    profile = (texts.profiles or {}).get(user.user_id)
-    with_and_without = (False, True) if profile else (False,)
+    profile = (texts.profiles or {}).get(user.user_id, "")
+    with_and_without = (False,) if texts.profiles is None else (False, True)
     settings = [(k, with_profile) for k in (0, *k_list) for with_profile in with_and_without]
     prompts: list[EncodedPrompt] = []
     for k, with_profile in settings:

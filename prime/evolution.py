@@ -120,7 +120,7 @@ def evolve(
         scores = [objective(own, sharers) for own in answers]
         seconds = (time.perf_counter() - started) / len(weights)
         new = [
-            Evaluation(w, s.loss, s.utility, s.similarity, objective.sign * s.utility, seconds, origin)
+            Evaluation(w, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin)
             for w, s, origin in zip(weights, scores, origins, strict=True)
         ]
         found.extend(new)

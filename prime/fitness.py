@@ -22,9 +22,10 @@ TRIAL_REDUCERS: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "min
 
 @dataclass(frozen=True)
 class Score:
-    """One evaluated candidate: `loss` is minimised; `utility` and `similarity` are reduced metrics."""
+    """One evaluated candidate: `loss` is minimised; `utility` and `similarity` are means over the repeats."""
 
     loss: float
+    unpenalised: float  # the loss at penalty 0
     utility: float
     similarity: float
 
@@ -61,10 +62,16 @@ class Objective:
             sharers: `[n][repeats]` the sharers' own answers to the same records, decoded with the same noise.
         """
         scores = [self._trial(answers, [own[i] for own in sharers]) for i, answers in enumerate(trials)]
-        return Score(*(self.reduce_trials([getattr(one, name) for one in scores]) for name in Score.__annotations__))
+        return Score(
+            self.reduce_trials([one.loss for one in scores]),
+            self.reduce_trials([one.unpenalised for one in scores]),
+            fmean(one.utility for one in scores),
+            fmean(one.similarity for one in scores),
+        )
 
     def _trial(self, answers: Answers, sharers: Sequence[Answers]) -> Score:
         utility = self.agreement(answers, self.golds)
         similarity = fmean(self.agreement(answers, own) for own in sharers)
         # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
-        return Score(self.sign * utility - self.sign * self.penalty * similarity, utility, similarity)
+        unpenalised = self.sign * utility
+        return Score(unpenalised - self.sign * self.penalty * similarity, unpenalised, utility, similarity)

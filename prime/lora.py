@@ -106,7 +106,7 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
 def adapter_dir(path: Path | str) -> Path:
     """The PEFT directory meant by `path`: itself, or its parent for the announcement's `.../lora_ckpt.pt`."""
     path = Path(path)
-    for candidate in (path, path.parent):
+    for candidate in (path, path.parent) if path.suffix == ".pt" else (path,):
         if (candidate / "adapter_config.json").is_file():
             return candidate
     raise InputError(f"{path}: no adapter there (adapter_config.json and adapter_model.safetensors expected)")

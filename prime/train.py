@@ -202,12 +202,12 @@ def dropout_scaler(rows: list[_Row], rate: float) -> InputScaler:
     """LoRA dropout whose noise belongs to (adapter seed, step, row, module): the same in any batch."""
 
     def scale(module: int, x: Tensor) -> Tensor:
-        mask = torch.zeros(x.shape, dtype=x.dtype)
+        mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         for place, row in enumerate(rows):
-            stream = torch.Generator().manual_seed((row.noise + module) % 2**63)
-            own = torch.empty(row.length, x.shape[-1], dtype=x.dtype)
+            stream = torch.Generator(device=x.device).manual_seed((row.noise + module) % 2**63)
+            own = torch.empty(row.length, x.shape[-1], dtype=x.dtype, device=x.device)
             mask[place, : row.length] = own.bernoulli_(1 - rate, generator=stream)
-        return x * mask.div_(1 - rate).to(x.device)
+        return x * mask.div_(1 - rate)
 
     return scale
 

@@ -1,5 +1,6 @@
 """Loading, folding the task adapter (PEFT's merge_and_unload is the oracle), and texts as ids."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -225,3 +226,13 @@ def test_label_tokens_leave_room_for_one_more() -> None:
     labels = ["romance", "a", "social commentary and much more"]
     longest = max(len(plain(TOKENIZER, " " + label)) for label in labels)
     assert Encoder(TOKENIZER).label_tokens(labels) == longest + 1
+
+
+def test_a_bare_sentencepiece_model_gives_the_same_ids(tmp_path: Path) -> None:
+    """Llama-2's download holds no tokenizer.json; transformers then needs protobuf to read tokenizer.model."""
+    source = Path(__file__).resolve().parent.parent / "data" / "demo" / "model"
+    for name in ("tokenizer.model", "tokenizer_config.json", "config.json"):
+        shutil.copy(source / name, tmp_path)
+    bare, whole = load_tokenizer(str(tmp_path)), load_tokenizer(str(source))
+    for text in ("Movie: a heist in Corley. Tag:", "breaking: 42 trams, at last!", "naïve café"):
+        assert bare(text)["input_ids"] == whole(text)["input_ids"]

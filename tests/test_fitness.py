@@ -34,11 +34,13 @@ def test_for_error_metrics_less_is_better_and_distance_from_sharers_is_rewarded(
     assert Objective(RATING, golds, 0.0)([["5", "5"]], [[["1", "1"]]]).loss < wrong.loss
 
 
-@pytest.mark.parametrize(("reducer", "expected"), [("mean", 0.5), ("min", 0.0), ("max", 1.0)])
+@pytest.mark.parametrize(("reducer", "expected"), [("mean", -0.5), ("min", -1.0), ("max", 0.0)])
 def test_repeats_are_reduced_by_name(reducer: str, expected: float) -> None:
     trials = [["a b", "c d"], ["x", "y"]]
     objective = Objective(TITLE, ["a b", "c d"], 0.0, m_reduce="mean", t_reduce=reducer)
-    assert objective(trials, [[["q", "q"], ["q", "q"]]]).utility == pytest.approx(expected)
+    score = objective(trials, [[["q", "q"], ["q", "q"]]])
+    assert score.loss == score.unpenalised == pytest.approx(expected)
+    assert score.utility == pytest.approx(0.5)
 
 
 def test_metric_reducers() -> None:
