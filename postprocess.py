@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
     golds = load_labels(test / "user_test_100_label.json")
     predictions, sources = report.gather(stage_dir, task)
+    report.check_users(predictions, users, test / "user_test_100.json")
     report.check_golds(predictions, golds, test / "user_test_100_label.json")
     report.write_stage_files(stage_dir, task, golds)
     summary = report.summarise(task, predictions, golds, report.attack_results(sources), users)

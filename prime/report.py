@@ -111,6 +111,13 @@ def check_golds(predictions: Predictions, golds: Mapping[str, str], labels_path:
         raise InputError(f"{labels_path}: no gold for {len(missing)} predicted sample ids: {named}")
 
 
+def check_users(predictions: Predictions, users: Sequence[str], users_path: Path) -> None:
+    """InputError unless some user of the test file has a prediction."""
+    predicted = {user for by_user in predictions.values() for user, samples in by_user.items() if samples}
+    if not predicted & set(users):
+        raise InputError(f"{users_path}: none of its {len(users)} users has a prediction; is this the data of the run?")
+
+
 def user_stats(task: Task, by_user: Mapping[str, Sequence[Sample]], golds: Mapping[str, str]) -> dict[str, Stats]:
     """Each user's sufficient statistics [s] for each of the task's metrics."""
 

@@ -213,6 +213,16 @@ def test_an_anchor_without_adapter_is_named(inside: Path, tmp_path: Path) -> Non
         world.run(words)
 
 
+def test_results_of_other_users_are_refused(inside: Path, tmp_path: Path) -> None:
+    test = inside / f"data/{TASK}/test_100"
+    strangers = [dict(user, user_id=f"x{user['user_id']}") for user in world.read(test / "user_test_100.json")]
+    world.write(tmp_path / "test_100/user_test_100.json", strangers)
+    world.write(tmp_path / "test_100/user_test_100_label.json", world.read(test / "user_test_100_label.json"))
+    words = ["postprocess.py", "--task_name", TASK, "--output_dir", EVO, "--data_dir", str(tmp_path)]
+    with pytest.raises(InputError, match="none of its 6 users has a prediction"):
+        world.run(words)
+
+
 def test_bad_input_is_one_message_and_exit_code_2(inside: Path) -> None:
     path = inside / f"data/{TASK}/user_anchor_candidate.json"
     before = path.read_bytes()
