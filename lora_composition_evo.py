@@ -25,12 +25,12 @@ from prime import cli
 from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
-from prime.evolution import Evaluation, Population, evolve
+from prime.evolution import STARTS, Evaluation, Population, evolve
 from prime.fitness import METRIC_REDUCERS, TRIAL_REDUCERS, Objective
 from prime.lora import RULES, merge, save_adapter
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
-from prime.search import optimizer_name
+from prime.search import STEP, optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
 
@@ -43,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("--opt_type", default="cma", help="cma, ngopt, tbpsa, or any optimizer of nevergrad")
     search.add_argument("--opt_budget", type=cli.natural, default=10, help="candidates the search evaluates")
     search.add_argument("--sim_penalty", type=cli.non_negative, default=0.1, help="weight of resembling the sharers")
+    search.add_argument("--start", choices=STARTS, default="zero", help="where the search begins")
+    search.add_argument("--step", type=cli.non_negative, default=STEP, help="standard deviation of its first candidates")
     search.add_argument("--merge_rule", choices=RULES, default="delta", help="factor is the published rule")
     search.add_argument("--piece_merge", action="store_true", help="one weight per sharer and layer")
     search.add_argument(
@@ -72,7 +74,7 @@ def search_user(
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
     objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
-    return evolve(population, objective, args.opt_type, args.opt_budget, seed, log)
+    return evolve(population, objective, seed, log)
 
 
 def work_on(

@@ -24,7 +24,7 @@ from prime.fitness import Objective
 from prime.prompts import Record, history_records
 from prime.runs import derive_seed
 from prime.sampling import Sampler
-from prime.search import minimise
+from prime.search import minimise, ranked_weights
 
 Answers = list[list[str]]  # [repeats][records]
 
@@ -101,14 +101,29 @@ def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Reco
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), size))]
 
 
-def evolve(
-    population: Population, objective: Objective, opt_type: str, budget: int, seed: int, log: Path
-) -> list[Evaluation]:
-    """Evaluate the base, the sharers, and `budget` candidates of the search; a line of `log` for each.
+STARTS = ("zero", "uniform", "ranked")
+
+
+def starting_point(start: str, sharers: Sequence[Evaluation], shape: tuple[int, ...]) -> Tensor:
+    """Weights of `shape` where the search begins: zero (published), the sharers' average, or their average weighted by
+    the rank of each one's own loss, which is known before the search (`prime.search.ranked_weights`).
+    """
+    weights = {
+        "zero": torch.zeros(len(sharers)),
+        "uniform": torch.full((len(sharers),), 1 / len(sharers)),
+        "ranked": torch.tensor(ranked_weights([one.loss for one in sharers]), dtype=torch.float32),
+    }[start]
+    return weights.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+
+
+def evolve(population: Population, objective: Objective, seed: int, log: Path) -> list[Evaluation]:
+    """Evaluate the base, the sharers, the starting point and `--opt_budget` candidates of the search.
 
     Returns:
-        All evaluations: the base, the n sharers, then the search's in order.
+        All evaluations, a line of `log` each: the base, the n sharers, the start unless it is the base, then the
+        search's in order.
     """
+    args = population.args
     log.parent.mkdir(parents=True, exist_ok=True)
     found: list[Evaluation] = []
     sharers: list[Answers] = []
@@ -132,5 +147,8 @@ def evolve(
         return evaluate(torch.tensor(np.stack(points), dtype=torch.float32), ["search"] * len(points))
 
     evaluate(population.known_points(), ["base"] + ["sharer"] * population.n)
-    minimise(population.shape, evaluate_points, opt_type, budget, seed)
+    start = starting_point(args.start, found[1:], population.shape)
+    if start.any():
+        evaluate(start[None], ["start"])
+    minimise(start.numpy(), evaluate_points, args.opt_type, args.opt_budget, seed, args.step)
     return found

@@ -20,6 +20,7 @@ with warnings.catch_warnings():  # nevergrad and its dependencies warn on import
 Evaluate = Callable[[list[np.ndarray]], Sequence[float]]
 
 BOUND = 1.5  # weights live in [-1.5, 1.5] (published)
+STEP = 1.0  # standard deviation of the first generation (published: nevergrad's default)
 SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA"}
 
 
@@ -33,12 +34,15 @@ def optimizer_name(opt_type: str) -> str:
     return name
 
 
-def make_optimizer(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> ng.optimizers.base.Optimizer:
-    """An optimizer over arrays of `shape`, started at 0, bounded to +-1.5, with a random state of its own."""
-    space = ng.p.Array(init=np.zeros(shape))
+def make_optimizer(
+    start: np.ndarray, opt_type: str, budget: int, seed: int, step: float = STEP
+) -> ng.optimizers.base.Optimizer:
+    """An optimizer over arrays like `start`, where it begins, bounded to +-1.5, with a random state of its own."""
+    space = ng.p.Array(init=np.array(start, dtype=np.float64))
     space.random_state = np.random.RandomState(seed % 2**32)  # else set_bounds draws from numpy's global stream
     space.set_bounds(-BOUND, BOUND)
-    space.random_state.seed(seed % 2**32)
+    space.set_mutation(sigma=step)
+    space.random_state = np.random.RandomState(seed % 2**32)  # anew, also for the step, which is a part of its own
     name = optimizer_name(opt_type)
     try:
         optimizer = ng.optimizers.registry[name](space, budget=budget, num_workers=1)
@@ -57,16 +61,17 @@ def generation_size(optimizer: ng.optimizers.base.Optimizer) -> int:
 
 
 def minimise(
-    shape: tuple[int, ...], evaluate: Evaluate, opt_type: str, budget: int, seed: int
+    start: np.ndarray, evaluate: Evaluate, opt_type: str, budget: int, seed: int, step: float = STEP
 ) -> list[tuple[np.ndarray, float]]:
     """Ask, evaluate, tell until `budget` candidates are evaluated.
 
     Args:
-        shape: of the weights, `(n,)` or `(n, l)`.
+        start: weights where the search begins, `[n]` or `[n, l]` (published: zeros).
         evaluate: losses of a list of weight arrays, to be minimised.
         opt_type: see `optimizer_name`.
         budget: number of evaluations (published: 10).
         seed: of the search's own random state.
+        step: standard deviation of the first generation around `start`; optimizers that have none ignore it.
 
     Returns:
         All evaluated points in order, `(weights, loss)`. nevergrad drops a tail shorter than a population, so its
@@ -77,7 +82,17 @@ def minimise(
     with warnings.catch_warnings():
         # Harmless remarks of the optimisers about missing plots and their own tolerances.
         warnings.filterwarnings("ignore", module=r"(cma|scipy)\.")
-        return _loop(make_optimizer(shape, opt_type, budget, seed), evaluate, budget)
+        return _loop(make_optimizer(start, opt_type, budget, seed, step), evaluate, budget)
+
+
+def ranked_weights(losses: Sequence[float]) -> np.ndarray:
+    """Weights `[n]` that sum to 1 and fall with the rank of each loss: ln(n + 1/2) - ln(rank), as CMA-ES weighs the
+    parents of a generation (Hansen 2016, "The CMA Evolution Strategy: A Tutorial"). Equal losses keep their order.
+    """
+    order = np.argsort(np.asarray(losses), kind="stable")
+    weights = np.empty(len(order))
+    weights[order] = np.log(len(order) + 0.5) - np.log(np.arange(1, len(order) + 1))
+    return weights / weights.sum()
 
 
 def _loop(

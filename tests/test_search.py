@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prime.errors import InputError
-from prime.search import BOUND, generation_size, make_optimizer, minimise, optimizer_name
+from prime.search import BOUND, generation_size, make_optimizer, minimise, optimizer_name, ranked_weights
 
 
 def loss(weights: np.ndarray) -> float:
@@ -37,7 +37,7 @@ def batched(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> tu
         sizes.append(len(points))
         return [loss(point) for point in points]
 
-    return minimise(shape, evaluate, opt_type, budget, seed), sizes
+    return minimise(np.zeros(shape), evaluate, opt_type, budget, seed), sizes
 
 
 def assert_same(one: list, other: list) -> None:
@@ -110,13 +110,34 @@ def test_seeds_differ_and_may_be_large() -> None:
 
 def test_losses_are_told_in_ask_order() -> None:
     """A loss that depends on the place in the batch would otherwise be credited to another candidate."""
-    history = minimise((2,), lambda points: [float(i) for i in range(len(points))], "cma", 8, 0)
+    history = minimise(np.zeros(2), lambda points: [float(i) for i in range(len(points))], "cma", 8, 0)
     assert [value for _, value in history] == [0.0, 1.0, 2.0, 3.0] * 2
 
 
 def test_the_wrong_number_of_losses_is_an_error() -> None:
     with pytest.raises(ValueError):
-        minimise((3,), lambda points: [0.0], "cma", 10, 0)
+        minimise(np.zeros(3), lambda points: [0.0], "cma", 10, 0)
+
+
+def test_start_and_step_are_nevergrads_init_and_sigma() -> None:
+    start = np.array([0.6, 0.3, 0.1])
+    space = ng.p.Array(init=start).set_bounds(-1.5, 1.5).set_mutation(sigma=0.2)
+    space.random_state = np.random.RandomState(4)
+    optimizer = ng.optimizers.registry["CMA"](space, budget=5, num_workers=1)
+    asked = [optimizer.ask().value for _ in range(5)]
+    found = minimise(start, lambda points: [0.0] * len(points), "cma", 5, 4, step=0.2)
+    assert all(np.array_equal(point, value) for (point, _), value in zip(found, asked, strict=True))
+    near = max(np.abs(point - start).max() for point, _ in found)
+    assert 0 < near < 1 < max(np.abs(p - start).max() for p, _ in batched((3,), "cma", 5, 4)[0])
+
+
+def test_ranked_weights_fall_with_the_rank_and_sum_to_one() -> None:
+    weights = ranked_weights([0.5, -1.0, 0.5])
+    assert weights.sum() == pytest.approx(1)
+    assert weights[1] > weights[0] > weights[2] > 0  # of equals the first is the better
+    expected = np.log(3.5) - np.log([2, 1, 3])
+    assert weights == pytest.approx(expected / expected.sum())
+    assert ranked_weights([3.0]) == pytest.approx([1.0])
 
 
 def test_names() -> None:
@@ -125,18 +146,18 @@ def test_names() -> None:
     with pytest.raises(InputError, match="--opt_type cmaes: nevergrad has no such optimizer.*CMA"):
         optimizer_name("cmaes")
     with pytest.raises(InputError, match="--opt_type zzzz"):
-        minimise((3,), lambda points: [0.0], "zzzz", 10, 0)
+        minimise(np.zeros(3), lambda points: [0.0], "zzzz", 10, 0)
 
 
 def test_the_generation_is_the_inner_optimisers_population() -> None:
-    optimizer = make_optimizer((3, 4), "cma", 30, 0)
+    optimizer = make_optimizer(np.zeros((3, 4)), "cma", 30, 0)
     size = generation_size(optimizer)
     optimizer.ask()
     inner = optimizer
     while hasattr(inner, "optim"):
         inner = inner.optim
     assert size == inner.es.popsize == 6
-    assert generation_size(make_optimizer((3,), "OnePlusOne", 30, 0)) == 1
+    assert generation_size(make_optimizer(np.zeros(3), "OnePlusOne", 30, 0)) == 1
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4)])
@@ -146,6 +167,6 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(shape: tuple[int, ...
     def losses(points: list[np.ndarray]) -> list[float]:
         return [float(np.abs(point - 0.4).sum().round(1)) for point in points]
 
-    small, large = (minimise(shape, losses, "cma", budget, seed=7) for budget in (10, 30))
+    small, large = (minimise(np.zeros(shape), losses, "cma", budget, seed=7) for budget in (10, 30))
     for (point, loss), (other, other_loss) in zip(small, large, strict=False):
         assert np.array_equal(point, other) and loss == other_loss
