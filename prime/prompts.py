@@ -13,6 +13,7 @@ written `{{` and `}}`.
 from __future__ import annotations
 
 import os
+import random
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -189,6 +190,45 @@ def history_records(
             start = _prefix(profile_text or "", retrieved) + start
             records.append(Record(f"u{user.user_id}-{item['id']}-k{RECORD_K}-p", start, target))
     return records
+
+
+def query_records(
+    user: User, task: Task, templates: Templates, others: Sequence[Mapping[str, str]], dice: random.Random,
+    recent_k: int = RECENT_K,
+) -> list[Record]:  # fmt: skip
+    """The user's last `recent_k` items (0: all) asked as test queries without history, `u{user}-{item}-q`.
+
+    Where a query offers two references (citation), the wrong one is what the paper nearest by title (BM25) among
+    `others`, items of other users, cites; dice place the right one.
+
+    Raises:
+        InputError: a task whose items hold answers without questions, or nothing to take a wrong reference from.
+    """
+    if not task.source:
+        raise InputError(f"{task.name}: a history holds answers without questions, it cannot be asked as test queries")
+    records = []
+    for item in user.profile[-recent_k:] if recent_k else user.profile:
+        parts, gold = _as_query(_cut(item, RECORD_WORDS), task, others, dice)
+        text = templates["prompt"].format(*parts)
+        target = templates["full_prompt"].format(*parts, gold)[len(text) :]
+        records.append(Record(f"u{user.user_id}-{item['id']}-q", text, target))
+    return records
+
+
+def _as_query(
+    fields: Mapping[str, str], task: Task, others: Sequence[Mapping[str, str]], dice: random.Random
+) -> tuple[tuple[str, ...], str]:
+    """What a query about an item shows, and its answer: the item's target, or the label of the right of two options."""
+    source, target = fields[task.source], fields[task.target]
+    if task.query_parts == 1 or task.labels is None:
+        return (source,), target
+    near = (others[place] for place in top_k(source, [other[task.source] for other in others], len(others)))
+    wrong = next((_cut(other, RECORD_WORDS)[task.target] for other in near if other[task.target] != target), None)
+    if wrong is None:
+        raise InputError(f"{task.name}: no items of other users to take wrong references from")
+    right = dice.randrange(2)
+    options = (wrong, target) if right else (target, wrong)
+    return (source, *options), task.labels[right]
 
 
 def task_records(user: User, task: Task, templates: Templates, profile_text: str | None) -> list[Record]:

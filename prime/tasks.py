@@ -26,6 +26,7 @@ class Task:
     history_metrics: tuple[str, ...] = ()  # in the search
     history_labels: tuple[str, ...] | None = None  # possible answers on history records
     paired: bool = False  # each later item also gives a record with profile and history
+    source: str = ""  # the field of a history item that a test query would show; "": items hold answers only
 
     @property
     def query_parts(self) -> int:
@@ -52,27 +53,30 @@ _ROWS = (
     Task(
         "citation", "LaMP_1", ("id", "title", "abstract", "citation"), "citation", CHOICE, "",
         labels=("[1]", "[2]"), history_metrics=TEXT,  # history: title -> cited title, a text
+        source="title",
     ),
     Task(
         "movie_tagging", "LaMP_2M", ("id", "description", "tag"), "tag", CHOICE, "] description: ",
         labels=MOVIE_TAGS, history_metrics=CHOICE, history_labels=MOVIE_TAGS, paired=True,
+        source="description",
     ),
     Task(
         "news_categorize", "LaMP_2N", ("id", "text", "title", "category"), "category", CHOICE, "] article: ",
-        labels=NEWS_CATEGORIES, history_metrics=CHOICE, history_labels=NEWS_CATEGORIES,
+        labels=NEWS_CATEGORIES, history_metrics=CHOICE, history_labels=NEWS_CATEGORIES, source="text",
     ),
     Task(
         "product_rating", "LaMP_3", ("id", "text", "score"), "score", ERROR,
         "without further explanation. review: ", labels=SCORES, history_metrics=ERROR, history_labels=SCORES,
-        paired=True,
+        paired=True, source="text",
     ),
     Task(
         "news_headline", "LaMP_4", ("id", "text", "title"), "title", TEXT,
-        "Generate a headline for the following article: ", history_metrics=TEXT, paired=True,
+        "Generate a headline for the following article: ", history_metrics=TEXT, paired=True, source="text",
     ),
     Task(
         "scholarly_title", "LaMP_5", ("id", "title", "abstract"), "title", TEXT,
         "Generate a title for the following abstract of a paper: ", history_metrics=TEXT, paired=True,
+        source="abstract",
     ),
     Task(
         "tweet_paraphrase", "LaMP_7", ("id", "text"), "text", TEXT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 
@@ -15,6 +16,7 @@ from prime.prompts import (
     Record,
     history_records,
     load_templates,
+    query_records,
     task_records,
     test_prompts,
 )
@@ -190,6 +192,40 @@ def test_task_records(name: str) -> None:
     assert record.input == asked.text and record.input.endswith(prompt)
     (bare,) = task_records(user, task, TEMPLATES[name], None)
     assert bare.input.startswith("### User Profile:\n\n\n### User History:\n")
+
+
+def asked(name: str, others=(), seed: int = 0, **options) -> list[Record]:
+    return query_records(make_user(name), TASKS[name], TEMPLATES[name], others, random.Random(seed), **options)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("citation", "tweet_paraphrase")])
+def test_history_asked_as_a_test_query_is_the_plain_record_where_both_ask_the_same(name: str) -> None:
+    expected = [Record(f"uu/7-{i + 1}-q", *record) for i, record in enumerate(EXPECTED[name][0])]
+    assert asked(name) == expected
+    assert asked(name, recent_k=1) == expected[1:]
+
+
+def test_citation_asked_as_a_choice_against_what_the_nearest_other_paper_cites() -> None:
+    others = [
+        {"id": "8", "title": "Fish", "abstract": "", "citation": "Whales"},
+        {"id": "9", "title": "Old trees again", "abstract": "", "citation": "Older trees"},  # the right answer itself
+        {"id": "10", "title": "Deep old nets", "abstract": "", "citation": "Nets {y}"},
+    ]
+    for seed in range(8):
+        first, second = asked("citation", others, seed)
+        for record, title, right in ((first, "Deep {x} nets", "Wide nets"), (second, "Old trees", "Older trees")):
+            options = ("Nets {y}", right) if record.target == " [2]" else (right, "Nets {y}")
+            told = f"Paper: {title} [1]: {options[0]} [2]: {options[1]} Reference:"
+            assert record.input == f"Which reference does this paper cite, [1] or [2]?\n{told}"
+    assert len({asked("citation", others, seed)[0].target for seed in range(8)}) == 2
+    assert asked("citation", others, 3) == asked("citation", others, 3)
+
+
+def test_what_cannot_be_asked_as_a_test_query() -> None:
+    with pytest.raises(InputError, match="tweet_paraphrase: a history holds answers without questions"):
+        asked("tweet_paraphrase")
+    with pytest.raises(InputError, match="citation: no items of other users"):
+        asked("citation", [{"id": "9", "title": "Old trees", "abstract": "", "citation": "Wide nets"}])
 
 
 @pytest.mark.parametrize("name", NAMES)
