@@ -84,7 +84,9 @@ def add_history_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> None:
+def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks: str = "") -> None:
+    """Options of a LoRA's training. `ranks` tells the default ranks where the script chooses by another option."""
+    rank, told, scale_told = (None, f"; default {ranks}", "; default the rank") if ranks else (8, "", "")
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=non_negative, default=lr, help="learning rate at the start of the cosine")
     group.add_argument("--min_lr", type=non_negative, default=0.0, help="learning rate at its end")
@@ -92,8 +94,10 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> Non
     group.add_argument("--clip", type=non_negative, default=clip, help="gradient norm of an adapter at most")
     group.add_argument("--batch_size", type=positive, default=6, help="records of one step of an adapter")
     group.add_argument("--epochs", type=positive, default=3, help="passes over the records")
-    group.add_argument("--lora_r", type=positive, default=8, help="rank of the adapter")
-    group.add_argument("--lora_alpha", type=positive, default=8, help="scale of the adapter times its rank")
+    group.add_argument("--lora_r", type=positive, default=rank, help=f"rank of the adapter{told}")
+    group.add_argument(
+        "--lora_alpha", type=positive, default=rank, help=f"scale of the adapter times its rank{scale_told}"
+    )
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
 
 
