@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -131,6 +132,13 @@ below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
 def int_list(text: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4); empty text -> ()."""
     return tuple(natural(part.strip()) for part in text.split(",") if part.strip())
+
+
+def method_name(text: str) -> str:
+    """A row's name in the table: letters, digits and underscores."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", text) or text in ("best_sharer", "uniform"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a row: a-z, 0-9, _, and not that of a baseline")
+    return text
 
 
 # -- what scripts do first and last ---------------------------------------------------------------------------------
