@@ -1,4 +1,4 @@
-"""Baselines that train on a test user's own history: OPPU, and merge-then-adapt. Many users are trained together.
+"""Stage 4c, baselines that train on test users' own histories, many together: OPPU, and merge-then-adapt.
 
 Reads   data/<task>/test_100/user_test_100.json (history; queries only to predict), profile-id2text.json, the task
         adapter; mta also user_anchor_candidate.json, anchor_selection/<task>/, the sharers' adapters
@@ -23,11 +23,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from prime import cli
 from prime.data import User, select
+from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
 from prime.lora import Adapter, merge, save_adapter
 from prime.prompts import history_records
@@ -91,23 +93,19 @@ def choice_of(pool: Pool | None, index: int) -> dict:
     if pool is None:
         return {"deployed": "own"}
     sharers = [sharer.user_id for sharer in pool.sharers(index)]
-    return {
-        "deployed": "merge",
-        "sharers": sharers,
-        "weights": [1 / len(sharers)] * len(sharers),
-        "rule": "delta",
-    }
+    return {"deployed": "merge", "sharers": sharers, "weights": [1 / len(sharers)] * len(sharers), "rule": "delta"}
 
 
 def predict_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, place: int, user: User, result: dict
-) -> None:
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, results: dict[int, dict], place: int,
+    user: User, progress: Progress,
+) -> None:  # fmt: skip
     """Predict with the adapter at `place` of the bank; the result file comes last."""
     started = time.perf_counter()
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    found = predict(engine, texts, user, {args.method: place}, sampler, args.k_list, args.max_gen_len)
-    seconds = result["seconds"] | {"predict": round(time.perf_counter() - started, 3)}
-    run.finish(user.user_id, result | {"predictions": found, "seconds": seconds})
+    found = predict(engine, texts, user, {args.method: place}, sampler, args.k_list, args.max_gen_len, progress)
+    seconds = results[place]["seconds"] | {"predict": round(time.perf_counter() - started, 3)}
+    run.finish(user.user_id, results[place] | {"predictions": found, "seconds": seconds})
 
 
 def finish_group(
@@ -119,16 +117,16 @@ def finish_group(
     learners = [learner_of(args, texts, engine, user, place) for place, (_, user) in enumerate(group)]
     losses = train_group(args, engine, learners, [merged_sharers(pool, index) for index, _ in group] if pool else [])
     seconds = {"train": round((time.perf_counter() - started) / len(group), 3)}
-    for place, (index, user) in enumerate(group):
-        if run.done(user.user_id):
-            continue
-        choice = choice_of(pool, index)
-        ids = [record.id for record in learners[place].records]
-        card = {"task": args.task_name, "user_id": user.user_id, "task_adapter": args.lora_ckpt, "method": args.method}
-        card |= {**choice, "records": len(ids)}
-        save_adapter(engine.bank.adapter(place), run.user_dir(user.user_id) / "adapter", args.llama_model_path, card)
-        result = {"user_id": user.user_id, "index": index, **choice, "record_ids": ids, "losses": losses[place]}
-        predict_user(args, texts, engine, run, place, user, result | {"seconds": seconds})
+    todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
+    results = {}
+    for place, user in todo:
+        index, ids = group[place][0], [record.id for record in learners[place].records]
+        own = {"user_id": user.user_id, **choice_of(pool, index)}
+        card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
+        folder = run.user_dir(user.user_id) / "adapter"
+        save_adapter(engine.bank.adapter(place), folder, args.llama_model_path, card | {"records": len(ids)})
+        results[place] = own | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds}
+    cli.for_each(todo, partial(predict_user, args, texts, engine, run, results))
 
 
 def main(argv: list[str] | None = None) -> None:

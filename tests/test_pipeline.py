@@ -197,18 +197,21 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     assert per_user["scores"] == per_user["blind"]
 
 
-def test_a_user_without_history_gets_the_base(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("objective", "name"), [("metric", "prime"), ("nll", "lorahub")])
+def test_a_user_without_history_gets_the_base(
+    inside: Path, capsys: pytest.CaptureFixture[str], objective: str, name: str
+) -> None:
     path = inside / f"data/{TASK}/test_100/user_test_100.json"
     before = path.read_bytes()
     users = json.loads(before)
     users[0]["profile"] = []
     try:
         world.write(path, users)
-        world.run(evo("./output/no-history", "--user_idxs", "0-1"))
+        world.run(evo(f"./output/no-history-{name}", "--user_idxs", "0-1", "--objective", objective))
     finally:
         path.write_bytes(before)
-    (result,) = results("./output/no-history").values()
-    assert result["deployed"] == "base" and len(result["predictions"]["prime"]["k0"]) == 3
+    (result,) = results(f"./output/no-history-{name}").values()
+    assert result["deployed"] == "base" and len(result["predictions"][name]["k0"]) == 3
     assert f"user {users[0]['user_id']}: an empty history" in capsys.readouterr().err
 
 
