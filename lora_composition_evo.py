@@ -4,13 +4,21 @@ Reads   data/<task>/test_100/user_test_100.json (history; queries only to predic
         anchor_selection/<task>/, the task adapter, the sharers' adapters
 Writes  <output_dir>/users/<user>/evaluations.jsonl   a line per evaluated candidate
         <output_dir>/users/<user>/adapter/            the deployed adapter (PEFT, with a card); none if the base won
-        <output_dir>/users/<user>/result.json         weights, scores, predictions of prime, best_sharer, uniform
+        <output_dir>/users/<user>/result.json         weights, scores, predictions of --name; those of the baselines
+                                                      best_sharer and uniform beside the ones of prime
 Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
     python lora_composition_evo.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
         --anchor_dir ./output/movie_tagging/Anchor_PEFT/LoRA --n_sim 3 --opt_type cma --opt_budget 10 \\
         --sim_penalty 0.1 --output_dir ./output/movie_tagging/LoRA-Composition-evo
+
+--objective nll is LoraHub (Huang et al., 2023); as published it searches with ngopt, 40 candidates, the factor rule,
+and starts at the base, which no single sharer may replace:
+
+    python lora_composition_evo.py --objective nll --merge_rule factor --start zero --step 1 --search_only \
+        --opt_type ngopt --opt_budget 40 --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \
+        --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt --output_dir ./output/movie_tagging/LoraHub
 """
 
 import argparse
@@ -33,24 +41,61 @@ from prime.sampling import Sampler
 from prime.search import STEP, optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
+NAMES = {"metric": "prime", "nll": "lorahub"}
+FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub"}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", help="default ./output/<task_name>/LoRA-Composition-evo")
+    parser.add_argument(
+        "--output_dir", help="default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub"
+    )
+    parser.add_argument(
+        "--name", type=cli.method_name, help="row of the table; default prime, with --objective nll lorahub"
+    )
     parser.add_argument("--anchor_dir", help="sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
     search = parser.add_argument_group("search")
     search.add_argument("--n_sim", type=cli.natural, default=3, help="most similar sharers to merge; 0 = all")
     search.add_argument("--opt_type", default="cma", help="cma, ngopt, tbpsa, or any optimizer of nevergrad")
     search.add_argument("--opt_budget", type=cli.natural, default=10, help="candidates the search evaluates")
-    search.add_argument("--sim_penalty", type=cli.non_negative, default=0.1, help="weight of resembling the sharers")
-    search.add_argument("--start", choices=STARTS, default="zero", help="where the search begins")
-    search.add_argument("--step", type=cli.non_negative, default=STEP, help="standard deviation of its first candidates")
+    search.add_argument(
+        "--sim_penalty",
+        type=cli.non_negative,
+        default=0.1,
+        help="weight of resembling the sharers; nll generates nothing to compare, so there it is 0 whatever is given",
+    )
+    search.add_argument(
+        "--start",
+        choices=STARTS,
+        default="ranked",
+        help="where the search begins: zero (published), the sharers' average, or one weighted by rank of their losses",
+    )
+    search.add_argument(
+        "--step",
+        type=cli.above_zero,
+        default=0.3,
+        help=f"standard deviation of its first candidates around the start (published: {STEP:g})",
+    )
     search.add_argument("--merge_rule", choices=RULES, default="delta", help="factor is the published rule")
     search.add_argument("--piece_merge", action="store_true", help="one weight per sharer and layer")
     search.add_argument(
         "--search_only", action="store_true", help="published selection: a single sharer, known beforehand, cannot win"
     )
     fitness = parser.add_argument_group("fitness")
+    fitness.add_argument(
+        "--objective",
+        choices=("metric", "nll"),
+        default="metric",
+        help="metric: of generated answers (PriME); nll: cross-entropy of the history's targets plus L1 of the weights "
+        "(LoraHub), which does without the sampling, --num_repeat, --m_reduce, --t_reduce and --train_gen_len",
+    )
+    fitness.add_argument(
+        "--fitness",
+        choices=("history", "query"),
+        default="history",
+        help="what candidates answer: the history's records (published), or its items asked as test queries, which "
+        "differ in citation; there wrong references come from user_base_LLM.json",
+    )
     fitness.add_argument("--num_repeat", type=cli.positive, default=1, help="sampled decodings per evaluation")
     fitness.add_argument("--m_reduce", choices=tuple(METRIC_REDUCERS), default="sum", help="of a task's metrics")
     fitness.add_argument("--t_reduce", choices=tuple(TRIAL_REDUCERS), default="mean", help="of the repeats' losses")
@@ -73,8 +118,11 @@ def search_user(
     population = Population(args, texts, engine, user, seed, n, progress)
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
-    objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
-    return evolve(population, objective, seed, log)
+    scorer = population.likelihood_scores
+    if args.objective == "metric":
+        objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
+        scorer = population.metric_scorer(objective)
+    return evolve(population, scorer, seed, log)
 
 
 def work_on(
@@ -96,7 +144,8 @@ def work_on(
     uniform = torch.full_like(best.weights, 1 / len(sharers))
     engine.bank.combine(torch.stack([best.weights, best_sharer.weights, uniform]), args.merge_rule)
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    methods = {"prime": 0, "best_sharer": 1, "uniform": 2}
+    # The baselines are the same beside any other row of this stage, so one row brings them.
+    methods = {args.name: 0} | ({"best_sharer": 1, "uniform": 2} if args.name == "prime" else {})
     found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
 
     base_won = best is evaluations[0]
@@ -124,6 +173,7 @@ def work_on(
             "predictions": found,
             "seconds": {
                 "search": round(searched - started, 3),
+                "sharers": round(sum(one.seconds for one in single), 3),  # of the search: what best_sharer needs
                 "predict": round(time.perf_counter() - searched, 3),
             },
         },
@@ -133,12 +183,16 @@ def work_on(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     optimizer_name(args.opt_type)
+    args.name = args.name or NAMES[args.objective]
+    args.sim_penalty = args.sim_penalty if args.objective == "metric" else 0.0
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     texts = cli.load_texts(args)
+    if args.fitness == "query":
+        texts = cli.asked_as_queries(args, texts)
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition-evo"
-    run = Run(folder, "lora_composition_evo", "prime", cli.settings_of(args))
+    folder = args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"
+    run = Run(folder, "lora_composition_evo", args.name, cli.settings_of(args))
     todo = cli.open_users(users, args.user_idxs, run.done)
     if not todo:
         return

@@ -9,8 +9,8 @@ Takes   one pass over all anchors' records per test user and per anchor: minutes
         with a 7B model on one GPU; --max_records shortens it. Resumes by user: run the same command again.
 
 Members are the records of the sharers merged for a test user, non-members those of all other anchors. Attacked is
-what was deployed: the merged adapter, or the base where the base won. Every sharer's own adapter is attacked too,
-as it was before any merge.
+what was deployed: the merged adapter (with what merge-then-adapt trained on top), or the base where the base won.
+Every sharer's own adapter is attacked too, as it was before any merge. OPPU merges nobody's adapter: it is refused.
 
     python mia.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
@@ -83,7 +83,8 @@ def deployment(exp_dir: Path, result: Mapping, n_sim: int) -> Subject:
     """What a test user deployed. A sharer of weight 0 is not in it; where the base won, all listed are looked for."""
     user_id = result["user_id"]
     if "sharers" not in result:
-        raise InputError(f"{exp_dir}: user {user_id} has no sharers; --exp_dir has to be an output of stage 4")
+        told = "merged no sharer's adapter, so it has no members to look for (--exp_dir)"
+        raise InputError(f"{exp_dir}: user {user_id} {told}")
     on_base = result["deployed"] == "base"
     weights = result.get("weights", [1.0] * len(result["sharers"]))
     merged = [s for s, w in zip(result["sharers"], weights, strict=True) if on_base or np.any(w)]

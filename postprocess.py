@@ -1,10 +1,10 @@
 """Stage 6: from per-user results to predictions, scores, and the one table of the run.
 
-Reads   <output_dir>/users/*/result.json of a stage that predicts (1, 4), the stages beside it, mia_summary.json
+Reads   <output_dir>/users/*/result.json of a stage that predicts (1, 4, 4b, 4c), the stages beside it, mia_summary.json
         where stage 5 has run, <data_dir>/test_100/user_test_100.json and user_test_100_label.json
 Writes  <output_dir>/output-k{k}.json, output-k{k}-profile.json   predictions in LaMP's format
         <output_dir>/eval-k{k}.json, eval-k{k}-profile.json       their scores
-        <output_dir>/../summary.json, summary.md                  a row per method, of all stages found there
+        <output_dir>/../summary.json, summary.md                  rows per method, of all stages found there
 Takes   seconds. Runs on what is there: a partial stage gives partial scores, and the table says so.
 
     python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
@@ -20,7 +20,7 @@ from prime.tasks import get_task
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", required=True, help="output of stage 1, 4 or 4b")
+    parser.add_argument("--output_dir", required=True, help="output of a stage that predicts")
     return parser
 
 
@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     report.check_users(predictions, users, test / "user_test_100.json")
     report.check_golds(predictions, golds, test / "user_test_100_label.json")
     report.write_stage_files(stage_dir, task, golds)
-    summary = report.summarise(task, predictions, golds, report.attack_results(sources), users)
+    summary = report.summarise(task, predictions, golds, report.about_methods(sources), users)
     report.write_summary(stage_dir.resolve().parent, summary)
     print(report.aligned(report.table_rows(summary)))
-    print(report.notes(summary))
+    print(f"\n{report.aligned(report.method_rows(summary))}\n\n{report.notes(summary)}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 #   --output_dir DIR           results go to DIR/<task>/                  (output/demo; output with a real model)
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
 #   --seed N                   run seed                                   (0)
-#   --methods prime | all      all: Per-Pcs too                           (prime)
+#   --methods prime | all      all: its published settings, Per-Pcs, LoraHub, OPPU, merge-then-adapt too (prime)
 #   --until STEP               stop after this step                       (postprocess)
 #
 # Each step is printed before it runs and timed after; steps that finished under the same command are skipped.
@@ -48,17 +48,18 @@ esac
 case "$methods" in prime | all) ;; *) echo "reproduce.sh: --methods is prime or all, not $methods" >&2; exit 2 ;; esac
 
 # The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
-# settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item.
+# settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
+# merge-then-adapt train as the sharers do (anchor_training): they train the same kind of adapter on histories alike.
 if [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
     task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
     answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
-    selection=(--k 16 --embed target) attack=(--max_records 20)
+    selection=(--k 16 --embed target) attack_options=(--max_records 20)
 else
     [ -n "$data" ] || { echo "reproduce.sh: --llama_model_path needs --data_dir" >&2; exit 2; }
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
-    task_training=() anchor_training=() gate_training=() answers=() history=() selection=() attack=()
+    task_training=() anchor_training=() gate_training=() answers=() history=() selection=() attack_options=()
 fi
 
 install_requirements requirements.txt
@@ -82,6 +83,14 @@ step() {
     echo "[$task] $name: $((SECONDS - started)) s"
 }
 
+# attack NAME FOLDER [OPTION...]: membership inference on what a stage put into $out/FOLDER.
+attack() {
+    local name="$1" folder="$2"
+    shift 2
+    step "$name" mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_dir "$out/Anchor_PEFT/LoRA" \
+        "$@" --n_sim 3 "${attack_options[@]}" --exp_dir "$out/$folder"
+}
+
 # Per-Pcs on the same sharers, attacked alike.
 per_pcs() {
     step train_anchor_gate train_anchor_gate.py "${adapted[@]}" "${gate_training[@]}" \
@@ -89,13 +98,35 @@ per_pcs() {
     step lora_composition lora_composition.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --gate_dir "$out/Anchor_PEFT/gate" --anchor_dir "$out/Anchor_PEFT/LoRA" \
         --n_sim 3 --topk 3 --recent_k 2000 --shared_ratio 1 --agg_temperature 1 --output_dir "$out/LoRA-Composition"
-    step mia_per_pcs mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" \
-        --anchor_dir "$out/Anchor_PEFT/LoRA" --gate_dir "$out/Anchor_PEFT/gate" \
-        --n_sim 3 "${attack[@]}" --exp_dir "$out/LoRA-Composition"
+    attack mia_per_pcs LoRA-Composition --gate_dir "$out/Anchor_PEFT/gate"
+}
+
+# PriME as published (factor rule, wide steps from zero, no single sharer may win) and LoraHub with its own published search.
+other_searches() {
+    step prime_published lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
+        --merge_rule factor --start zero --step 1 --search_only --name prime_published --output_dir "$out/LoRA-Composition-evo-published"
+    attack mia_prime_published LoRA-Composition-evo-published
+    step lorahub lora_composition_evo.py "${adapted[@]}" "${answers[@]}" \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type ngopt --opt_budget 40 \
+        --objective nll --merge_rule factor --start zero --step 1 --search_only \
+        --output_dir "$out/LoraHub"
+    attack mia_lorahub LoraHub
+}
+
+# Training on the user's own history. OPPU merges nobody's adapter, so there are no members to look for.
+user_training() {
+    step oppu train_user_peft.py --method oppu "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
+        --output_dir "$out/OPPU"
+    step mta train_user_peft.py --method mta "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" --output_dir "$out/Merge-then-adapt"
+    attack mia_mta Merge-then-adapt
 }
 
 for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
+    # Citation learns cited titles but is tested by choices, so the search asks choices (published: cited titles).
+    if [ "$task" = citation ]; then fitness=(--fitness query); else fitness=(--fitness history); fi
     data_options=(--task_name "$task" --data_dir "$data/$task")
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
@@ -107,10 +138,13 @@ for task in $tasks; do
         --output_dir "$out/Anchor_PEFT/LoRA"
     step lora_composition_evo lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
-        --output_dir "$out/LoRA-Composition-evo"
-    step mia mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_dir "$out/Anchor_PEFT/LoRA" \
-        --n_sim 3 "${attack[@]}" --exp_dir "$out/LoRA-Composition-evo"
-    [ "$methods" = prime ] || per_pcs
+        "${fitness[@]}" --output_dir "$out/LoRA-Composition-evo"
+    attack mia LoRA-Composition-evo
+    if [ "$methods" = all ]; then
+        per_pcs
+        other_searches
+        user_training
+    fi
     step postprocess postprocess.py "${data_options[@]}" --output_dir "$out/LoRA-Composition-evo"
     [ "$fresh" = yes ] || [ ! -f "$out/summary.md" ] || cat "$out/summary.md"
 done

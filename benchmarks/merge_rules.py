@@ -1,7 +1,7 @@
 """Which merge rule needs how much search? `factor` and `delta`, budgets 10 and 30, over tasks and seeds of the demo.
 
 Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
-Writes  <output_dir>/seed<seed>/<task>/merge_rules.json   scores at k = 0 of every method, and their differences
+Writes  <output_dir>/seed<seed>/<task>/merge_rules-<start>-<step>.json   scores at k = 0 of every method, and their differences
         prints one table over all finished (task, seed), and the same as one JSON line
 Takes   about 8 minutes per task and seed on one core; resumes by task and seed
 
@@ -29,6 +29,7 @@ import lora_composition_evo as stage  # noqa: E402
 from prime import cli  # noqa: E402
 from prime.data import User, load_labels  # noqa: E402
 from prime.engine import Engine, Predictions, load_engine, predict  # noqa: E402
+from prime.errors import InputError  # noqa: E402
 from prime.evolution import Evaluation  # noqa: E402
 from prime.lora import RULES  # noqa: E402
 from prime.metrics import METRICS, score  # noqa: E402
@@ -42,22 +43,41 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="movie_tagging,news_headline,product_rating", help="tasks, with commas")
     parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
     parser.add_argument("--budgets", type=cli.int_list, default=(10, 30), help="evaluations, with commas")
+    parser.add_argument("--start", default="ranked", help="where the search begins, see lora_composition_evo.py")
+    parser.add_argument("--step", type=cli.above_zero, default=0.3, help="standard deviation of its first candidates")
     parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
     parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "merge_rules"), help="results")
     return parser
 
 
-def stage_args(task: str, seed: int, folder: Path) -> argparse.Namespace:
+def stage_args(args: argparse.Namespace, task: str, seed: int, folder: Path) -> argparse.Namespace:
     """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
     words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
     words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
     words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
+    words += ["--start", args.start, "--step", str(args.step)]
     words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
     return stage.build_parser().parse_args(words)
 
 
-def best_of(evaluations: list[Evaluation], known: int, budget: int) -> Evaluation:
+def best_of(evaluations: list[Evaluation], budget: int) -> Evaluation:
+    """What a search of `budget` candidates finds; the others are known before it."""
+    known = sum(one.origin != "search" for one in evaluations)
     return min(evaluations[: known + budget], key=lambda one: one.loss)
+
+
+def measured(args: argparse.Namespace, task: str, seed: int) -> dict:
+    """Scores of `run_one`, from the file where it ran before under the same options."""
+    path = Path(args.output_dir) / f"seed{seed}" / task / f"merge_rules-{args.start}-{args.step:g}.json"
+    options = {key: getattr(args, key) for key in ("users", "start", "step")} | {"budgets": list(args.budgets)}
+    if not path.exists():
+        write_json(path, options | {"scores": run_one(args, task, seed)})
+    stored = read_json(path)
+    changed = [key for key, value in options.items() if stored[key] != value]
+    if changed:
+        told = ", ".join(f"--{key} {stored[key]}, now {options[key]}" for key in changed)
+        raise InputError(f"{path}: measured with {told}; remove it to measure anew")
+    return stored["scores"]
 
 
 def run_one(args: argparse.Namespace, task: str, seed: int) -> dict:
@@ -66,7 +86,7 @@ def run_one(args: argparse.Namespace, task: str, seed: int) -> dict:
     command = ["bash", str(ROOT / "reproduce.sh"), "--tasks", task, "--seed", str(seed)]
     command += ["--output_dir", str(folder.parent), "--until", "train_anchor_peft"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    own = stage_args(task, seed, folder)
+    own = stage_args(args, task, seed, folder)
     texts = cli.load_texts(own)
     users = cli.load_test_users(own, texts.task)
     golds = load_labels(cli.data_dir(own) / "test_100" / "user_test_100_label.json")
@@ -95,7 +115,7 @@ def search_and_predict(
     n = own.n_sim
     with tempfile.TemporaryDirectory() as scratch, cli.bar(0, "answers") as progress:
         evaluations = stage.search_user(own, texts, engine, user, n, Path(scratch) / "log.jsonl", progress.update)
-    chosen = {f"prime, {rule}, budget {b}": best_of(evaluations, 1 + n, b).weights for b in args.budgets}
+    chosen = {f"prime, {rule}, budget {b}": best_of(evaluations, b).weights for b in args.budgets}
     chosen[f"uniform, {rule}"] = torch.full((n,), 1 / n)
     if rule == "delta":  # alike under both rules
         chosen["best_sharer"] = min(evaluations[1 : 1 + n], key=lambda one: one.unpenalised).weights
@@ -124,10 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: dict[str, dict[int, dict]] = {}
     for task in args.tasks.split(","):
         for seed in args.seeds:
-            path = Path(args.output_dir) / f"seed{seed}" / task / "merge_rules.json"
-            if not path.exists():
-                write_json(path, {"users": args.users, "scores": run_one(args, task, seed)})
-            rows.setdefault(task, {})[seed] = read_json(path)["scores"]
+            rows.setdefault(task, {})[seed] = measured(args, task, seed)
     first = {task: next(iter(next(iter(by_seed.values()))["task_lora"])) for task, by_seed in rows.items()}
     better = {task: "higher" if METRICS[name].higher_is_better else "lower" for task, name in first.items()}
     told = [f"{task}: {name}, {better[task]} is better" for task, name in first.items()]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prime.errors import InputError
-from prime.lora import Adapter, check_alike, layer_of, pad_rank
+from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank
 from prime.runs import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -45,6 +45,7 @@ class BankLinear(nn.Module):
         self.scale = 1.0
         self.A: Tensor | None = None
         self.B: Tensor | None = None
+        self.under: tuple[Tensor, Tensor] | None = None  # frozen A, B that trainable ones stand on; scale 1
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -53,17 +54,26 @@ class BankLinear(nn.Module):
             return y
         if x.shape[0] % len(groups):
             raise ValueError(f"{x.shape[0]} rows cannot be parted into {len(groups)} equal groups")
-        a, b = self.A.index_select(0, groups), self.B.index_select(0, groups)
+        if self.under is not None:
+            y = self._add(y, x, groups, *self.under, 1.0, None)
+        return self._add(y, x, groups, self.A, self.B, self.scale, self.route.scaler)
+
+    def _add(
+        self, y: Tensor, x: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor, scale: float,
+        scaler: InputScaler | None,
+    ) -> Tensor:  # fmt: skip
+        """y plus the routed update of one pair of stacks; only `scaler` stands in front of that pair."""
+        a, b = stacked_a.index_select(0, groups), stacked_b.index_select(0, groups)
         rows = x.reshape(len(groups), -1, x.shape[-1]).to(a.dtype)
-        if self.route.scaler is not None:
-            rows = self.route.scaler(self.number, rows)
+        if scaler is not None:
+            rows = scaler(self.number, rows)
         low = torch.bmm(rows, a.transpose(1, 2))
         if self.route.on_base is not None:
             low = low.masked_fill(self.route.on_base, 0.0)
         out = y.reshape(len(groups), -1, y.shape[-1])
         if out.dtype == b.dtype:
-            return torch.baddbmm(out, low, b.transpose(1, 2), alpha=self.scale).view_as(y)
-        return (out + torch.bmm(low, b.transpose(1, 2)).mul_(self.scale).to(out.dtype)).view_as(y)
+            return torch.baddbmm(out, low, b.transpose(1, 2), alpha=scale).view_as(y)
+        return (out + torch.bmm(low, b.transpose(1, 2)).mul_(scale).to(out.dtype)).view_as(y)
 
 
 class AdapterBank:
@@ -120,12 +130,17 @@ class AdapterBank:
         check_alike(adapters)
         parts = [adapter.folded() for adapter in adapters]
         self._check_fits(parts[0])
-        rank = max(part.rank for part in parts)
         for name, wrapper in self.wrappers.items():
-            pairs = [pad_rank(*part.factors[name], rank) for part in parts]
-            a, b = (torch.stack([part.to(self.device) for part in side]) for side in zip(*pairs, strict=True))
-            self._stored[name] = (a, b)
-            wrapper.A, wrapper.B, wrapper.scale = a, b, 1.0
+            self._stored[name] = self._stack(parts, name)
+            wrapper.A, wrapper.B = self._stored[name]
+            wrapper.scale, wrapper.under = 1.0, None
+
+    def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
+        """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
+        rank = max(part.rank for part in parts)
+        pairs = [pad_rank(*part.factors[name], rank) for part in parts]
+        a, b = (torch.stack([part.to(self.device) for part in side]) for side in zip(*pairs, strict=True))
+        return a, b
 
     def _check_fits(self, adapter: Adapter) -> None:
         odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
@@ -153,22 +168,32 @@ class AdapterBank:
             own = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
             wrapper.A, wrapper.B = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
 
-    def allocate(self, seeds: Sequence[int], rank: int, alpha: float) -> None:
-        """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero."""
+    def allocate(self, seeds: Sequence[int], rank: int, alpha: float, under: Sequence[Adapter] = ()) -> None:
+        """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero.
+
+        Args:
+            under: one adapter per seed that the fresh one stands on. It takes part in every pass, but is frozen:
+                no `parameters()`, no dropout in front of it.
+        """
+        parts = [adapter.folded() for adapter in under]
+        if parts:
+            check_alike(parts)
+            self._check_fits(parts[0])
         for name, wrapper in self.wrappers.items():
             base = wrapper.base
             bound = 1 / math.sqrt(base.in_features)
             draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
             wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(self.device).requires_grad_()
             wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=self.device, requires_grad=True)
-            wrapper.scale = alpha / rank
+            wrapper.scale, wrapper.under = alpha / rank, self._stack(parts, name) if parts else None
             self._stored.pop(name, None)
 
     def adapter(self, index: int) -> Adapter:
-        """A copy of one adapter (or candidate) now in the bank."""
+        """A copy of one adapter (or candidate) now in the bank, together with the frozen one it stands on."""
         scale = next(iter(self.wrappers.values())).scale
-        factors = {name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}
-        return Adapter(factors, scale)
+        own = Adapter({name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}, scale)
+        under = {n: (_part(w.under[0], index), _part(w.under[1], index)) for n, w in self.wrappers.items() if w.under}
+        return merge([Adapter(under), own], torch.ones(2), "delta") if under else own
 
     def parameters(self) -> list[Tensor]:
         """The stacked factors, A and B of each module in turn."""

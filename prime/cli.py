@@ -1,7 +1,9 @@
 """Option groups that the stage scripts share, and what they have in common around `main`."""
 
 import argparse
+import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +86,9 @@ def add_history_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> None:
+def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks: str = "") -> None:
+    """Options of a LoRA's training. `ranks` tells the default ranks where the script chooses by another option."""
+    rank, told, scale_told = (None, f"; default {ranks}", "; default the rank") if ranks else (8, "", "")
     group = parser.add_argument_group("training")
     group.add_argument("--lr", type=non_negative, default=lr, help="learning rate at the start of the cosine")
     group.add_argument("--min_lr", type=non_negative, default=0.0, help="learning rate at its end")
@@ -92,8 +96,10 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> Non
     group.add_argument("--clip", type=non_negative, default=clip, help="gradient norm of an adapter at most")
     group.add_argument("--batch_size", type=positive, default=6, help="records of one step of an adapter")
     group.add_argument("--epochs", type=positive, default=3, help="passes over the records")
-    group.add_argument("--lora_r", type=positive, default=8, help="rank of the adapter")
-    group.add_argument("--lora_alpha", type=positive, default=8, help="scale of the adapter times its rank")
+    group.add_argument("--lora_r", type=positive, default=rank, help=f"rank of the adapter{told}")
+    group.add_argument(
+        "--lora_alpha", type=positive, default=rank, help=f"scale of the adapter times its rank{scale_told}"
+    )
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
 
 
@@ -120,6 +126,7 @@ def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], A
 natural = _number(int, 0, 2**31, "a whole number from 0")
 positive = _number(int, 1, 2**31, "a whole number from 1")
 non_negative = _number(float, 0, 1e9, "a number from 0")
+above_zero = _number(float, 1e-9, 1e9, "a number above 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
 
@@ -127,6 +134,13 @@ below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
 def int_list(text: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4); empty text -> ()."""
     return tuple(natural(part.strip()) for part in text.split(",") if part.strip())
+
+
+def method_name(text: str) -> str:
+    """A row's name in the table: letters, digits and underscores."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", text) or text in ("best_sharer", "uniform"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a row: a-z, 0-9, _, and not that of a baseline")
+    return text
 
 
 # -- what scripts do first and last ---------------------------------------------------------------------------------
@@ -138,6 +152,7 @@ class Texts(NamedTuple):
     task: Task
     templates: Mapping[str, str]
     profiles: Mapping[str, str] | None  # None: the data has no profile file
+    others: Sequence[Mapping[str, str]] = ()  # items of other users, see `asked_as_queries`
 
 
 def data_dir(args: argparse.Namespace) -> Path:
@@ -152,6 +167,15 @@ def load_texts(args: argparse.Namespace) -> Texts:
     if profiles is None:
         print(f"{path}: not there; prompts with a textual profile are left out", file=sys.stderr)
     return Texts(task, load_templates(args.prompt_path, task), profiles)
+
+
+def asked_as_queries(args: argparse.Namespace, texts: Texts) -> Texts:
+    """For histories asked as test queries: the test's metrics, and items of the base users for wrong references."""
+    task = dataclasses.replace(texts.task, history_metrics=texts.task.metrics, history_labels=texts.task.labels)
+    if task.query_parts == 1:
+        return texts._replace(task=task)
+    users = load_users(data_dir(args) / "user_base_LLM.json", task)
+    return texts._replace(task=task, others=[item for user in users for item in user.profile])
 
 
 def load_test_users(args: argparse.Namespace, task: Task) -> list[User]:

@@ -1,7 +1,8 @@
 """PriME's search for one user: candidates are merged, decoded and scored a whole population at a time.
 
 The base (zero weights) and the single sharers (one-hot) have to be decoded anyway, since similarity is measured
-against the sharers' own answers; they are the first evaluated candidates, for free.
+against the sharers' own answers; they are the first evaluated candidates, for free. LoraHub's objective scores the
+history's targets and decodes nothing.
 """
 
 import argparse
@@ -18,15 +19,18 @@ from torch import Tensor
 
 from prime.cli import Texts
 from prime.data import User
-from prime.decode import EncodedPrompt, Progress, Tokens, every_pair
+from prime.decode import EncodedPrompt, EncodedRecord, Progress, Tokens, every_pair, score
 from prime.engine import Engine
-from prime.fitness import Objective
-from prime.prompts import Record, history_records
+from prime.fitness import Objective, Score, likelihood_score
+from prime.prompts import Record, history_records, query_records
 from prime.runs import derive_seed
 from prime.sampling import Sampler
 from prime.search import minimise, ranked_weights
 
+STARTS = ("zero", "uniform", "ranked")
+
 Answers = list[list[str]]  # [repeats][records]
+Scorer = Callable[[Tensor], list[Score]]  # scores of candidates [c, n] or [c, n, l]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +61,7 @@ class Population:
         progress: Callable[[int], object] | None = None,
     ):  # fmt: skip
         self.args, self.engine, self.n = args, engine, n
-        profile = (texts.profiles or {}).get(user.user_id)
-        records = history_records(user, texts.task, texts.templates, profile, args.recent_k)
-        self.records = sample_records(records, args.train_sample, seed)
+        self.records = sample_records(fitness_records(args, texts, user, seed), args.train_sample, seed)
         self.golds = [record.target.strip() for record in self.records]
         self.prompts: list[EncodedPrompt] = [engine.encoder.prompt(r.id, r.input) for r in self.records]
         self.limit = engine.limit(texts.task.history_labels, args.train_gen_len)
@@ -67,10 +69,9 @@ class Population:
             Sampler(args.temperature, args.top_p, derive_seed(seed, "repeat", repeat))
             for repeat in range(args.num_repeat)
         ]
+        self.encoded: list[EncodedRecord] = [engine.encoder.record(r.id, r.input, r.target) for r in self.records]
         # Gold answers are good drafts: they are what the sharers were trained to write.
-        self.drafts: list[list[Tokens]] = [
-            [engine.encoder.record(r.id, r.input, r.target).target[:-1]] for r in self.records
-        ]
+        self.drafts: list[list[Tokens]] = [[record.target[:-1]] for record in self.encoded]
         self.progress: Progress | None = progress
         self.shape = (n, engine.bank.layers) if args.piece_merge else (n,)
 
@@ -93,15 +94,39 @@ class Population:
                     drafts.append(ids)
         return found
 
+    def metric_scorer(self, objective: Objective) -> Scorer:
+        """PriME's objective; the first candidates it sees have to be the base and the sharers."""
+        sharers: list[Answers] = []
+
+        def scores(weights: Tensor) -> list[Score]:
+            answers = self.answers(weights)
+            sharers.extend(answers[1:] if not sharers else [])
+            return [objective(own, sharers) for own in answers]
+
+        return scores
+
+    def likelihood_scores(self, weights: Tensor) -> list[Score]:
+        """LoraHub's objective: the targets of all history records under each candidate."""
+        self.engine.bank.combine(weights, self.args.merge_rule)
+        pairs = every_pair(range(len(weights)), len(self.encoded))
+        found = score(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
+        rows = range(len(self.encoded))
+        return [likelihood_score(own, [found[place, row] for row in rows]) for place, own in enumerate(weights)]
+
+
+def fitness_records(args: argparse.Namespace, texts: Texts, user: User, seed: int) -> list[Record]:
+    """What candidates answer: the history's records, or its items asked as test queries (`--fitness query`)."""
+    if args.fitness == "query":
+        return query_records(user, texts.task, texts.templates, texts.others, random.Random(seed), args.recent_k)
+    profile = (texts.profiles or {}).get(user.user_id)
+    return history_records(user, texts.task, texts.templates, profile, args.recent_k)
+
 
 def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Record]:
     """`size` of the records in their order, drawn by the user's seed; 0 = all."""
     if size == 0 or size >= len(records):
         return list(records)
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), size))]
-
-
-STARTS = ("zero", "uniform", "ranked")
 
 
 def starting_point(start: str, sharers: Sequence[Evaluation], shape: tuple[int, ...]) -> Tensor:
@@ -116,7 +141,7 @@ def starting_point(start: str, sharers: Sequence[Evaluation], shape: tuple[int, 
     return weights.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
 
 
-def evolve(population: Population, objective: Objective, seed: int, log: Path) -> list[Evaluation]:
+def evolve(population: Population, scorer: Scorer, seed: int, log: Path) -> list[Evaluation]:
     """Evaluate the base, the sharers, the starting point and `--opt_budget` candidates of the search.
 
     Returns:
@@ -126,13 +151,10 @@ def evolve(population: Population, objective: Objective, seed: int, log: Path) -
     args = population.args
     log.parent.mkdir(parents=True, exist_ok=True)
     found: list[Evaluation] = []
-    sharers: list[Answers] = []
 
     def evaluate(weights: Tensor, origins: list[str]) -> list[float]:
         started = time.perf_counter()
-        answers = population.answers(weights)
-        sharers.extend(answers[1:] if not sharers else [])
-        scores = [objective(own, sharers) for own in answers]
+        scores = scorer(weights)
         seconds = (time.perf_counter() - started) / len(weights)
         new = [
             Evaluation(w, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin)

@@ -5,11 +5,16 @@
     loss = -(U - penalty * S) where higher is better, U - penalty * S for error metrics
 
 Kim, Shin and Kim (EMNLP 2025). The direction belongs to the task's metrics; nobody passes a flag for it.
+
+LoraHub's objective (Huang et al., 2023), `nll`, asks for no text: the cross-entropy of the history's targets plus
+0.05 times the mean |w|. It knows no sharers to resemble.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+
+from torch import Tensor
 
 from prime.metrics import METRICS, score
 from prime.tasks import Task
@@ -18,6 +23,8 @@ Answers = Sequence[str]
 
 METRIC_REDUCERS: dict[str, Callable[[list[float]], float]] = {"sum": sum, "mean": fmean, "first": lambda x: x[0]}
 TRIAL_REDUCERS: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "median": median}
+
+LORAHUB_L1 = 0.05  # weight of the mean |w| in LoraHub's objective (published)
 
 
 @dataclass(frozen=True)
@@ -75,3 +82,14 @@ class Objective:
         # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
         unpenalised = self.sign * utility
         return Score(unpenalised - self.sign * self.penalty * similarity, unpenalised, utility, similarity)
+
+
+def likelihood_score(weights: Tensor, logprobs: Sequence[Tensor]) -> Score:
+    """LoraHub's score of a candidate: every record counts alike, by the mean over its target tokens.
+
+    Args:
+        weights: `[n]` or `[n, l]`.
+        logprobs: log-probabilities of each history record's target tokens under the candidate.
+    """
+    nll = -fmean(float(own.mean()) for own in logprobs) if logprobs else 0.0
+    return Score(nll + LORAHUB_L1 * float(weights.abs().mean()), unpenalised=nll, utility=-nll, similarity=0.0)

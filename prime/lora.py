@@ -56,18 +56,15 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str) -> Adapter:
     """One adapter out of n by weights `[n]` or `[n, l]`.
 
     `factor` (PriME and LoraHub as published): A = sum w_i A_i, B = sum w_i B_i; even and quadratic in w, with
-    cross terms B_i A_j. `delta`: dW = sum w_i B_i A_i, exact, held as stacked factors of rank n * r; sharers of
+    cross terms B_i A_j. `delta`: dW = sum w_i B_i A_i, exact, held as stacked factors, ranks added up; sharers of
     weight zero are left out, so one-hot weights give that adapter bit for bit under both rules.
 
     Raises:
         InputError: the adapters hold different modules or shapes.
     """
     check_alike(adapters)
-    rank = max(adapter.rank for adapter in adapters)
     parts = [adapter.folded().factors for adapter in adapters]
-    return Adapter(
-        {name: _merge_module([pad_rank(*part[name], rank) for part in parts], weights, name, rule) for name in parts[0]}
-    )
+    return Adapter({name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]})
 
 
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -78,7 +75,9 @@ def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str
         return torch.zeros_like(a), torch.zeros_like(b)
     if rule == "delta":
         return torch.cat([a for _, a, _ in kept]), torch.cat([w * b for w, _, b in kept], dim=1)
-    return sum_scaled([(w, a) for w, a, _ in kept]), sum_scaled([(w, b) for w, _, b in kept])
+    rank = max(a.shape[0] for a, _ in pairs)
+    padded = [(w, *pad_rank(a, b, rank)) for w, a, b in kept]
+    return sum_scaled([(w, a) for w, a, _ in padded]), sum_scaled([(w, b) for w, _, b in padded])
 
 
 def sum_scaled(terms: list[tuple[float, Tensor]]) -> Tensor:

@@ -14,12 +14,20 @@ import numpy as np
 
 from prime import membership, metrics
 from prime.errors import InputError
-from prime.runs import read_json, read_results, read_settings, write_json, write_text
+from prime.runs import read_json, read_results, read_settings, user_dirname, write_json, write_text
 from prime.tasks import Task
 
 # Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
-METHODS = ("base", "rag", "task_lora", "best_sharer", "uniform", "per_pcs", "prime", "oppu")
+METHODS = (
+    "base", "rag", "task_lora", "best_sharer", "uniform", "lorahub", "mta", "per_pcs", "prime_published", "prime",
+    "oppu",
+)  # fmt: skip
 REFERENCE = "prime"
+# Of a result's seconds, those that personalising the user took; predicting and measuring are left out. The baselines
+# that come with a search take a part of it, or nothing, and do not store what they merge.
+PERSONALISING = ("search", "compose", "train")
+PART_OF_SEARCH = {"best_sharer": ("sharers",), "uniform": ()}
+NEED_GRADIENTS = ("mta", "oppu")  # on the user's own history
 # The blind baseline is the attack on the task-adapted base, before anybody's adapter is merged in.
 BLIND_ROWS = ("base", "task_lora")
 
@@ -68,7 +76,7 @@ def check_stage(stage_dir: Path, task: Task) -> None:
     if not any(result.get("predictions") for result in read_results(stage_dir)):
         raise InputError(
             f"{stage_dir}: no user's predictions there; run the stage that fills it first: task_lora.py, "
-            "lora_composition_evo.py or lora_composition.py with this --output_dir"
+            "lora_composition_evo.py, lora_composition.py or train_user_peft.py with this --output_dir"
         )
     other = task_of(stage_dir)
     if other != task.name:
@@ -158,9 +166,9 @@ def compare(task: Task, ours: Stats, reference: Stats) -> dict[str, Any]:
     return out | {name: int(np.sum(mask)) for name, mask in counts.items()}
 
 
-def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """AUROC of the published attack by row: each attacked method's own, the blind baseline for base rows."""
-    found: dict[str, dict[str, float]] = {}
+def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The published attack by row: each attacked method's AUROC and blind baseline; base rows are blind themselves."""
+    found: dict[str, dict[str, Any]] = {}
     for method in sorted(source, key=lambda name: name != REFERENCE):  # prime's blind baseline, if there
         path = source[method] / "mia_summary.json"
         if not path.is_file():
@@ -169,9 +177,42 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, float]]:
         if summary["method"] != method:
             continue
         attack = summary["attacks"][membership.PUBLISHED_ATTACK]
-        found[method] = attack["auroc"]
+        found[method] = {"auroc": attack["auroc"], "blind_auroc": attack["blind_auroc"]}
         for row in BLIND_ROWS:
-            found.setdefault(row, attack["blind_auroc"])
+            found.setdefault(row, {"auroc": attack["blind_auroc"]})
+    return found
+
+
+def seconds_per_user(method: str, results: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean seconds that personalising a user took; None where a result does not tell."""
+    told = [result.get("seconds", {}) for result in results]
+    if not all(own.keys() >= set(PART_OF_SEARCH.get(method, ("predict",))) for own in told):
+        return None
+    keys = PART_OF_SEARCH.get(method, PERSONALISING)
+    return float(np.mean([sum(own.get(key, 0.0) for key in keys) for own in told]))
+
+
+def bytes_per_user(method: str, folder: Path, results: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean size of what is stored for a user: an adapter, or nothing where the base is deployed."""
+    if method in PART_OF_SEARCH:
+        return None
+    files = [folder / "users" / user_dirname(r["user_id"]) / "adapter" / "adapter_model.safetensors" for r in results]
+    return float(np.mean([file.stat().st_size if file.is_file() else 0 for file in files]))
+
+
+def about_methods(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What is the same in all rows of a method: leakage, and what a user costs."""
+    attacks = attack_results(source)
+    found: dict[str, dict[str, Any]] = {}
+    for method, folder in source.items():
+        results = read_results(folder)
+        found[method] = {
+            "auroc": attacks.get(method, {}).get("auroc"),
+            "blind_auroc": attacks.get(method, {}).get("blind_auroc"),
+            "seconds_per_user": seconds_per_user(method, results),
+            "bytes_per_user": bytes_per_user(method, folder, results),
+            "gradient": method in NEED_GRADIENTS,
+        }
     return found
 
 
@@ -179,10 +220,15 @@ def summarise(
     task: Task,
     predictions: Predictions,
     golds: Mapping[str, str],
-    aurocs: Mapping[str, Mapping[str, float]],
+    about: Mapping[str, dict[str, Any]],
     expected: Sequence[str],
 ) -> dict[str, Any]:
-    """The content of summary.json. `expected` are the ids of all test users; other users are left out."""
+    """The content of summary.json.
+
+    Args:
+        about: of each method, what stands in all of its rows, see `about_methods`.
+        expected: ids of all test users; other users are left out.
+    """
     stats = {cell: user_stats(task, by_user, golds) for cell, by_user in predictions.items()}
     users = {cell: [u for u in expected if u in of_cell] for cell, of_cell in stats.items()}
     rows: list[dict[str, Any]] = []
@@ -191,7 +237,7 @@ def summarise(
     for cell in (cell for cell in stats if users[cell]):
         present[cell.method] = min(present.get(cell.method, len(expected)), len(users[cell]))
         measured = scores(task, stack(stats[cell], users[cell]))
-        rows.append(cell._asdict() | measured | {"auroc": aurocs.get(cell.method)})
+        rows.append(cell._asdict() | measured | about[cell.method])
         other = Cell(REFERENCE, cell.k, cell.profile)
         both = [u for u in users[cell] if u in stats.get(other, {})]
         if both and cell != other:
@@ -229,9 +275,10 @@ def write_stage_files(stage_dir: Path, task: Task, golds: Mapping[str, str]) -> 
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """summary.json and the same table as summary.md."""
+    """summary.json and the same as two tables in summary.md."""
     write_json(folder / "summary.json", summary)
-    write_text(folder / "summary.md", f"# {summary['task']}\n\n{markdown(summary)}\n\n{notes(summary)}\n")
+    tables = f"{markdown(table_rows(summary))}\n\n{markdown(method_rows(summary))}"
+    write_text(folder / "summary.md", f"# {summary['task']}\n\n{tables}\n\n{notes(summary)}\n")
 
 
 # --- membership inference
@@ -287,18 +334,33 @@ def metric_names(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Header and body: method, setting, metrics and AUROC with intervals, and the comparison to prime."""
+    """Header and body: method, setting, metrics with intervals, and the comparison to prime."""
     names = metric_names(summary)
-    header = ["method", "k", "profile", *names, "AUROC", f"{names[0]} - {REFERENCE}'s", "better/equal/worse"]
+    header = ["method", "k", "profile", *names, f"{names[0]} - {REFERENCE}'s", "better/equal/worse"]
     paired = {Cell(p["method"], p["k"], p["profile"]): p for p in summary["paired"]}
     body = []
     for row in summary["rows"]:
         pair = paired.get(Cell(row["method"], row["k"], row["profile"]))
         counts = f"{pair['better']}/{pair['equal']}/{pair['worse']}" if pair else "-"
-        values = [cell_text(row[m]) for m in names] + [cell_text(row["auroc"])]
+        values = [cell_text(row[m]) for m in names]
         difference = cell_text(pair[names[0]] if pair else None, sign="+")
         profile = "yes" if row["profile"] else "no"
         body.append([row["method"], str(row["k"]), profile, *values, difference, counts])
+    return [header, *body]
+
+
+def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and body of what a method has one value of: leakage beside its blind baseline, and the cost of a user."""
+    header = ["method", "AUROC", "AUROC, blind", "seconds/user", "bytes/user", "gradient"]
+    body = []
+    by_method = {row["method"]: row for row in summary["rows"]}
+    for row in (by_method[method] for method in sorted(by_method, key=lambda name: Cell(name, 0, False).order())):
+        attack = [cell_text(row["auroc"]), cell_text(row["blind_auroc"])]
+        cost = [
+            "-" if row[key] is None else format(row[key], style)
+            for key, style in (("seconds_per_user", ".1f"), ("bytes_per_user", ",.0f"))
+        ]
+        body.append([row["method"], *attack, *cost, "yes" if row["gradient"] else "no"])
     return [header, *body]
 
 
@@ -309,8 +371,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
-    header, *body = table_rows(summary)
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -323,6 +385,8 @@ def notes(summary: Mapping[str, Any]) -> str:
         f"Better: {directions}. Brackets: 95 % intervals from resampling users.",
         f"better/equal/worse: users, by {names[0]}, against {REFERENCE}.",
         f"AUROC of attack {summary['auroc_attack']}.",
+        "seconds/user: to search, compose or train, the share of each of those trained together; without predicting. "
+        "bytes/user: of the stored adapter.\ngradient: whether the user's own history is trained on.",
     ]
     for method, n in summary["users"].items():
         if n["present"] < n["expected"]:

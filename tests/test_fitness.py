@@ -1,8 +1,9 @@
 """The objective: direction per task, penalty, reducers."""
 
 import pytest
+import torch
 
-from prime.fitness import Objective
+from prime.fitness import Objective, likelihood_score
 from prime.tasks import TASKS
 
 MOVIE, RATING, TITLE = TASKS["movie_tagging"], TASKS["product_rating"], TASKS["scholarly_title"]
@@ -50,3 +51,16 @@ def test_metric_reducers() -> None:
         for name in ("sum", "mean", "first")
     }
     assert by["first"] == 1.0 and by["sum"] == pytest.approx(1 + 1 / 15) and by["mean"] == pytest.approx(by["sum"] / 2)
+
+
+def test_lorahubs_score_is_the_records_mean_nll_plus_the_weights_size() -> None:
+    logprobs = [torch.tensor([-1.0, -3.0]), torch.tensor([-4.0])]  # token means 2 and 4
+    found = likelihood_score(torch.tensor([1.5, -0.5, 0.0]), logprobs)
+    assert found.unpenalised == pytest.approx(3.0) and found.utility == -found.unpenalised
+    assert found.loss == pytest.approx(3.0 + 0.05 * 2.0 / 3) and found.similarity == 0.0
+    by_layer = torch.tensor([[1.0, -1.0], [0.0, 0.0]])
+    assert likelihood_score(by_layer, logprobs).loss == pytest.approx(3.0 + 0.05 * 0.5)
+
+
+def test_without_history_lorahub_stays_at_the_base() -> None:
+    assert likelihood_score(torch.zeros(3), []).loss == 0.0 < likelihood_score(torch.ones(3), []).loss

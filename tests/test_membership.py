@@ -291,7 +291,7 @@ def test_wrong_input_is_told(world, tmp_path):
         mia.main([*argv, "--anchor_dir", str(tmp_path)])
     with pytest.raises(InputError, match="no finished users"):
         mia.main([*argv, "--exp_dir", str(tmp_path)])
-    with pytest.raises(InputError, match="an output of stage 4"):
+    with pytest.raises(InputError, match="merged no sharer's adapter"):
         mia.deployment(tmp_path, {"user_id": "1", "index": 0}, 3)
 
 

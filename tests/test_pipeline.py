@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import world
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
+from prime import cli
+from prime.checkpoint import Encoder, load_tokenizer
 from prime.errors import InputError
 from prime.lora import Adapter, load_adapter, merge, save_adapter
+from prime.prompts import history_records
 from prime.runs import user_dirname
 from prime.sharers import adapter_folder
+from tests import tiny
 
 TASK = "movie_tagging"
 EVO = f"./output/{TASK}/LoRA-Composition-evo"
@@ -191,18 +197,21 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     assert per_user["scores"] == per_user["blind"]
 
 
-def test_a_user_without_history_gets_the_base(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("objective", "name"), [("metric", "prime"), ("nll", "lorahub")])
+def test_a_user_without_history_gets_the_base(
+    inside: Path, capsys: pytest.CaptureFixture[str], objective: str, name: str
+) -> None:
     path = inside / f"data/{TASK}/test_100/user_test_100.json"
     before = path.read_bytes()
     users = json.loads(before)
     users[0]["profile"] = []
     try:
         world.write(path, users)
-        world.run(evo("./output/no-history", "--user_idxs", "0-1"))
+        world.run(evo(f"./output/no-history-{name}", "--user_idxs", "0-1", "--objective", objective))
     finally:
         path.write_bytes(before)
-    (result,) = results("./output/no-history").values()
-    assert result["deployed"] == "base" and len(result["predictions"]["prime"]["k0"]) == 3
+    (result,) = results(f"./output/no-history-{name}").values()
+    assert result["deployed"] == "base" and len(result["predictions"][name]["k0"]) == 3
     assert f"user {users[0]['user_id']}: an empty history" in capsys.readouterr().err
 
 
@@ -240,6 +249,53 @@ def test_bad_input_is_one_message_and_exit_code_2(inside: Path) -> None:
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"user {users[1]['user_id']}: item 3: field 'tag' is missing" in done.stderr
     assert f"user {users[2]['user_id']}: item 0: field 'description'" in done.stderr
+
+
+@pytest.mark.parametrize("rule", ["factor", "delta"])
+def test_lorahubs_losses_are_cross_entropies_of_each_record(inside: Path, rule: str) -> None:
+    """Against a plain model that carries each candidate in its weights, one record at a time."""
+    words = evo(f"./output/lorahub-{rule}", "--objective", "nll", "--user_idxs", "0-1", "--merge_rule", rule)
+    world.run(words)
+    (result,) = results(f"./output/lorahub-{rule}").values()
+    assert set(result["predictions"]) == {"lorahub"} and result["similarity"] == 0
+    settings = world.read(inside / f"output/lorahub-{rule}/settings.json")
+    assert settings["method"] == "lorahub" and settings["settings"]["sim_penalty"] == 0
+    base = AutoModelForCausalLM.from_pretrained(world.CHECKPOINT, dtype=torch.float32)
+    base = PeftModel.from_pretrained(base, f"output/{TASK}/task-base_LLM").merge_and_unload().eval()
+    args = world.script(words[0]).build_parser().parse_args(words[1:])
+    texts = cli.load_texts(args)
+    user = cli.load_test_users(args, texts.task)[0]
+    records = history_records(user, texts.task, texts.templates, texts.profiles[user.user_id], args.recent_k)
+    encoder = Encoder(load_tokenizer(world.CHECKPOINT), args.max_length)
+    shared = [load_adapter(adapter_folder(ANCHORS, sharer)) for sharer in result["sharers"]]
+    lines = (inside / f"output/lorahub-{rule}/users" / user_dirname(user.user_id) / "evaluations.jsonl").read_text()
+    evaluated = [json.loads(line) for line in lines.splitlines()]
+    assert len(evaluated) == 1 + 3 + 10 and result["loss"] == min(one["loss"] for one in evaluated)
+    for one in [*evaluated[:2], *evaluated[-3:]]:
+        w = torch.tensor(one["weights"])
+        model = tiny.with_updates(base, tiny.dense_updates(merge(shared, w, rule)))
+        losses = []
+        for record in records:
+            own = encoder.record(record.id, record.input, record.target)
+            ids = torch.tensor([[*own.ids, *own.target]])
+            labels = torch.tensor([[-100] * len(own.ids) + [*own.target]])
+            with torch.inference_mode():
+                losses.append(float(model(input_ids=ids, labels=labels).loss))
+        assert one["unpenalised"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+        assert one["loss"] == pytest.approx(one["unpenalised"] + 0.05 * float(w.abs().mean()), abs=1e-6)
+
+
+def test_a_named_row_comes_without_the_baselines(inside: Path) -> None:
+    """The published settings beside ours: the same search, chosen and told otherwise."""
+    world.run(evo("./output/named", "--user_idxs", "0-1", "--search_only", "--name", "prime_published"))
+    (result,) = results("./output/named").values()
+    assert set(result["predictions"]) == {"prime_published"} and result["origin"] in ("base", "search")
+    assert world.read(inside / "output/named/settings.json")["method"] == "prime_published"
+    with pytest.raises(InputError, match="name: there 'prime_published', now 'prime'"):
+        world.run(evo("./output/named", "--search_only"))
+    for name in ("uniform", "best sharer"):
+        with pytest.raises(SystemExit):
+            world.run(evo("./output/other", "--name", name))
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def output(tmp_path):
 
 def summary_of(output, stage="LoRA-Composition-evo", expected=USERS):
     predictions, source = report.gather(output / stage, TASK)
-    return report.summarise(TASK, predictions, golds_of(), report.attack_results(source), expected)
+    return report.summarise(TASK, predictions, golds_of(), report.about_methods(source), expected)
 
 
 def row(rows, method, k=0, profile=False):
@@ -73,7 +73,8 @@ def test_scores_carry_intervals(output):
     prime = row(rows, "prime")["accuracy"]
     assert prime["mean"] == pytest.approx((2 * 2 + 4 * 3) / 24)
     assert prime["low"] < prime["mean"] < prime["high"]
-    assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1", "auroc"}
+    columns = {"auroc", "blind_auroc", "seconds_per_user", "bytes_per_user", "gradient"}
+    assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1"} | columns
 
 
 def test_comparison_is_paired_by_user(output):
@@ -119,9 +120,67 @@ def test_auroc_of_the_published_attack_and_its_blind_baseline(output):
     (output / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
     summary = summary_of(output)
     assert row(summary["rows"], "prime")["auroc"] == values["auroc"]
+    assert row(summary["rows"], "prime")["blind_auroc"] == values["blind_auroc"]
     assert row(summary["rows"], "base")["auroc"] == values["blind_auroc"]
+    assert row(summary["rows"], "base")["blind_auroc"] is None
     assert row(summary["rows"], "uniform")["auroc"] is None
     assert summary["auroc_attack"].startswith("loss")
+
+
+METHOD_FOLDERS = {
+    "lorahub": "LoraHub", "mta": "Merge-then-adapt", "per_pcs": "LoRA-Composition", "oppu": "OPPU",
+    "prime_published": "LoRA-Composition-evo-published",
+}  # fmt: skip
+
+
+def test_every_method_has_its_row_attack_and_pair(output):
+    """By hand: each gets as many of 4 right as it stands behind the first, for every user; prime 2, 2, 3, 3, 3, 3."""
+    values = {name: {"mean": m, "low": m, "high": m} for name, m in (("auroc", 0.7), ("blind_auroc", 0.6))}
+    for right, (method, folder) in enumerate(METHOD_FOLDERS.items()):
+        write_stage(output / folder, "stage", method, lambda u, m=method, r=right: {m: {"k0": answers(u, r)}})
+        content = {"method": method, "attacks": {"loss": values | {"auroc": {"mean": right / 10}}}}
+        (output / folder / "mia_summary.json").write_text(json.dumps(content))
+    summary = summary_of(output)
+    at_k0 = [r["method"] for r in summary["rows"] if r["k"] == 0]
+    assert at_k0 == [
+        "base", "task_lora", "uniform", "lorahub", "mta", "per_pcs", "prime_published", "prime", "oppu",
+    ]  # fmt: skip
+    counts = {0: (0, 0, 6), 1: (0, 0, 6), 2: (0, 2, 4), 3: (2, 4, 0), 4: (6, 0, 0)}
+    for right, method in enumerate(METHOD_FOLDERS):
+        own, pair = row(summary["rows"], method), row(summary["paired"], method)
+        assert own["auroc"]["mean"] == right / 10 and own["blind_auroc"] == values["blind_auroc"]
+        assert own["gradient"] == (method in ("mta", "oppu"))
+        assert (pair["better"], pair["equal"], pair["worse"]) == counts[right]
+        assert pair["accuracy"]["mean"] == pytest.approx(right / 4 - 16 / 24)
+        assert pair["accuracy"]["low"] <= pair["accuracy"]["mean"] <= pair["accuracy"]["high"]
+
+
+def test_cost_of_a_user(tmp_path):
+    """Means over users: of the seconds that personalise (not of predicting), and of the stored adapters' sizes."""
+    times = [{"search": 3.0, "sharers": 1.0, "predict": 9.0}, {"search": 5.0, "sharers": 2.0, "predict": 9.0}]
+    stage = Run(tmp_path / "evo", "lora_composition_evo", "prime", {"task_name": TASK.name})
+    for index, (user, seconds) in enumerate(zip(USERS[:2], times, strict=True)):
+        settings = {"k0": answers(user, 2)}
+        found = {method: settings for method in ("prime", "best_sharer", "uniform")}
+        stage.finish(user, {"user_id": user, "index": index, "predictions": found, "seconds": seconds})
+    adapter = stage.user_dir("0") / "adapter" / "adapter_model.safetensors"  # user 1 deployed the base
+    adapter.parent.mkdir()
+    adapter.write_bytes(b"x" * 3000)
+    write_stage(tmp_path / "old", "old", "oppu", lambda u: {"oppu": {"k0": answers(u, 1)}})
+    rows = summary_of(tmp_path, "evo")["rows"]
+    cost = {r["method"]: (r["seconds_per_user"], r["bytes_per_user"]) for r in rows}
+    assert cost["prime"] == (4.0, 1500.0)
+    assert cost["best_sharer"] == (1.5, None) and cost["uniform"] == (0.0, None)
+    assert cost["oppu"] == (None, 0.0)  # a result without seconds tells none
+    composed = {"compose": 2.0, "measure": 7.0, "predict": 1.0}
+    assert report.seconds_per_user("per_pcs", [{"seconds": composed}]) == 2.0
+    assert report.seconds_per_user("mta", [{"seconds": {"train": 0.5, "predict": 1.0}}]) == 0.5
+    assert report.seconds_per_user("base", [{"seconds": {"predict": 1.0}}]) == 0.0
+    old = {"search": 3.0, "predict": 1.0}
+    assert report.seconds_per_user("best_sharer", [{"seconds": old}]) is None
+    lines = report.aligned(report.method_rows(summary_of(tmp_path, "evo"))).splitlines()
+    assert lines[0].split()[:2] == ["method", "AUROC"] and "1,500" in next(x for x in lines if x.startswith("prime"))
+    assert len(lines) == 2 + 4
 
 
 def test_published_files_of_the_stages_own_method(output):
@@ -167,11 +226,12 @@ def test_table_and_files(output):
     summary = summary_of(output)
     lines = report.aligned(report.table_rows(summary)).splitlines()
     assert lines[0].split()[:5] == ["method", "k", "profile", "accuracy", "f1"]
-    assert len(lines) == 2 + len(summary["rows"])
+    assert len(lines) == 2 + len(summary["rows"]) and max(map(len, lines)) <= 130
     assert lines[0].index("accuracy") == lines[2].index("0.250")
     report.write_summary(output, summary)
     assert read_json(output / "summary.json") == json.loads(json.dumps(summary))
-    assert "| prime | 0 | no | 0.667 [" in (output / "summary.md").read_text()
+    written = (output / "summary.md").read_text()
+    assert "| prime | 0 | no | 0.667 [" in written and "| method | AUROC | AUROC, blind |" in written
 
 
 def test_the_stage_from_its_command_line(output, write, capsys):
