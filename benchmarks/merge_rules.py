@@ -1,7 +1,7 @@
 """Which merge rule needs how much search? `factor` and `delta`, budgets 10 and 30, over tasks and seeds of the demo.
 
 Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
-Writes  <output_dir>/seed<seed>/<task>/merge_rules-<start>-<step>.json   scores at k = 0 of every method, and their differences
+Writes  <output_dir>/seed<seed>/<task>/merge_rules-<start>-<step>.json   scores at k = 0 of every method
         prints one table over all finished (task, seed), and the same as one JSON line
 Takes   about 8 minutes per task and seed on one core; resumes by task and seed
 

@@ -1,5 +1,6 @@
 """The stages in a row, on a small cut of the demo world: the announcement's commands, and the promises of a run."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,11 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from prime import cli
 from prime.checkpoint import Encoder, load_tokenizer
+from prime.data import load_users
 from prime.errors import InputError
+from prime.evolution import fitness_records
 from prime.lora import Adapter, load_adapter, merge, save_adapter
-from prime.prompts import history_records
+from prime.prompts import TEMPLATES, history_records
 from prime.runs import user_dirname
+from prime.search import ranked_weights
 from prime.sharers import adapter_folder
+from prime.tasks import TASKS
 from tests import tiny
 
 TASK = "movie_tagging"
@@ -101,11 +106,44 @@ def test_result_reports_the_best_evaluated_candidate(inside: Path) -> None:
     for user_id, result in results(EVO).items():
         lines = (inside / EVO / "users" / user_dirname(user_id) / "evaluations.jsonl").read_text().splitlines()
         evaluated = [json.loads(line) for line in lines]
-        assert len(evaluated) == 1 + 3 + 10
-        assert [one["origin"] for one in evaluated] == ["base"] + ["sharer"] * 3 + ["search"] * 10
+        assert [one["origin"] for one in evaluated] == ["base"] + ["sharer"] * 3 + ["start"] + ["search"] * 10
+        ranked = ranked_weights([one["loss"] for one in evaluated[1:4]])
+        assert evaluated[4]["weights"] == pytest.approx(ranked, abs=1e-6)
         best = min(evaluated, key=lambda one: one["loss"])
         assert (result["loss"], result["weights"]) == (best["loss"], best["weights"])
         assert (result["deployed"] == "base") == (best["origin"] == "base")
+
+
+def origins(folder: str, user_id: str) -> list[str]:
+    lines = (Path(folder) / "users" / user_dirname(user_id) / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line)["origin"] for line in lines]
+
+
+def test_the_published_start_is_the_base_and_the_uniform_one_is_evaluated(inside: Path) -> None:
+    for start, counted in (("zero", 0), ("uniform", 1)):
+        world.run(evo(f"./output/start-{start}", "--user_idxs", "0-1", "--start", start, "--step", "1"))
+        ((user_id, _),) = results(f"./output/start-{start}").items()
+        found = origins(f"./output/start-{start}", user_id)
+        assert found == ["base"] + ["sharer"] * 3 + ["start"] * counted + ["search"] * 10
+
+
+def test_fitness_by_queries_finds_the_same_where_history_and_test_ask_the_same(inside: Path) -> None:
+    """One item has no record that shows history, so greedy answers to it are the same by either name."""
+    for fitness in ("query", "history"):
+        words = ["--user_idxs", "0-2", "--fitness", fitness, "--recent_k", "1", "--temperature", "0"]
+        world.run(evo(f"./output/{fitness}", *words))
+    assert results("./output/query") == results("./output/history")
+
+
+def test_fitness_by_queries_counts_records_and_metrics_of_the_test() -> None:
+    args = argparse.Namespace(data_dir=str(world.DEMO / "citation"), fitness="query", recent_k=5)
+    texts = cli.asked_as_queries(args, cli.Texts(TASKS["citation"], TEMPLATES["citation"], None))
+    assert texts.task.history_metrics == ("accuracy", "f1") and texts.task.history_labels == ("[1]", "[2]")
+    user = load_users(world.DEMO / "citation/test_100/user_test_100.json", texts.task)[0]
+    records = fitness_records(args, texts, user, seed=1)
+    assert [record.id for record in records] == [f"u{user.user_id}-{item['id']}-q" for item in user.profile[-5:]]
+    assert all(f" [{i}]: " in record.input for record in records for i in (1, 2))
+    assert {record.target for record in records} <= {" [1]", " [2]"}
 
 
 def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> None:
