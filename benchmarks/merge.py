@@ -32,13 +32,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import contenders, measuring, shapes  # noqa: E402
-from benchmarks.measuring import Measured  # noqa: E402
-from benchmarks.shapes import Kind, Shares, Work  # noqa: E402
-from prime import cli  # noqa: E402
-from prime.bank import AdapterBank  # noqa: E402
-from prime.decode import auto_batch_tokens  # noqa: E402
-from prime.lora import RULES, merge  # noqa: E402
+from benchmarks import contenders, measuring, shapes
+from benchmarks.measuring import Measured
+from benchmarks.shapes import Kind, Shares, Work
+from prime import cli
+from prime.bank import AdapterBank
+from prime.decode import auto_batch_tokens
+from prime.lora import RULES, merge
 
 ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "published")
 LIMITS = ("forward_limit", "distinct_limit")
