@@ -77,6 +77,7 @@ class Measured:
     """One contender's repeats."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of the process: steadier where others use the machine, too
     peak_mb: list[float] = field(default_factory=list)  # of the process (CPU) or of torch's allocations (GPU)
     extra_mb: list[float] = field(default_factory=list)  # the peak over what was in use before
     result: Any = None  # what the last repeat returned
@@ -89,6 +90,7 @@ class Measured:
         return {
             "seconds": [round(one, 4) for one in self.seconds],
             "median": round(self.median, 4),
+            "cpu_seconds": [round(one, 4) for one in self.cpu_seconds],
             "peak_mb": round(max(self.peak_mb), 1),
             "extra_mb": round(max(self.extra_mb), 1),
         }
@@ -101,10 +103,11 @@ def measure(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.d
         for name, run in runs.items():
             found[name].result = None
             before = reset_peak(device)
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             found[name].result = run()
             wait(device)
             found[name].seconds.append(time.perf_counter() - started)
+            found[name].cpu_seconds.append(time.process_time() - cpu)
             found[name].peak_mb.append(peak_mb(device))
             found[name].extra_mb.append(found[name].peak_mb[-1] - before)
             print(f"{name}, repeat {repeat + 1}: {found[name].seconds[-1]:.3f} s", file=sys.stderr, flush=True)
@@ -167,6 +170,13 @@ def ratio(measured: Mapping[str, Measured], over: str, under: str) -> float | No
     if over not in measured or under not in measured:
         return None
     return round(measured[over].median / measured[under].median, 4)
+
+
+def contenders_table(measured: Mapping[str, Measured]) -> str:
+    head = ("contender", "median s", "all s", "cpu s", "peak MB", "over before MB")
+    figures = {name: own.figures() for name, own in measured.items()}
+    keys = ("median", "seconds", "cpu_seconds", "peak_mb", "extra_mb")
+    return table([[name, *(own[key] for key in keys)] for name, own in figures.items()], head)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

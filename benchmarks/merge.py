@@ -211,11 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         columns = ("what", "scale", "rows", "median", "ms_per_row", "peak_mb")
         print(measuring.table([[row[name] for name in columns] for row in found["scaling"]], columns))
     found |= {"settings": vars(args), "environment": measuring.environment(device, dtype)}
-    print(measuring.table([[name, *own.values()] for name, own in found["contenders"].items()], HEAD))
+    print(measuring.contenders_table(measured))
     measuring.report(found)
-
-
-HEAD = ("contender", "seconds", "median", "peak MB", "over before MB", "fraction of peak")
 
 
 def scale_published(args: argparse.Namespace, candidates: int, measured: Mapping[str, Measured]) -> int | None:
@@ -223,7 +220,9 @@ def scale_published(args: argparse.Namespace, candidates: int, measured: Mapping
     part = args.published_candidates
     if "published" not in measured or not 0 < part < candidates:
         return None
-    measured["published"].seconds = [one * candidates / part for one in measured["published"].seconds]
+    own = measured["published"]
+    own.seconds = [one * candidates / part for one in own.seconds]
+    own.cpu_seconds = [one * candidates / part for one in own.cpu_seconds]
     return part
 
 
