@@ -37,17 +37,19 @@ PHASES = ("points", "search")
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
     demo_runs.add_options(parser, users=24)
-    measuring.add_machine(parser)
+    parser.add_argument("--seed", type=int, default=0, help="run seed of the stages")
+    measuring.add_threads(parser)
     return parser
 
 
 class Watched(Population):
     """A population that notes, for each answer, the drafts there were and what they were worth."""
 
-    seen: list[tuple[str, Tokens, list[Tokens]]]  # phase, answer, known answers by falling frequency
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.seen: list[tuple[str, Tokens, list[Tokens]]] = []  # phase, answer, known answers by falling frequency
 
     def answers(self, weights: Tensor) -> list[Answers]:
-        self.seen = getattr(self, "seen", [])
         phase = PHASES[1] if self.seen else PHASES[0]
         before = [len(known) for known in self.drafts]
         found = super().answers(weights)

@@ -40,7 +40,7 @@ def new_parser(
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=cli.natural, default=0, help="threads of torch; 0 = as it starts")
+    add_threads(parser)
     parser.add_argument("--seed", type=int, default=0, help="of prompts, answers and adapters")
     parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     parser.add_argument(
@@ -49,6 +49,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max_batch_tokens", type=cli.natural, default=0, help="tokens of one pass of ours; 0 = as the stages choose"
     )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=cli.natural, default=0, help="threads of torch; 0 = as it starts")
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

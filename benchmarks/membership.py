@@ -38,7 +38,7 @@ from prime.bank import AdapterBank
 from prime.decode import EncodedRecord, Pair, Tokens, auto_batch_tokens, every_pair, score
 from prime.lora import Adapter
 
-Losses = dict[Pair, float]  # summed over the target's tokens
+Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for
 
 SCORING = ("ours", "peft_loop", "peft_mixed", "published")
 LIMITS = ("forward_limit", "distinct_limit")
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
 def ours(bank: AdapterBank, adapters: Sequence[Adapter], records: Sequence[EncodedRecord], tokens: int) -> Losses:
     bank.load(adapters)
     found = score(bank, records, every_pair(range(len(adapters)), len(records)), tokens)
-    return {pair: -float(logprobs.sum()) for pair, logprobs in found.items()}
+    return {pair: -float(logprobs.mean()) for pair, logprobs in found.items()}
 
 
 def peft_loop(model: Any, adapters: int, records: Sequence[EncodedRecord], *, in_order: bool) -> Losses:
@@ -90,7 +90,7 @@ def parts_of(pairs: list[Pair]) -> list[list[Pair]]:
 
 @torch.inference_mode()
 def batch_losses(model: Any, records: Sequence[EncodedRecord], pairs: list[Pair], **options: Any) -> Losses:
-    """Summed loss of each row's target, by the shifted logits of one forward pass."""
+    """Mean loss of each row's target, by the shifted logits of one forward pass."""
     rows = [records[index].ids + records[index].target for _, index in pairs]
     ids, mask = contenders.padded(rows, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
@@ -98,7 +98,7 @@ def batch_losses(model: Any, records: Sequence[EncodedRecord], pairs: list[Pair]
     for row, pair in enumerate(pairs):
         target = torch.tensor(records[pair[1]].target, device=model.device)
         own = logits[row, -len(target) - 1 : -1].float()
-        found[pair] = float(torch.nn.functional.cross_entropy(own, target, reduction="sum"))
+        found[pair] = float(torch.nn.functional.cross_entropy(own, target, reduction="mean"))
     return found
 
 
