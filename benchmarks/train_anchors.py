@@ -9,9 +9,8 @@ Takes   shape demo 2 minutes, shape 30m 25 minutes (2 CPU cores)
 
 Both sides have the same records in the same order, the same initial adapters, AdamW, clipping and schedule. A first
 run of each without dropout compares the losses step by step; the timed runs have `--dropout`, whose noise is each
-side's own. `forward_limit` is three times the plain forward passes over the same rows, sorted: forward, and backward
-through activations and weights; adapters are small, so a backward pass over a frozen base costs about one forward
-pass, and the true floor is nearer to two (`forward_backward_limit`).
+side's own. `forward_limit` is plain forward passes over the same rows, sorted; a backward pass over a frozen base costs
+about as much again, so `time_over_forward_and_backward` is half of `time_over_forward_limit`.
 """
 
 import argparse
