@@ -14,7 +14,6 @@ budget of 10 finds.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -26,16 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora_composition_evo as stage  # noqa: E402
+from benchmarks import demo_runs  # noqa: E402
 from prime import cli  # noqa: E402
-from prime.data import User, load_labels  # noqa: E402
-from prime.engine import Engine, Predictions, load_engine, predict  # noqa: E402
+from prime.data import User  # noqa: E402
+from prime.engine import Engine, Predictions, predict  # noqa: E402
 from prime.errors import InputError  # noqa: E402
 from prime.evolution import Evaluation  # noqa: E402
 from prime.lora import RULES  # noqa: E402
 from prime.metrics import METRICS, score  # noqa: E402
 from prime.runs import derive_seed, read_json, write_json  # noqa: E402
 from prime.sampling import Sampler  # noqa: E402
-from prime.sharers import Pool, load_pool  # noqa: E402
+from prime.sharers import Pool  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,16 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
     parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "merge_rules"), help="results")
     return parser
-
-
-def stage_args(args: argparse.Namespace, task: str, seed: int, folder: Path) -> argparse.Namespace:
-    """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
-    words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
-    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
-    words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
-    words += ["--start", args.start, "--step", str(args.step)]
-    words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
-    return stage.build_parser().parse_args(words)
 
 
 def best_of(evaluations: list[Evaluation], budget: int) -> Evaluation:
@@ -82,16 +72,10 @@ def measured(args: argparse.Namespace, task: str, seed: int) -> dict:
 
 def run_one(args: argparse.Namespace, task: str, seed: int) -> dict:
     """Scores at k = 0: task_lora, best_sharer, and per rule uniform and prime at each budget."""
-    folder = Path(args.output_dir) / f"seed{seed}" / task
-    command = ["bash", str(ROOT / "reproduce.sh"), "--tasks", task, "--seed", str(seed)]
-    command += ["--output_dir", str(folder.parent), "--until", "train_anchor_peft"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    own = stage_args(args, task, seed, folder)
-    texts = cli.load_texts(own)
-    users = cli.load_test_users(own, texts.task)
-    golds = load_labels(cli.data_dir(own) / "test_100" / "user_test_100_label.json")
-    pool = load_pool(own, cli.load_candidates(own, texts.task), len(users))
-    engine = load_engine(own, task_adapter=own.lora_ckpt)
+    start = demo_runs.start(task, seed, args.output_dir)
+    own, texts, engine, pool, golds = start.args, start.texts, start.engine, start.pool, start.golds
+    own.start, own.step = args.start, args.step
+    users = start.users
     answers: dict[str, list[tuple[str, str]]] = {}
     with cli.bar(args.users * len(RULES), f"{task}, seed {seed}", "search") as progress:
         for index, user in enumerate(users[: args.users]):

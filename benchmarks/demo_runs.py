@@ -1,0 +1,68 @@
+"""The trained demo for benchmarks: stages 1 to 3 of a task and seed, then what stage 4 starts from.
+
+Reads   the embedded demo, through reproduce.sh
+Writes  <output_dir>/seed<seed>/<task>/   what stages 1 to 3 write; finished steps are skipped
+Takes   2 to 4 minutes per task and seed on one core
+"""
+
+import argparse
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora_composition_evo as stage  # noqa: E402
+from prime import cli  # noqa: E402
+from prime.data import User, load_labels  # noqa: E402
+from prime.engine import Engine, load_engine  # noqa: E402
+from prime.sharers import Pool, load_pool  # noqa: E402
+
+DEFAULT_DIR = str(ROOT / "output" / "benchmarks" / "demo")
+
+
+def add_options(parser: argparse.ArgumentParser, users: int) -> None:
+    parser.add_argument("--tasks", default="movie_tagging,news_headline", help="tasks, with commas")
+    parser.add_argument("--users", type=cli.positive, default=users, help="test users, the first ones")
+    parser.add_argument("--output_dir", default=DEFAULT_DIR, help="results of stages 1 to 3")
+
+
+def trained(task: str, seed: int, output_dir: Path | str) -> Path:
+    """Stages 1 to 3 of the demo, run unless finished; their folder."""
+    folder = Path(output_dir) / f"seed{seed}" / task
+    command = ["bash", str(ROOT / "reproduce.sh"), "--tasks", task, "--seed", str(seed)]
+    command += ["--output_dir", str(folder.parent), "--until", "train_anchor_peft"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+def stage_args(task: str, seed: int, folder: Path) -> argparse.Namespace:
+    """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
+    words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
+    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
+    words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
+    return stage.build_parser().parse_args(words)
+
+
+@dataclass
+class Start:
+    """What stage 4 holds when it begins."""
+
+    args: argparse.Namespace
+    texts: cli.Texts
+    users: list[User]
+    golds: dict[str, str]
+    pool: Pool
+    engine: Engine
+
+
+def start(task: str, seed: int, output_dir: Path | str) -> Start:
+    args = stage_args(task, seed, trained(task, seed, output_dir))
+    texts = cli.load_texts(args)
+    users = cli.load_test_users(args, texts.task)
+    golds = load_labels(cli.data_dir(args) / "test_100" / "user_test_100_label.json")
+    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
+    return Start(args, texts, users, golds, pool, load_engine(args, task_adapter=args.lora_ckpt))

@@ -1,0 +1,201 @@
+"""What every benchmark measures alike: repeated seconds, peak memory, the machine's matrix-product peak.
+
+Reads   nothing
+Writes  nothing; `report` prints one JSON object as the last line
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from prime import cli
+
+
+def new_parser(
+    doc: str | None, shapes: Sequence[str], shape: str, contenders: Sequence[str]
+) -> argparse.ArgumentParser:
+    """Parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--shape", choices=tuple(shapes), default=shape, help="model; see benchmarks/shapes.py")
+    parser.add_argument(
+        "--contenders", type=names_of(contenders), default=tuple(contenders), help="who is measured, with commas"
+    )
+    parser.add_argument(
+        "--repeats", type=cli.positive, default=3, help="measurements of each contender; the median counts"
+    )
+    add_machine(parser)
+    return parser
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    add_threads(parser)
+    parser.add_argument("--seed", type=int, default=0, help="of prompts, answers and adapters")
+    parser.add_argument("--device", default="cpu", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the base model"
+    )
+    parser.add_argument(
+        "--max_batch_tokens", type=cli.natural, default=0, help="tokens of one pass of ours; 0 = as the stages choose"
+    )
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=cli.natural, default=0, help="threads of torch; 0 = as it starts")
+
+
+def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Option type: some of the known names, with commas."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        chosen = tuple(name.strip() for name in text.split(",") if name.strip())
+        unknown = [name for name in chosen if name not in known]
+        if unknown or not chosen:
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def set_threads(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """One contender's repeats."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)  # of the process: steadier where others use the machine, too
+    peak_mb: list[float] = field(default_factory=list)  # of the process (CPU) or of torch's allocations (GPU)
+    extra_mb: list[float] = field(default_factory=list)  # the peak over what was in use before
+    result: Any = None  # what the last repeat returned
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "seconds": [round(one, 4) for one in self.seconds],
+            "median": round(self.median, 4),
+            "cpu_seconds": [round(one, 4) for one in self.cpu_seconds],
+            "peak_mb": round(max(self.peak_mb), 1),
+            "extra_mb": round(max(self.extra_mb), 1),
+        }
+
+
+def measure(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, Measured]:
+    """Run every contender `repeats` times, in turn, so that a slow minute of the machine meets all of them."""
+    found = {name: Measured() for name in runs}
+    for repeat in range(repeats):
+        for name, run in runs.items():
+            found[name].result = None
+            before = reset_peak(device)
+            started, cpu = time.perf_counter(), time.process_time()
+            found[name].result = run()
+            wait(device)
+            found[name].seconds.append(time.perf_counter() - started)
+            found[name].cpu_seconds.append(time.process_time() - cpu)
+            found[name].peak_mb.append(peak_mb(device))
+            found[name].extra_mb.append(found[name].peak_mb[-1] - before)
+            print(f"{name}, repeat {repeat + 1}: {found[name].seconds[-1]:.3f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def reset_peak(device: torch.device) -> float:
+    """Forget the peak so far; megabytes in use now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back, so that one contender's is not another's
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from what is in use
+    return status_mb("VmRSS")
+
+
+def peak_mb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else status_mb("VmHWM")
+
+
+def status_mb(name: str) -> float:
+    """A line of /proc/self/status; where there is none, the process's peak since its start."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """Operations per second of the best of several square matrix products."""
+    best = 0.0
+    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        stop = time.perf_counter() + seconds / len(sizes)
+        tries = 0
+        while tries < 3 or time.perf_counter() < stop:
+            wait(device)
+            started = time.perf_counter()
+            a @ b
+            wait(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+            tries += 1
+    return best
+
+
+def ratio(measured: Mapping[str, Measured], over: str, under: str) -> float | None:
+    """Median seconds of one contender over another's; None where one was not measured."""
+    if over not in measured or under not in measured:
+        return None
+    return round(measured[over].median / measured[under].median, 4)
+
+
+def contenders_table(measured: Mapping[str, Measured]) -> str:
+    head = ("contender", "median s", "all s", "cpu s", "peak MB", "over before MB")
+    figures = {name: own.figures() for name, own in measured.items()}
+    keys = ("median", "seconds", "cpu_seconds", "peak_mb", "extra_mb")
+    return table([[name, *(own[key] for key in keys)] for name, own in figures.items()], head)
+
+
+def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name, "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def report(found: Mapping[str, Any]) -> None:
+    print(json.dumps(found))
+
+
+def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
+    """Rows as a Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

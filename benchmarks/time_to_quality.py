@@ -1,0 +1,241 @@
+"""How long until ours is as good on held-out questions as the published search ends? On the trained demo.
+
+Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first (benchmarks/demo_runs.py)
+Writes  nothing; the last line is one JSON object
+Takes   about 2 minutes per user, task and seed on one core, nearly all of it the published procedure
+
+    python benchmarks/time_to_quality.py --tasks movie_tagging,news_headline --seeds 0,1,2 --users 4
+
+Both sides search the same users from the same adapters, greedily decoded. `published`: factor rule, one adapter at a
+time in PEFT, 100 new tokens always, batches of 8 as the prompts come; a single sharer cannot win. `ours`: delta rule,
+the bank, generations together. After every phase of ours (base and sharers, then each generation) the best candidate
+so far answers the held-out queries (k = 0); the first phase whose mean score over users is at least the published
+end's counts. Held-out answers are not timed: neither search needs them. `outputs_equal`: the published procedure's
+answers, cut as ours are, equal the bank's under the factor rule for every candidate and record.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import contenders, demo_runs, measuring
+from benchmarks.demo_runs import Start
+from prime import cli
+from prime.data import User
+from prime.engine import predict
+from prime.evolution import Answers, Evaluation, Population, evolve
+from prime.fitness import Objective
+from prime.lora import merge
+from prime.metrics import METRICS, score
+from prime.runs import derive_seed
+from prime.sampling import Sampler
+
+Held = list[tuple[str, str]]  # answers to held-out queries and their golds
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    demo_runs.add_options(parser, users=4)
+    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--budget", type=cli.positive, default=10, help="candidates of both searches (published: 10)")
+    parser.add_argument("--history", type=cli.natural, default=0, help="history items, the last ones; 0 = as stage 4")
+    measuring.add_threads(parser)
+    return parser
+
+
+class Timed(Population):
+    """A population that notes when each phase was asked for, and its number of candidates."""
+
+    def __init__(self, start: Start, user: User, seed: int):
+        super().__init__(start.args, start.texts, start.engine, user, seed, start.args.n_sim)
+        self.asked: list[tuple[float, int]] = []
+
+    def answers(self, weights: Tensor) -> list[Answers]:
+        self.asked.append((time.perf_counter(), len(weights)))
+        return super().answers(weights)
+
+
+class Published(Timed):
+    """Answers by one PEFT adapter at a time, 100 new tokens each."""
+
+    model: Any
+    adapters: list
+    given: list[Answers]
+
+    def answers(self, weights: Tensor) -> list[Answers]:
+        self.asked.append((time.perf_counter(), len(weights)))
+        found = [[self.one(own)] for own in weights]
+        self.given += found
+        return found
+
+    def one(self, weights: Tensor) -> list[str]:
+        merged = merge(self.adapters, weights, "factor")
+        for name, (a, b) in merged.factors.items():
+            module = self.model.base_model.model.get_submodule(name)
+            module.lora_A["0"].weight.data.copy_(a)
+            module.lora_B["0"].weight.data.copy_(b)
+        rows: list[list[int]] = []
+        for start in range(0, len(self.prompts), contenders.BATCH):
+            rows += self.generate(self.prompts[start : start + contenders.BATCH])
+        return [self.engine.encoder.text(row) for row in rows]
+
+    @torch.inference_mode()
+    def generate(self, prompts: list) -> list[list[int]]:
+        ids, mask = contenders.padded([prompt.ids for prompt in prompts], self.model.device)
+        self.model.generation_config.eos_token_id = None
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0,
+            max_new_tokens=contenders.PUBLISHED_TOKENS,
+        )  # fmt: skip
+        ends = set(self.engine.eos)
+        return [cut(row, ends, self.limit) for row in out[:, ids.shape[1] :].tolist()]
+
+
+def cut(row: list[int], ends: set[int], limit: int) -> list[int]:
+    """An answer up to its EOS, at most as long as ours may be."""
+    stop = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return row[: min(stop, limit)]
+
+
+# -- one user -------------------------------------------------------------------------------------------------------
+
+
+def search(start: Start, population: Timed, began: float, budget: int, seed: int) -> tuple[list[Evaluation], list]:
+    """All evaluations, and for each phase: how many there were at its end, and seconds since the start."""
+    own = start.args
+    objective = Objective(start.texts.task, population.golds, own.sim_penalty, own.m_reduce, own.t_reduce)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = evolve(population, objective, own.opt_type, budget, seed, Path(scratch) / "log.jsonl")
+    ends = [at for at, _ in population.asked[1:]] + [time.perf_counter()]
+    phases, count = [], 0
+    for (_, size), end in zip(population.asked, ends, strict=True):
+        count += size
+        phases.append((count, end - began))
+    return found, phases
+
+
+def held_out(start: Start, user: User, weights: list[Tensor], rule: str) -> list[Held]:
+    """Answers to the user's queries (k = 0) by each of several candidates."""
+    start.engine.bank.combine(torch.stack(weights), rule)
+    methods = {str(row): row for row in range(len(weights))}
+    found = predict(start.engine, start.texts, user, methods, Sampler(0.0), (), start.args.max_gen_len)
+    return [[(one["output"], start.golds[one["id"]]) for one in found[name]["k0"]] for name in methods]
+
+
+def run_published(start: Start, user: User, index: int, model: Any, budget: int, seed: int) -> dict[str, Any]:
+    """Seconds, held-out answers at the end, and whether the bank answers alike under the factor rule."""
+    start.args.merge_rule = "factor"
+    began = time.perf_counter()
+    population = Published(start, user, seed)
+    population.model, population.adapters, population.given = model, start.pool.adapters(index), []
+    found, phases = search(start, population, began, budget, seed)
+    start.engine.bank.load(start.pool.adapters(index))
+    bank = Timed(start, user, seed).answers(torch.stack([one.weights for one in found]))
+    eligible = [found[0], *found[1 + start.args.n_sim :]]
+    best = min(eligible, key=lambda one: one.loss)
+    held = held_out(start, user, [best.weights], "factor")[0]
+    rows = len(found) * len(population.prompts)
+    return {"seconds": phases[-1][1], "held": held, "differing": differing(population.given, bank), "rows": rows}
+
+
+def differing(one: list[Answers], other: list[Answers]) -> int:
+    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a[0], b[0], strict=True)]
+    return sum(a != b for a, b in pairs)
+
+
+def run_ours(start: Start, user: User, index: int, budget: int, seed: int) -> dict[str, Any]:
+    """Seconds at the end of each phase, and held-out answers of the best candidate until then."""
+    start.args.merge_rule = "delta"
+    counts = start.engine.counts
+    rows, drafted = counts.rows, counts.from_draft
+    began = time.perf_counter()
+    start.engine.bank.load(start.pool.adapters(index))
+    population = Timed(start, user, seed)
+    found, phases = search(start, population, began, budget, seed)
+    rows, drafted = counts.rows - rows, counts.from_draft - drafted
+    best = [min(found[:count], key=lambda one: one.loss).weights for count, _ in phases]
+    held = held_out(start, user, best, "delta")
+    return {"seconds": [end for _, end in phases], "held": held, "rows": rows, "from_draft": drafted}
+
+
+# -- one task and seed ----------------------------------------------------------------------------------------------
+
+
+def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    start = demo_runs.start(task, seed, args.output_dir)
+    start.args.temperature = 0.0
+    start.args.recent_k = args.history or start.args.recent_k
+    bank = start.engine.bank
+    model = contenders.peft_model(bank.unwrap(), start.pool.adapters(0)[:1])
+    start.engine.bank = type(bank)(bank.model)
+    published, ours = [], []
+    for index, user in enumerate(start.users[: args.users]):
+        own = derive_seed(seed, user.user_id)
+        published.append(run_published(start, user, index, model, args.budget, own))
+        ours.append(run_ours(start, user, index, args.budget, own))
+        told = f"{published[-1]['seconds']:.1f} s published, {ours[-1]['seconds'][-1]:.1f} s ours"
+        print(f"{task}, seed {seed}, user {user.user_id}: {told}", file=sys.stderr, flush=True)
+    return summary(start, published, ours)
+
+
+def summary(start: Start, published: list[dict], ours: list[dict]) -> dict[str, Any]:
+    """Scores over all users' held-out answers; our first phase that is as good as the published end."""
+    task = start.texts.task
+    metric = task.metrics[0]
+    sign = 1 if METRICS[metric].higher_is_better else -1
+
+    def value(held: list[Held]) -> float:
+        answers, golds = zip(*(pair for own in held for pair in own), strict=True)
+        return round(score(task.metrics, answers, golds, task.labels)[metric], 4)
+
+    end = value([own["held"] for own in published])
+    phases = range(len(ours[0]["seconds"]))
+    scores = [value([own["held"][phase] for own in ours]) for phase in phases]
+    seconds = [round(sum(own["seconds"][phase] for own in ours), 3) for phase in phases]
+    reached = next((phase for phase in phases if sign * (scores[phase] - end) >= 0), None)
+    total = sum(own["seconds"] for own in published)
+    rows = sum(own["rows"] for own in ours)
+    return {
+        "metric": metric,
+        "published": {"seconds": round(total, 3), "score": end},
+        "ours": {"seconds_by_phase": seconds, "score_by_phase": scores, "phase_reached": reached},
+        "speedup_to_quality": None if reached is None else round(total / seconds[reached], 2),
+        "speedup_whole_search": round(total / seconds[-1], 2),
+        "answers_from_drafts": round(sum(own["from_draft"] for own in ours) / rows, 4),
+        "answers_compared": sum(own["rows"] for own in published),
+        "answers_differing": sum(own["differing"] for own in published),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    measuring.set_threads(args.threads)
+    found = {(task, seed): run_one(task, seed, args) for task in args.tasks.split(",") for seed in args.seeds}
+    keys = ("published", "ours", "speedup_to_quality", "answers_from_drafts")
+    rows = [[task, seed, *(one[key] for key in keys)] for (task, seed), one in found.items()]
+    print(measuring.table(rows, ("task", "seed", *keys)))
+    speedups = [one["speedup_to_quality"] for one in found.values()]
+    measuring.report(
+        {
+            "benchmark": "time_to_quality",
+            "speedup_over_published": None if None in speedups else min(speedups),
+            "speedup_over_peft_loop": None,  # merge.py measures it
+            "time_over_forward_limit": None,
+            "outputs_equal": all(one["answers_differing"] == 0 for one in found.values()),
+            "runs": [{"task": task, "seed": seed} | one for (task, seed), one in found.items()],
+            "settings": vars(args),
+            "environment": measuring.environment(torch.device("cpu"), torch.float32),
+        }
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,225 @@
+"""How fast are anchors' adapters trained? All in one bank against one PEFT model after the other.
+
+Reads   data/demo for --shape demo (model and histories of movie_tagging); other shapes are random
+Writes  nothing; the last line is one JSON object
+Takes   shape demo 2 minutes, shape 30m 25 minutes (2 CPU cores)
+
+    python benchmarks/train_anchors.py --shape demo
+    python benchmarks/train_anchors.py --shape 30m
+
+Both sides have the same records in the same order, the same initial adapters, AdamW, clipping and schedule. A first
+run of each without dropout compares the losses step by step; the timed runs have `--dropout`, whose noise is each
+side's own. `forward_limit` is plain forward passes over the same rows, sorted; a backward pass over a frozen base costs
+about as much again, so `time_over_forward_and_backward` is half of `time_over_forward_limit`.
+"""
+
+import argparse
+import random
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import contenders, measuring, shapes
+from prime import cli
+from prime.bank import AdapterBank
+from prime.checkpoint import Encoder, load_tokenizer
+from prime.data import load_users
+from prime.decode import EncodedRecord
+from prime.lora import Adapter
+from prime.prompts import TEMPLATES, history_records
+from prime.runs import derive_seed
+from prime.tasks import get_task
+from prime.train import Learner, TrainSettings, cosine_lr, train
+
+Losses = list[list[float]]
+LIMIT_TOKENS = 2048  # of a forward pass of the limits
+TOLERANCE = 1e-4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    names = (shapes.DEMO, *shapes.SHAPES)
+    parser = measuring.new_parser(__doc__, names, shapes.DEMO, ("ours", "peft_loop", "forward_limit"))
+    parser.add_argument("--anchors", type=cli.positive, default=16, help="adapters to train")
+    parser.add_argument("--records", type=cli.positive, default=30, help="records of an anchor, the last ones")
+    parser.add_argument("--epochs", type=cli.positive, default=1, help="passes over the records in the timed runs")
+    parser.add_argument("--batch_size", type=cli.positive, default=6, help="records of a step of an adapter")
+    parser.add_argument("--dropout", type=cli.below_one, default=0.05, help="of the timed runs, in front of adapters")
+    parser.add_argument("--lr", type=cli.non_negative, default=1e-3, help="learning rate at the start of the cosine")
+    parser.add_argument("--rank", type=cli.positive, default=8, help="of the adapters; alpha is the same")
+    parser.add_argument("--check_steps", type=cli.positive, default=5, help="steps whose losses are compared")
+    return parser
+
+
+# -- work -----------------------------------------------------------------------------------------------------------
+
+
+def demo_records(anchors: int, count: int) -> list[list[EncodedRecord]]:
+    """Histories of the demo's candidates with the most items."""
+    task, folder = get_task("movie_tagging"), shapes.ROOT / "data/demo"
+    encoder = Encoder(load_tokenizer(str(folder / "model")))
+    users = load_users(folder / task.name / "user_anchor_candidate.json", task)
+    users = sorted(users, key=lambda user: -len(user.profile))[:anchors]
+    found = []
+    for user in users:
+        records = history_records(user, task, TEMPLATES[task.name], None, 50)[-count:]
+        found.append([encoder.record(record.id, record.input, record.target) for record in records])
+    return found
+
+
+def random_records(anchors: int, count: int, vocabulary: int, seed: int) -> list[list[EncodedRecord]]:
+    """Prompts like those of merge.py's workload `tag`: 60 shared and 60-200 own tokens, 1-5 answer tokens."""
+    rng, kind = random.Random(derive_seed("records", seed)), shapes.WORKLOADS["tag"]
+    shared = (shapes.BOS, *shapes.some_tokens(rng, vocabulary, shapes.SHARED_TOKENS - 1))
+
+    def record(name: str) -> EncodedRecord:
+        own = shapes.some_tokens(rng, vocabulary, rng.randint(*shapes.OWN_TOKENS))
+        return EncodedRecord(name, shared + own, (*shapes.new_answer(rng, kind, vocabulary), shapes.EOS))
+
+    return [[record(f"{anchor}-{number}") for number in range(count)] for anchor in range(anchors)]
+
+
+def learners_of(args: argparse.Namespace, vocabulary: int) -> list[Learner]:
+    if args.shape == shapes.DEMO:
+        records = demo_records(args.anchors, args.records)
+    else:
+        records = random_records(args.anchors, args.records, vocabulary, args.seed)
+    seeds = [derive_seed("anchor", args.seed, place) for place in range(len(records))]
+    return [Learner(i, f"anchor {i}", seed, own) for i, (seed, own) in enumerate(zip(seeds, records, strict=True))]
+
+
+def settings_of(args: argparse.Namespace, **changes: Any) -> TrainSettings:
+    """The published settings of anchors but for the options."""
+    own = {name: getattr(args, name) for name in ("lr", "epochs", "batch_size", "dropout")}
+    return TrainSettings(**({"clip": 1.0} | own | changes))
+
+
+# -- contenders -----------------------------------------------------------------------------------------------------
+
+
+def ours(bank: AdapterBank, learners: Sequence[Learner], settings: TrainSettings, rank: int, tokens: int) -> Losses:
+    bank.allocate([learner.seed for learner in learners], rank, rank)
+    return train(bank, learners, settings, tokens)
+
+
+def peft_loop(
+    model: nn.Module, starts: Sequence[Adapter], learners: Sequence[Learner], settings: TrainSettings
+) -> Losses:
+    """One PEFT model after the other; the base is copied once, adapters are reset to their start."""
+    found: Losses = []
+    wrapped = contenders.peft_model(model, starts[:1], settings.dropout)
+    for start, learner in zip(starts, learners, strict=True):
+        for name, (a, b) in start.factors.items():
+            module = wrapped.base_model.model.get_submodule(name)
+            module.lora_A["0"].weight.data.copy_(a)
+            module.lora_B["0"].weight.data.copy_(b)
+        found.append(peft_training(wrapped.train(), learner, settings))
+    return found
+
+
+def peft_training(model: Any, learner: Learner, settings: TrainSettings) -> list[float]:
+    """The textbook loop: pad right, mean over target tokens, clip, AdamW, cosine by step."""
+    own = [parameter.requires_grad_() for name, parameter in model.named_parameters() if "lora_" in name]
+    plan = learner.batches(settings)
+    optimizer = torch.optim.AdamW(own, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    losses = []
+    for step, batch in enumerate(plan):
+        optimizer.param_groups[0]["lr"] = cosine_lr(settings, step, len(plan))
+        optimizer.zero_grad()
+        loss = peft_loss(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(own, settings.clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def peft_loss(model: Any, batch: Sequence[EncodedRecord]) -> Tensor:
+    whole = [[*record.ids, *record.target] for record in batch]
+    width = max(map(len, whole))
+    ids = torch.tensor([row + [shapes.PAD] * (width - len(row)) for row in whole], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=model.device)
+    labels = torch.full_like(ids, -100)
+    for row, record in enumerate(batch):
+        labels[row, len(record.ids) : len(whole[row])] = torch.tensor(record.target)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def limit(model: Any, learners: Sequence[Learner], settings: TrainSettings) -> None:
+    """Plain forward passes over the rows of all steps."""
+    records = [record for learner in learners for batch in learner.batches(settings) for record in batch]
+    rows = [(record.ids + record.target[:-1], len(record.target)) for record in records]
+    contenders.forward_only(model, rows, LIMIT_TOKENS)
+
+
+# -- main -----------------------------------------------------------------------------------------------------------
+
+
+def largest_difference(one: Losses, other: Losses) -> float:
+    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b, strict=True)]
+    return max(abs(a - b) for a, b in pairs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    measuring.set_threads(args.threads)
+    model = shapes.make_model(args.shape, args.device, args.dtype)
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    learners = learners_of(args, int(model.config.vocab_size))
+    settings = settings_of(args)
+    tokens = sum(len(r.ids) + len(r.target) - 1 for one in learners for batch in one.batches(settings) for r in batch)
+    predicted = sum(len(r.target) for one in learners for batch in one.batches(settings) for r in batch)
+    flops = 2 * shapes.linear_flops(model, tokens, predicted)
+    limit_model = contenders.peft_model(model, [shapes.random_adapter(model, 0, args.rank)])
+    plain = contenders.peft_model(model, [shapes.random_adapter(model, 0, args.rank)]).unload()
+    bank = AdapterBank(model)
+    bank.allocate([learner.seed for learner in learners], args.rank, args.rank)
+    starts = [bank.adapter(learner.place) for learner in learners]
+
+    def runs(own: TrainSettings) -> dict[str, Callable[[], Any]]:
+        return {
+            "ours": partial(ours, bank, learners, own, args.rank, args.max_batch_tokens),
+            "peft_loop": partial(peft_loop, plain, starts, learners, own),
+            "forward_limit": partial(limit, limit_model, learners, own),
+        }
+
+    check = runs(settings_of(args, dropout=0.0, max_step=args.check_steps))
+    apart = largest_difference(check["ours"](), check["peft_loop"]())  # warms up, too
+    peak = measuring.product_peak(device, dtype)
+    timed = {name: run for name, run in runs(settings).items() if name in args.contenders}
+    measured = measuring.measure(timed, args.repeats, device)
+    over = measuring.ratio(measured, "ours", "forward_limit")
+    print(measuring.contenders_table(measured))
+    measuring.report(
+        {
+            "benchmark": "train_anchors",
+            "speedup_over_peft_loop": measuring.ratio(measured, "peft_loop", "ours"),
+            "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),  # published: one after the other
+            "time_over_forward_limit": over,
+            "time_over_forward_and_backward": None if over is None else round(over / 2, 4),
+            "outputs_equal": apart <= TOLERANCE,
+            "largest_loss_difference": apart,
+            "anchors": len(learners),
+            "steps": sum(len(learner.batches(settings)) for learner in learners),
+            "tokens": {"total": tokens, "answers": predicted},
+            "product_peak_gflops": round(peak / 1e9, 1),
+            "contenders": {
+                name: own.figures() | {"fraction_of_peak": round(flops / own.median / peak, 4)}
+                for name, own in measured.items()
+            },
+            "settings": vars(args),
+            "environment": measuring.environment(device, dtype),
+        }
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,122 @@
+"""Each benchmark at a tiny shape: its last line is JSON, outputs are equal, ratios follow from its own figures."""
+
+import json
+import math
+from statistics import median
+
+import pytest
+
+from benchmarks import draft_shares, measuring, membership, merge, shapes, time_to_quality, train_anchors
+from benchmarks.shapes import Shares
+from prime.tasks import get_task
+
+RATIOS = {  # name: (over, under)
+    "speedup_over_peft_loop": ("peft_loop", "ours"),
+    "speedup_over_published": ("published", "ours"),
+    "time_over_forward_limit": ("ours", "forward_limit"),
+}
+MERGE = ["--shape", "tiny", "--prompts", "4", "--n_sim", "2", "--budget", "6", "--repeats", "1"]
+
+
+@pytest.fixture(autouse=True)
+def no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "product_peak", lambda *_: 1e12)
+
+
+def last_line(capsys: pytest.CaptureFixture) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def check(found: dict, published: str = "published") -> None:
+    """The promises every benchmark makes."""
+    assert found["outputs_equal"] is True
+    own = found["contenders"]
+    for name, sides in RATIOS.items():
+        over, under = (published if side == "published" else side for side in sides)
+        assert found[name] == pytest.approx(own[over]["median"] / own[under]["median"], rel=0.02)
+    for figures in own.values():
+        assert figures["median"] == pytest.approx(median(figures["seconds"]), abs=1e-3)
+        assert figures["peak_mb"] > 0 and figures["fraction_of_peak"] > 0
+    assert found["environment"]["threads"] > 0 and found["environment"]["torch"]
+    assert found["tokens"]["total"] > 0
+
+
+def test_merge(capsys: pytest.CaptureFixture) -> None:
+    merge.main([*MERGE, "--published_candidates", "1"])
+    found = last_line(capsys)
+    check(found)
+    assert set(found["contenders"]) == {*merge.ANSWERING, *merge.LIMITS}
+    assert found["published_scaled_from_candidates"] == 1
+    assert found["tokens"]["total"] - found["tokens"]["distinct"] == (4 - 1) * 9 * shapes.SHARED_TOKENS
+    assert set(found["largest_logit_difference"]) == {"peft_loop", "peft_sorted", "peft_mixed", "published"}
+    assert not any(math.isnan(value) for value in found["largest_logit_difference"].values())
+
+
+def test_merge_long_answers(capsys: pytest.CaptureFixture) -> None:
+    merge.main([*MERGE, "--workload", "title", "--contenders", "ours,peft_sorted,peft_mixed"])
+    found = last_line(capsys)
+    assert found["outputs_equal"] is True and found["speedup_over_published"] is None
+
+
+def test_merge_sees_other_logits(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripted answers are alike whatever is computed; a contender with other adapters is found out by its logits."""
+    monkeypatch.setattr(merge, "merge", lambda sharers, weights, rule: sharers[0])
+    merge.main([*MERGE, "--contenders", "ours,peft_loop"])
+    assert last_line(capsys)["outputs_equal"] is False
+
+
+def test_merge_scaling(capsys: pytest.CaptureFixture) -> None:
+    merge.main([*MERGE, "--contenders", "ours", "--scaling"])
+    found = last_line(capsys)
+    assert found["speedup_over_peft_loop"] is None and found["time_over_forward_limit"] is None
+    rows = {(one["what"], one["scale"]): one["rows"] for one in found["scaling"]}
+    assert rows["users", 4] == 4 * rows["users", 1] == 4 * 4 * 9
+    assert rows["budget", 4] == 4 * (3 + 4 * 6)
+
+
+def test_train_anchors(capsys: pytest.CaptureFixture) -> None:
+    train_anchors.main(["--shape", "tiny", "--anchors", "3", "--records", "8", "--repeats", "1"])
+    found = last_line(capsys)
+    check(found, published="peft_loop")
+    assert found["largest_loss_difference"] <= 1e-4
+
+
+def test_membership(capsys: pytest.CaptureFixture) -> None:
+    membership.main(["--shape", "tiny", "--adapters", "3", "--records", "10", "--repeats", "1"])
+    found = last_line(capsys)
+    check(found, published="peft_loop")
+    assert set(found["largest_loss_difference"]) == {"peft_loop", "peft_sorted", "peft_mixed"}
+
+
+def test_scripts_repeat_as_often_as_the_shares_say() -> None:
+    kind = shapes.WORKLOADS["tag"]._replace(points=Shares(0.3, 0.0, 0.0), search=Shares(0.6, 0.2, 0.0))
+    work = shapes.make_work(kind, 4000, prompts=300, n_sim=3, budget=10, seed=0)
+    known = [[gold] for gold in work.golds]
+    seen: dict[bool, list] = {True: [], False: []}
+    for phase in work.phases:
+        own = {(c, p): work.answers[c, p] for c in phase for p in range(300)}
+        seen[phase.start == 0] += [(answer, ranked(known[p])) for (_, p), answer in own.items()]
+        for (_, p), answer in own.items():
+            known[p].append(answer)
+    points, search = (draft_shares.shares_of(seen[first]) for first in (True, False))
+    assert points.accepted == pytest.approx(0.3, abs=0.05) and points.known == 0
+    assert search.accepted == pytest.approx(0.6, abs=0.05) and search.known == pytest.approx(0.2, abs=0.05)
+
+
+def ranked(known: list) -> list:
+    return sorted(dict.fromkeys(known), key=lambda answer: -known.count(answer))
+
+
+def test_first_phase_that_is_as_good_as_the_published_end() -> None:
+    class Start:
+        class texts:
+            task = get_task("movie_tagging")
+
+    good, bad = [("comedy", "comedy")], [("action", "comedy")]
+    published = [{"seconds": 60.0, "held": good, "differing": 0, "rows": 9}]
+    ours = [{"seconds": [1.0, 2.0, 3.0], "held": [bad, good, good], "rows": 10, "from_draft": 5}]
+    found = time_to_quality.summary(Start(), published, ours)
+    assert found["ours"]["phase_reached"] == 1 and found["speedup_to_quality"] == 30.0
+    assert found["speedup_whole_search"] == 20.0 and found["answers_from_drafts"] == 0.5
+    ours[0]["held"] = [bad, bad, bad]
+    assert time_to_quality.summary(Start(), published, ours)["speedup_to_quality"] is None
