@@ -122,14 +122,18 @@ def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Reco
 
 
 def evolve(
-    population: Population, scorer: Scorer, opt_type: str, budget: int, seed: int, log: Path
+    population: Population, objective: Objective | None, opt_type: str, budget: int, seed: int, log: Path
 ) -> list[Evaluation]:
     """Evaluate the base, the sharers, and `budget` candidates of the search; a line of `log` for each.
+
+    Args:
+        objective: PriME's; None: LoraHub's.
 
     Returns:
         All evaluations: the base, the n sharers, then the search's in order.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    scorer: Scorer = population.likelihood_scores if objective is None else population.metric_scorer(objective)
     found: list[Evaluation] = []
 
     def evaluate(weights: Tensor, origins: list[str]) -> list[float]:
