@@ -118,11 +118,10 @@ def search_user(
     population = Population(args, texts, engine, user, seed, n, progress)
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
-    scorer = population.likelihood_scores
+    objective = None
     if args.objective == "metric":
         objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
-        scorer = population.metric_scorer(objective)
-    return evolve(population, scorer, seed, log)
+    return evolve(population, objective, seed, log)
 
 
 def work_on(
@@ -144,7 +143,7 @@ def work_on(
     uniform = torch.full_like(best.weights, 1 / len(sharers))
     engine.bank.combine(torch.stack([best.weights, best_sharer.weights, uniform]), args.merge_rule)
     sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    # The baselines are the same beside any other row of this stage, so one row brings them.
+    # A table has one row of each baseline: merged by the rule of prime, not of its variants.
     methods = {args.name: 0} | ({"best_sharer": 1, "uniform": 2} if args.name == "prime" else {})
     found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
 

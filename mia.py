@@ -35,8 +35,8 @@ from prime.report import attack_table, write_attacks
 from prime.runs import Run, read_json, read_results, read_settings
 from prime.sharers import adapter_folder
 
-# No attack depends on the gates, and the results lie in the experiment's own folder.
-NOT_SETTINGS = ("gate_dir", "exp_dir")
+# No attack depends on the gates or on what else is attacked, and the results lie in the experiment's own folder.
+NOT_SETTINGS = ("gate_dir", "exp_dir", "skip_sharers")
 # Options that make the records what they were when the anchors' adapters were trained.
 RECORD_OPTIONS = ("task_name", "recent_k", "prompt_path", "max_length")
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max_records", type=cli.natural, default=0, help="records of an anchor, the last ones; 0 = all (published)"
     )
+    parser.add_argument("--skip_sharers", action="store_true", help="do not attack the sharers' own adapters once more")
     parser.add_argument("--users_per_batch", type=cli.positive, default=8, help="adapters in the bank together")
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
@@ -190,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{args.anchor_dir}: no anchors' results there; run train_anchor_peft.py first (--anchor_dir)")
     sharers = [
         Subject(a["user_id"], a["index"], adapter_folder(args.anchor_dir, a["user_id"]), [a["user_id"]])
-        for a in anchors
+        for a in ([] if args.skip_sharers else anchors)
     ]
     users = deployments(exp_dir, args.n_sim)
     check_members([*users, *sharers], [anchor["user_id"] for anchor in anchors])

@@ -98,20 +98,20 @@ per_pcs() {
     step lora_composition lora_composition.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --gate_dir "$out/Anchor_PEFT/gate" --anchor_dir "$out/Anchor_PEFT/LoRA" \
         --n_sim 3 --topk 3 --recent_k 2000 --shared_ratio 1 --agg_temperature 1 --output_dir "$out/LoRA-Composition"
-    attack mia_per_pcs LoRA-Composition --gate_dir "$out/Anchor_PEFT/gate"
+    attack mia_per_pcs LoRA-Composition --gate_dir "$out/Anchor_PEFT/gate" --skip_sharers
 }
 
-# PriME as published (factor rule, wide steps from zero, no single sharer may win) and LoraHub with its own published search.
+# PriME as published (factor rule, wide steps from zero, no single sharer may win), and LoraHub, searched alike: its
+# objective is what differs.
 other_searches() {
+    local published=(--n_sim 3 --opt_type cma --opt_budget 10 --merge_rule factor --start zero --step 1 --search_only)
     step prime_published lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
-        --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
-        --merge_rule factor --start zero --step 1 --search_only --name prime_published --output_dir "$out/LoRA-Composition-evo-published"
-    attack mia_prime_published LoRA-Composition-evo-published
+        --anchor_dir "$out/Anchor_PEFT/LoRA" "${published[@]}" --sim_penalty 0.1 --name prime_published \
+        --output_dir "$out/LoRA-Composition-evo-published"
+    attack mia_prime_published LoRA-Composition-evo-published --skip_sharers
     step lorahub lora_composition_evo.py "${adapted[@]}" "${answers[@]}" \
-        --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type ngopt --opt_budget 40 \
-        --objective nll --merge_rule factor --start zero --step 1 --search_only \
-        --output_dir "$out/LoraHub"
-    attack mia_lorahub LoraHub
+        --anchor_dir "$out/Anchor_PEFT/LoRA" "${published[@]}" --objective nll --output_dir "$out/LoraHub"
+    attack mia_lorahub LoraHub --skip_sharers
 }
 
 # Training on the user's own history. OPPU merges nobody's adapter, so there are no members to look for.
@@ -120,7 +120,7 @@ user_training() {
         --output_dir "$out/OPPU"
     step mta train_user_peft.py --method mta "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --output_dir "$out/Merge-then-adapt"
-    attack mia_mta Merge-then-adapt
+    attack mia_mta Merge-then-adapt --skip_sharers
 }
 
 for task in $tasks; do

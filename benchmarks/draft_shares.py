@@ -83,7 +83,7 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             user_seed = derive_seed(own.seed, user.user_id)
             population = Watched(own, start.texts, start.engine, user, user_seed, own.n_sim)
             objective = Objective(start.texts.task, population.golds, own.sim_penalty, own.m_reduce, own.t_reduce)
-            evolve(population, objective, own.opt_type, own.opt_budget, user_seed, Path(scratch) / "log.jsonl")
+            evolve(population, objective, user_seed, Path(scratch) / "log.jsonl")
             for phase, answer, ranked in population.seen:
                 seen[phase].append((answer, ranked))
                 lengths.append(len(answer))

@@ -6,9 +6,9 @@ Takes   about 2 minutes per user, task and seed on one core, nearly all of it th
 
     python benchmarks/time_to_quality.py --tasks movie_tagging,news_headline --seeds 0,1,2 --users 4
 
-Both sides search the same users from the same adapters, greedily decoded. `published`: factor rule, one adapter at a
-time in PEFT, 100 new tokens always, batches of 8 as the prompts come; a single sharer cannot win. `ours`: delta rule,
-the bank, generations together. After every phase of ours (base and sharers, then each generation) the best candidate
+Both sides search the same users from the same adapters, greedily decoded. `published`: factor rule, wide steps from zero, one adapter at a
+time in PEFT, 100 new tokens always, batches of 8 as the prompts come; a single sharer cannot win. `ours`: stage 4's
+defaults, the bank, generations together. After every phase of ours (base and sharers, then each generation) the best candidate
 so far answers the held-out queries (k = 0); the first phase whose mean score over users is at least the published
 end's counts. Held-out answers are not timed: neither search needs them. `outputs_equal`: the published procedure's
 answers, cut as ours are, equal the bank's under the factor rule for every candidate and record.
@@ -37,6 +37,10 @@ from prime.lora import merge
 from prime.metrics import METRICS, score
 from prime.runs import derive_seed
 from prime.sampling import Sampler
+
+# Merge rule, start and first step of the search.
+PUBLISHED = ("factor", "zero", 1.0)
+OURS = ("delta", "ranked", 0.3)
 
 Held = list[tuple[str, str]]  # answers to held-out queries and their golds
 
@@ -111,9 +115,10 @@ def cut(row: list[int], ends: set[int], limit: int) -> list[int]:
 def search(start: Start, population: Timed, began: float, budget: int, seed: int) -> tuple[list[Evaluation], list]:
     """All evaluations, and for each phase: how many there were at its end, and seconds since the start."""
     own = start.args
+    own.opt_budget = budget
     objective = Objective(start.texts.task, population.golds, own.sim_penalty, own.m_reduce, own.t_reduce)
     with tempfile.TemporaryDirectory() as scratch:
-        found = evolve(population, objective, own.opt_type, budget, seed, Path(scratch) / "log.jsonl")
+        found = evolve(population, objective, seed, Path(scratch) / "log.jsonl")
     ends = [at for at, _ in population.asked[1:]] + [time.perf_counter()]
     phases, count = [], 0
     for (_, size), end in zip(population.asked, ends, strict=True):
@@ -132,7 +137,7 @@ def held_out(start: Start, user: User, weights: list[Tensor], rule: str) -> list
 
 def run_published(start: Start, user: User, index: int, model: Any, budget: int, seed: int) -> dict[str, Any]:
     """Seconds, held-out answers at the end, and whether the bank answers alike under the factor rule."""
-    start.args.merge_rule = "factor"
+    start.args.merge_rule, start.args.start, start.args.step = PUBLISHED
     began = time.perf_counter()
     population = Published(start, user, seed)
     population.model, population.adapters, population.given = model, start.pool.adapters(index), []
@@ -153,7 +158,7 @@ def differing(one: list[Answers], other: list[Answers]) -> int:
 
 def run_ours(start: Start, user: User, index: int, budget: int, seed: int) -> dict[str, Any]:
     """Seconds at the end of each phase, and held-out answers of the best candidate until then."""
-    start.args.merge_rule = "delta"
+    start.args.merge_rule, start.args.start, start.args.step = OURS
     counts = start.engine.counts
     rows, drafted = counts.rows, counts.from_draft
     began = time.perf_counter()

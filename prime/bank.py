@@ -4,7 +4,8 @@ Shape legend: `b` batch rows, `t` tokens, `d` width, `v` vocabulary, `r` rank, `
 `g` row groups (consecutive rows of one adapter), `l` layers.
 
 The target `nn.Linear`s of a Hugging Face causal LM are replaced by thin wrappers that add
-`scale * (x A_i^T) B_i^T` with i = the row's adapter (Hu et al. 2022; PEFT is the oracle in the tests).
+`scale * (x A_i^T) B_i^T` with i = the row's adapter (Hu et al. 2022; PEFT is the oracle in the tests). A trainable
+adapter may stand on a frozen one, a second pair of factors that no gradient reaches.
 """
 
 import math

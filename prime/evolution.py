@@ -141,8 +141,11 @@ def starting_point(start: str, sharers: Sequence[Evaluation], shape: tuple[int, 
     return weights.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
 
 
-def evolve(population: Population, scorer: Scorer, seed: int, log: Path) -> list[Evaluation]:
+def evolve(population: Population, objective: Objective | None, seed: int, log: Path) -> list[Evaluation]:
     """Evaluate the base, the sharers, the starting point and `--opt_budget` candidates of the search.
+
+    Args:
+        objective: PriME's; None: LoraHub's.
 
     Returns:
         All evaluations, a line of `log` each: the base, the n sharers, the start unless it is the base, then the
@@ -150,6 +153,7 @@ def evolve(population: Population, scorer: Scorer, seed: int, log: Path) -> list
     """
     args = population.args
     log.parent.mkdir(parents=True, exist_ok=True)
+    scorer: Scorer = population.likelihood_scores if objective is None else population.metric_scorer(objective)
     found: list[Evaluation] = []
 
     def evaluate(weights: Tensor, origins: list[str]) -> list[float]:

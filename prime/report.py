@@ -289,7 +289,10 @@ PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") 
 def write_attacks(
     exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int
 ) -> dict[str, Any]:
-    """mia_results.json in the published shape, keyed "{user_id}-{index}", and mia_summary.json; the summary."""
+    """mia_results.json in the published shape, keyed "{user_id}-{index}", and mia_summary.json; the summary.
+
+    `sharers` is empty where their own adapters were left out.
+    """
     losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
     write_json(exp_dir / "mia_results.json", losses)
     summary = {
@@ -298,7 +301,7 @@ def write_attacks(
         "on_base": sum(user["on_base"] for user in users),
         "attacks": membership.attack_table(users, seed=seed),
         "per_user": {user["user_id"]: membership.user_aurocs(user) for user in users},
-        "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed)},
+        "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed) if sharers else {}},
     }
     write_json(exp_dir / "mia_summary.json", summary)
     return summary

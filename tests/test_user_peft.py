@@ -255,7 +255,12 @@ def test_a_user_without_history_keeps_the_base_or_the_merge(here: Path, capsys: 
 
 def test_mta_is_attacked_by_its_sharers_and_oppu_is_refused(here: Path) -> None:
     attack = ["mia.py", *ADAPTED, "--anchor_dir", f"output/{TASK}/Anchor_PEFT/LoRA", "--max_records", "2", "--exp_dir"]
-    world.run([*attack, FOLDERS["mta"]])
+    world.run([*attack, FOLDERS["mta"], "--skip_sharers"])
+    short = world.read(here / FOLDERS["mta"] / "mia_summary.json")
+    assert short["method"] == "mta" and short["sharers"] == {"users": 0, "attacks": {}}
+    world.run([*attack, FOLDERS["mta"]])  # the sharers may come later
+    whole = world.read(here / FOLDERS["mta"] / "mia_summary.json")
+    assert whole["sharers"]["users"] == 6 and whole["attacks"] == short["attacks"]
     for key, entry in world.read(here / FOLDERS["mta"] / "mia_results.json").items():
         assert entry["member_ids"] == results(FOLDERS["mta"])[key.rpartition("-")[0]]["sharers"]
         assert len(entry["non_member_ids"]) == 4

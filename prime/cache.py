@@ -1,0 +1,103 @@
+"""Key-value cache of rows in flight: tokens are appended in place, and rows leave without the others being copied.
+
+transformers' own dynamic cache copies all of itself for every token; with dozens of rows of some hundred tokens that
+costs more than the model's products. Here keys and values are views of buffers with room for more tokens.
+
+Shapes: `b` rows, `h` key-value heads, `t` tokens, `d` head width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 24  # tokens of room whenever a buffer grows
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values `[b, h, t, d]`, the front of buffers `[>= b, h, >= t, d]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: tuple[Tensor, ...] = ()
+
+    def fill(self, keys: Tensor, values: Tensor, room: int) -> None:
+        """Hold a copy of these, with room for `room` more tokens."""
+        self.lazy_initialization(keys, values)
+        self._allocate((keys, values), room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+        """Append `[b, h, new, d]`; returns all keys and values `[b, h, t + new, d]`."""
+        if not self.is_initialized:
+            self.fill(key_states, value_states, 0)
+        else:
+            self._append((key_states, value_states))
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _append(self, new: tuple[Tensor, Tensor]) -> None:
+        assert self.keys is not None and self.values is not None
+        rows, before, more = self.keys.shape[0], self.keys.shape[2], new[0].shape[2]
+        if before + more > self.buffers[0].shape[2]:
+            self._allocate((self.keys, self.values), more + ROOM)
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:rows, :, before : before + more] = states
+        self._show(rows, before + more)
+
+    def _allocate(self, held: tuple[Tensor, Tensor], room: int) -> None:
+        b, h, t, d = held[0].shape
+        self.buffers = tuple(own.new_empty(b, h, t + room, own.shape[3]) for own in held)
+        for buffer, own in zip(self.buffers, held, strict=True):
+            buffer[:, :, :t] = own
+        self._show(b, t)
+
+    def _show(self, rows: int, tokens: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self.buffers)
+
+    def select(self, order: Sequence[int]) -> None:
+        """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
+        assert self.keys is not None
+        moved = [(place, row) for place, row in enumerate(order) if place != row]
+        if moved:
+            places, rows = (torch.tensor(part, device=self.keys.device) for part in zip(*moved, strict=True))
+            for buffer in self.buffers:
+                buffer[places] = buffer[rows]
+        self._show(len(order), self.keys.shape[2])
+        if 2 * len(order) < self.buffers[0].shape[0]:  # give the memory of rows that left back
+            self._allocate((self.keys, self.values), self.buffers[0].shape[2] - self.keys.shape[2])
+
+
+class RoomyCache(Cache):
+    """A `transformers` cache of roomy layers."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=RoomyLayer)
+
+    @classmethod
+    def holding(cls, layers: Sequence[tuple[Tensor, Tensor]], room: int) -> "RoomyCache":
+        """A cache of these keys and values, a pair per layer, with room for `room` more tokens."""
+        cache = cls()
+        for keys, values in layers:
+            layer = RoomyLayer()
+            layer.fill(keys, values, room)
+            cache.layers.append(layer)
+        return cache
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, as they are."""
+        return [(layer.keys, layer.values) for layer in self.layers]
+
+    def keep(self, indices: Sequence[int], rows: int) -> list[int]:
+        """Keep these of `rows` rows; the order they then have."""
+        order = compact_order(indices, rows)
+        for layer in self.layers:
+            layer.select(order)
+        return order
+
+
+def compact_order(indices: Sequence[int], rows: int) -> list[int]:
+    """The kept rows, each at its old place where that is still inside; the last ones fill the gaps."""
+    kept = set(indices)
+    last = iter(sorted((row for row in kept if row >= len(kept)), reverse=True))
+    return [place if place in kept else next(last) for place in range(len(kept))]
