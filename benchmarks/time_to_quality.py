@@ -6,12 +6,13 @@ Takes   about 2 minutes per user, task and seed on one core, nearly all of it th
 
     python benchmarks/time_to_quality.py --tasks movie_tagging,news_headline --seeds 0,1,2 --users 4
 
-Both sides search the same users from the same adapters, greedily decoded. `published`: factor rule, wide steps from zero, one adapter at a
-time in PEFT, 100 new tokens always, batches of 8 as the prompts come; a single sharer cannot win. `ours`: stage 4's
-defaults, the bank, generations together. After every phase of ours (base and sharers, then each generation) the best candidate
-so far answers the held-out queries (k = 0); the first phase whose mean score over users is at least the published
-end's counts. Held-out answers are not timed: neither search needs them. `outputs_equal`: the published procedure's
-answers, cut as ours are, equal the bank's under the factor rule for every candidate and record.
+Both sides search the same users from the same adapters, greedily decoded. `published`: factor rule, wide steps from
+zero, one adapter at a time in PEFT, 100 new tokens always, batches of 8 as the prompts come; a single sharer cannot
+win. `ours`: stage 4's defaults, the bank, generations together. After every phase of ours (base and sharers, the
+start, then each generation) the best candidate so far answers the held-out queries (k = 0); the first phase whose mean
+score over users is at least the published end's counts. Held-out answers are not timed: neither search needs them.
+`outputs_equal`: the published procedure's answers, cut as ours are, equal the bank's under the factor rule for every
+candidate and record.
 """
 
 import argparse

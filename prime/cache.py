@@ -7,10 +7,13 @@ Shapes: `b` rows, `h` key-value heads, `t` tokens, `d` head width.
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+Pair = tuple[Tensor, Tensor]  # keys and values
 
 ROOM = 24  # tokens of room whenever a buffer grows
 
@@ -20,32 +23,35 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.buffers: tuple[Tensor, ...] = ()
+        self.buffers: Any = ()  # keys' and values'
 
     def fill(self, keys: Tensor, values: Tensor, room: int) -> None:
         """Hold a copy of these, with room for `room` more tokens."""
         self.lazy_initialization(keys, values)
         self._allocate((keys, values), room)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Append `[b, h, new, d]`; returns all keys and values `[b, h, t + new, d]`."""
         if not self.is_initialized:
             self.fill(key_states, value_states, 0)
         else:
             self._append((key_states, value_states))
+        return self.held()
+
+    def held(self) -> Pair:
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def _append(self, new: tuple[Tensor, Tensor]) -> None:
-        assert self.keys is not None and self.values is not None
-        rows, before, more = self.keys.shape[0], self.keys.shape[2], new[0].shape[2]
+    def _append(self, new: Pair) -> None:
+        keys, _ = self.held()
+        rows, before, more = keys.shape[0], keys.shape[2], new[0].shape[2]
         if before + more > self.buffers[0].shape[2]:
-            self._allocate((self.keys, self.values), more + ROOM)
+            self._allocate(self.held(), more + ROOM)
         for buffer, states in zip(self.buffers, new, strict=True):
             buffer[:rows, :, before : before + more] = states
         self._show(rows, before + more)
 
-    def _allocate(self, held: tuple[Tensor, Tensor], room: int) -> None:
+    def _allocate(self, held: Pair, room: int) -> None:
         b, h, t, d = held[0].shape
         self.buffers = tuple(own.new_empty(b, h, t + room, own.shape[3]) for own in held)
         for buffer, own in zip(self.buffers, held, strict=True):
@@ -57,15 +63,15 @@ class RoomyLayer(DynamicLayer):
 
     def select(self, order: Sequence[int]) -> None:
         """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
-        assert self.keys is not None
+        keys, _ = self.held()
         moved = [(place, row) for place, row in enumerate(order) if place != row]
         if moved:
-            places, rows = (torch.tensor(part, device=self.keys.device) for part in zip(*moved, strict=True))
+            places, rows = (torch.tensor(part, device=keys.device) for part in zip(*moved, strict=True))
             for buffer in self.buffers:
                 buffer[places] = buffer[rows]
-        self._show(len(order), self.keys.shape[2])
+        self._show(len(order), keys.shape[2])
         if 2 * len(order) < self.buffers[0].shape[0]:  # give the memory of rows that left back
-            self._allocate((self.keys, self.values), self.buffers[0].shape[2] - self.keys.shape[2])
+            self._allocate(self.held(), self.buffers[0].shape[2] - keys.shape[2])
 
 
 class RoomyCache(Cache):
@@ -75,7 +81,7 @@ class RoomyCache(Cache):
         super().__init__(layer_class_to_replicate=RoomyLayer)
 
     @classmethod
-    def holding(cls, layers: Sequence[tuple[Tensor, Tensor]], room: int) -> "RoomyCache":
+    def holding(cls, layers: Sequence[Pair], room: int) -> "RoomyCache":
         """A cache of these keys and values, a pair per layer, with room for `room` more tokens."""
         cache = cls()
         for keys, values in layers:
@@ -84,14 +90,17 @@ class RoomyCache(Cache):
             cache.layers.append(layer)
         return cache
 
-    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self) -> list[Pair]:
         """Keys and values of each layer, as they are."""
-        return [(layer.keys, layer.values) for layer in self.layers]
+        return [layer.held() for layer in self._roomy()]
+
+    def _roomy(self) -> list[RoomyLayer]:
+        return cast(list[RoomyLayer], self.layers)
 
     def keep(self, indices: Sequence[int], rows: int) -> list[int]:
         """Keep these of `rows` rows; the order they then have."""
         order = compact_order(indices, rows)
-        for layer in self.layers:
+        for layer in self._roomy():
             layer.select(order)
         return order
 

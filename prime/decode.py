@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
 from prime.bank import AdapterBank
+from prime.cache import ROOM, RoomyCache
 from prime.sampling import Sampler
 
 Tokens = tuple[int, ...]
@@ -79,7 +79,7 @@ class _Batch:
     def __init__(self, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None"):
         self.bank = bank
         self.rows = rows
-        self.cache = prefix.expand([row.adapter for row in rows]) if prefix else DynamicCache()
+        self.cache = prefix.expand(rows) if prefix else RoomyCache()
         seen = prefix.length if prefix else 0
         self.mask = torch.ones(len(rows), seen, dtype=torch.long, device=bank.device)
         self.seen = torch.full((len(rows), 1), seen, device=bank.device)  # true length of each row so far
@@ -92,12 +92,16 @@ class _Batch:
             return whole
         columns = max(batch.mask.shape[1] for batch in batches)
         whole.rows = [row for batch in batches for row in batch.rows]
-        caches: list[list[Any]] = [list(batch.cache.layers) for batch in batches]
         missing = [columns - batch.mask.shape[1] for batch in batches]
-        for layers in zip(*caches, strict=True):
-            for name in ("keys", "values"):
-                padded = [pad(getattr(own, name), (0, 0, more, 0)) for own, more in zip(layers, missing, strict=True)]
-                setattr(layers[0], name, torch.cat(padded))
+
+        def joined(parts: Iterable[Tensor]) -> Tensor:
+            return torch.cat([pad(own, (0, 0, more, 0)) for own, more in zip(parts, missing, strict=True)])
+
+        layers = [
+            (joined(keys for keys, _ in pairs), joined(values for _, values in pairs))
+            for pairs in zip(*(batch.cache.pairs() for batch in batches), strict=True)
+        ]
+        whole.cache = RoomyCache.holding(layers, ROOM)
         whole.mask = torch.cat([pad(batch.mask, (more, 0)) for batch, more in zip(batches, missing, strict=True)])
         whole.seen = torch.cat([batch.seen for batch in batches])
         return whole
@@ -142,11 +146,13 @@ class _Batch:
         """Drop all rows but these."""
         if len(indices) == len(self.rows):
             return
-        self.rows = [self.rows[i] for i in indices]
-        if indices:
-            chosen = torch.tensor(indices, device=self.bank.device)
-            self.mask, self.seen = self.mask[chosen], self.seen[chosen]
-            self.cache.batch_select_indices(chosen)
+        if not indices:
+            self.rows = []
+            return
+        order = self.cache.keep(indices, len(self.rows))
+        self.rows = [self.rows[i] for i in order]
+        chosen = torch.tensor(order, device=self.bank.device)
+        self.mask, self.seen = self.mask[chosen], self.seen[chosen]
 
 
 class _Prefix:
@@ -155,20 +161,17 @@ class _Prefix:
     def __init__(self, bank: AdapterBank, ids: Tokens, adapters: list[int]):
         self.length = len(ids)
         self.place = {adapter: place for place, adapter in enumerate(adapters)}
-        cache = DynamicCache()
+        cache = RoomyCache()
         tokens = torch.tensor([ids] * len(adapters), device=bank.device)
         with bank.routed(adapters):
             bank.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        layers: list[Any] = list(cache.layers)
-        self.layers: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
+        self.layers = cache.pairs()
 
-    def expand(self, adapters: list[int]) -> DynamicCache:
-        device = self.layers[0][0].device
-        places = torch.tensor([self.place[adapter] for adapter in adapters], device=device)
-        cache = DynamicCache()
-        for number, (keys, values) in enumerate(self.layers):
-            cache.update(keys.index_select(0, places), values.index_select(0, places), number)
-        return cache
+    def expand(self, rows: list[_Row]) -> RoomyCache:
+        """The prefix under each row's adapter, with room for what the row is fed first."""
+        places = torch.tensor([self.place[row.adapter] for row in rows], device=self.layers[0][0].device)
+        chosen = [(keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.layers]
+        return RoomyCache.holding(chosen, max(len(row.suffix) for row in rows) + ROOM)
 
 
 # -- answering ------------------------------------------------------------------------------------------------------
