@@ -30,6 +30,8 @@ Progress = Callable[[int], object]
 
 MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pays
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
+# On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
+CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
 
 
@@ -214,7 +216,7 @@ def decode(
     keys = [sampler.key(prompt.id) for prompt in prompts]
     budget = max_batch_tokens or auto_batch_tokens(bank)
     batches = _batches(bank, texts, pairs, known, max_new_tokens, budget, keys)
-    for row in _answer(batches, sampler, max_new_tokens, known, counts, budget):
+    for row in _answer(batches, sampler, max_new_tokens, known, counts, waiting_tokens(bank, budget)):
         found[row.adapter, row.index] = tuple(row.answer)
         if progress:
             progress(1)
@@ -243,19 +245,19 @@ class _Drafts:
 
 
 def _answer(
-    batches: Iterable[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, budget: int
+    batches: Iterable[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, most: int
 ) -> Iterator[_Row]:
     """Decode batches to their end; yields rows as they finish.
 
-    Most rows end in the first pass, with a draft. The others wait until enough have gathered to fill a batch of
-    their own, whose passes feed one token (or the rest of another draft) per row.
+    Most rows end in the first pass, with a draft. The others wait until `most` cached tokens have gathered, then
+    fill a batch of their own, whose passes feed one token (or the rest of another draft) per row.
     """
     waiting: list[_Batch] = []
     for batch in batches:
         counts.rows += len(batch.rows)
         yield from _advance(batch, [row.suffix for row in batch.rows], sampler, limit, known, counts, first=True)
         waiting += [batch] if batch.rows else []
-        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > WAITING_BUDGETS * budget:
+        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:
             yield from _finish(waiting, sampler, limit, known, counts)
             waiting = []
     yield from _finish(waiting, sampler, limit, known, counts)
@@ -368,6 +370,18 @@ def auto_batch_tokens(bank: AdapterBank) -> int:
     width = config.hidden_size * 12 + getattr(config, "intermediate_size", 4 * config.hidden_size) * 3
     per_token = 2 * (width + 2 * config.hidden_size * config.num_hidden_layers) + 4 * config.vocab_size
     return max(CPU_BATCH_TOKENS, min(16_384, int((total - weights) / 10 / per_token)))
+
+
+def waiting_tokens(bank: AdapterBank, budget: int) -> int:
+    """Cached tokens of rows that wait to be decoded together; a function of model, device and budget alone."""
+    if bank.device.type != "cpu":
+        return WAITING_BUDGETS * budget
+    config = bank.config
+    heads = config.num_attention_heads
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    per_token = 2 * config.num_hidden_layers * kv_heads * head_width * 4  # bytes, fp32
+    return budget * max(WAITING_BUDGETS, min(CPU_WAITING_BUDGETS, CPU_WAITING_BYTES // (per_token * budget)))
 
 
 def sliding_window(config: Any) -> float:
