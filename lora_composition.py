@@ -37,7 +37,7 @@ from prime.decode import Progress, every_pair
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.fitness import Objective, Score
-from prime.gates import Gates, Weights, compose, gate_file, history_batches, load_gate, module_widths, sharing_places
+from prime.gates import Gates, Weights, compose, gate_path, history_batches, load_gate, module_widths, sharing_places
 from prime.lora import save_adapter
 from prime.prompts import Record, history_records
 from prime.runs import Run, derive_seed, write_text
@@ -91,7 +91,7 @@ def compose_user(
 ) -> Weights:
     """Compose out of the sharers in the bank; the result is then adapter 0 of the bank."""
     widths = module_widths(engine.bank)
-    gates = Gates(engine.bank, [load_gate(gate_file(args.gate_dir, sharer.user_id), widths) for sharer in sharers])
+    gates = Gates(engine.bank, [load_gate(gate_path(args.gate_dir, sharer.user_id), widths) for sharer in sharers])
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
     batches = history_batches(encoded, args.batch_size, derive_seed("compose", args.seed, user.user_id))
     return compose(engine.bank, gates, batches, args.topk, args.agg_temperature)
@@ -143,7 +143,7 @@ def work_on(
     card = {"task": args.task_name, "user_id": user.user_id, "task_adapter": args.lora_ckpt, **choice}
     lines = [json.dumps({"module": name, "weights": own.tolist()}) + "\n" for name, own in weights.items()]
     write_text(run.user_dir(user.user_id) / "composition.jsonl", "".join(lines))
-    save_adapter(personal, run.user_dir(user.user_id) / "adapter", args.llama_model_path, card)
+    save_adapter(personal, run.user_dir(user.user_id) / "adapter", engine.base, card)
     seconds = {
         "compose": round(composed - started, 3),
         "measure": round(measured - composed, 3),
@@ -157,7 +157,7 @@ def work_on(
 def check_inputs(args: argparse.Namespace, pool: Pool, users: Sequence[User]) -> None:
     """InputError for sharers without gate and users without history, all of them at once."""
     places = sorted({place for row in pool.ranking for place in row})
-    files = [gate_file(args.gate_dir, pool.anchors[place].user_id) for place in places]
+    files = [gate_path(args.gate_dir, pool.anchors[place].user_id) for place in places]
     problems = [f"{file}: no such gate; run train_anchor_gate.py" for file in files if not file.is_file()]
     problems += [f"user {user.user_id}: an empty history, nothing to compose by" for user in users if not user.profile]
     if problems:

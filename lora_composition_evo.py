@@ -111,7 +111,7 @@ def work_on(
     if not base_won:
         card = {"task": args.task_name, "user_id": user.user_id, "task_adapter": args.lora_ckpt, **choice}
         personal = merge(adapters, best.weights, args.merge_rule)
-        save_adapter(personal, run.user_dir(user.user_id) / "adapter", args.llama_model_path, card)
+        save_adapter(personal, run.user_dir(user.user_id) / "adapter", engine.base, card)
     run.finish(
         user.user_id,
         {

@@ -18,6 +18,7 @@ from prime.tasks import TASKS, Task, get_task
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
+    "convert_to",
 )  # fmt: skip
 
 
@@ -40,11 +41,16 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--llama_model_path", required=True, help="Hugging Face directory of the base model")
+    group.add_argument("--llama_model_path", required=True, help="directory of the base model, of Hugging Face or Meta")
     group.add_argument("--tokenizer_path", help="directory of the tokenizer; default the model's")
+    group.add_argument(
+        "--convert_to", help="keep a Meta checkpoint as a Hugging Face directory here, and use that; default: in memory"
+    )
     if with_task_adapter:
         group.add_argument(
-            "--lora_ckpt", required=True, help="task adapter of stage 1, a PEFT directory or <directory>/lora_ckpt.pt"
+            "--lora_ckpt",
+            required=True,
+            help="task adapter: PEFT directory of stage 1 (or <directory>/lora_ckpt.pt), or a published lora_ckpt.pt",
         )
     group.add_argument("--target_modules", default="q_proj,k_proj,v_proj,o_proj", help="modules that carry adapters")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
