@@ -91,13 +91,12 @@ def _load_meta(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> str:
-    """Convert a Meta directory into `target` (once) and return `target`; it is then a Hugging Face directory."""
+def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> None:
+    """Make `target` a Hugging Face directory out of a Meta one, once."""
     if not is_meta_dir(path):
         raise InputError(f"{path}: no Meta checkpoint (params.json, consolidated.*.pth) for --convert_to")
     tokenizer = load_tokenizer(tokenizer_path or path)
     convert(path, target, tokenizer, end_ids(tokenizer))
-    return target
 
 
 def check_model_dir(path: str) -> None:

@@ -18,7 +18,7 @@ from prime.tasks import TASKS, Task, get_task
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to",
+    "convert_to", "export_full",
 )  # fmt: skip
 
 
@@ -103,6 +103,14 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float) -> Non
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--export_full",
+        action="store_true",
+        help="also write <user>/adapter_full, relative to the downloaded base: task and personal adapter in one",
+    )
+
+
 def add_users(parser: argparse.ArgumentParser, whom: str) -> None:
     parser.add_argument("--user_idxs", help=f"{whom} to work on, e.g. 0-100 (end not included) or 3,7; default all")
 
@@ -166,6 +174,11 @@ def load_test_users(args: argparse.Namespace, task: Task) -> list[User]:
 
 def load_candidates(args: argparse.Namespace, task: Task) -> list[User]:
     return load_users(data_dir(args) / "user_anchor_candidate.json", task)
+
+
+def base_name(args: argparse.Namespace) -> str:
+    """Directory of the base model as adapters name it: the kept conversion of a Meta checkpoint, or what was given."""
+    return args.convert_to or args.llama_model_path
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from prime.checkpoint import (
     check_vocabulary,
     eos_ids,
     is_bare_tokenizer,
-    kept_conversion,
     load_model,
     load_tokenizer,
 )
+from prime.checkpoint import kept_conversion as make_conversion
 from prime.errors import InputError
 from prime.meta import MetaCheckpoint, is_meta_dir, llama_config, read_params, rope_rows
 from prime.meta_tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, load_meta_tokenizer
@@ -50,6 +50,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict
     return {case: (folder, *make(folder, case)) for case, folder in folders.items()}
 
 
+def kept_conversion(source: str, target: str, tokenizer: str | None = None) -> str:
+    make_conversion(source, target, tokenizer)
+    return target
+
+
 def off(model: nn.Module, expected: Tensor) -> float:
     return float((tiny.logits(model, IDS) - expected).abs().max())
 
@@ -63,7 +68,7 @@ def test_logits_in_memory_and_converted(made: dict, case: str, tmp_path: Path) -
     expected = meta.forward(params, whole, IDS)
     assert expected.abs().max() > 1
     assert off(load_model(str(folder), "cpu"), expected) < 1e-5
-    kept = kept_conversion(str(folder), str(tmp_path / "hf"), None)
+    kept = kept_conversion(str(folder), str(tmp_path / "hf"))
     assert not is_meta_dir(kept) and off(load_model(kept, "cpu"), expected) < 1e-5
     tied = "output.weight" not in whole
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] == tied
@@ -93,7 +98,7 @@ def test_bf16_is_kept_on_disk_and_widened_on_a_cpu(tmp_path: Path) -> None:
     whole = {name: tensor.bfloat16() for name, tensor in meta.weights(meta.LLAMA2, 400, 192).items()}
     meta.save(tmp_path / "meta", meta.LLAMA2, whole)
     meta.save_sentencepiece(tmp_path / "meta")
-    kept = kept_conversion(str(tmp_path / "meta"), str(tmp_path / "hf"), None)
+    kept = kept_conversion(str(tmp_path / "meta"), str(tmp_path / "hf"))
     size = sum(path.stat().st_size for path in Path(kept).glob("*.safetensors"))
     assert size < 1.1 * 2 * sum(tensor.numel() for tensor in whole.values())
     expected = meta.forward(meta.LLAMA2, {name: tensor.float() for name, tensor in whole.items()}, IDS)
@@ -104,7 +109,7 @@ def test_bf16_is_kept_on_disk_and_widened_on_a_cpu(tmp_path: Path) -> None:
 def test_large_checkpoints_become_several_files(made: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prime.meta.FILE_BYTES", 100_000)
     folder, params, whole = made["llama2, 2 shards"]
-    kept = kept_conversion(str(folder), str(tmp_path / "hf"), None)
+    kept = kept_conversion(str(folder), str(tmp_path / "hf"))
     files = sorted(Path(kept).glob("*.safetensors"))
     assert len(files) > 3 and all(file.stat().st_size < 110_000 for file in files)
     assert off(load_model(kept, "cpu"), meta.forward(params, whole, IDS)) < 1e-5
@@ -273,15 +278,15 @@ def test_a_tokenizer_of_another_model(made: dict) -> None:
 
 def test_a_conversion_is_made_once_and_never_over_another_model(made: dict, tmp_path: Path) -> None:
     source, target = broken(made, "llama2", tmp_path / "meta"), tmp_path / "hf"
-    kept = kept_conversion(str(source), str(target), None)
+    kept = kept_conversion(str(source), str(target))
     before = {path: path.stat().st_mtime_ns for path in target.iterdir()}
-    assert kept_conversion(str(source), str(target), None) == kept
+    assert kept_conversion(str(source), str(target)) == kept
     assert {path: path.stat().st_mtime_ns for path in target.iterdir()} == before
     other = str(made["llama3"][0])
     with pytest.raises(InputError, match="holds another model than the conversion of"):
-        kept_conversion(other, str(target), None)
+        kept_conversion(other, str(target))
     with pytest.raises(InputError, match=r"no Meta checkpoint .* for --convert_to"):
-        kept_conversion(kept, str(tmp_path / "more"), None)
+        kept_conversion(kept, str(tmp_path / "more"))
 
 
 def test_pickled_code_is_not_run(made: dict, tmp_path: Path) -> None:
