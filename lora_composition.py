@@ -4,6 +4,7 @@ Reads   data/<task>/test_100/user_test_100.json (history; queries only to predic
         anchor_selection/<task>/, the task adapter, the sharers' adapters (--anchor_dir) and gates (--gate_dir)
 Writes  <output_dir>/users/<user>/composition.jsonl   a line per module: the weights of its sharers
         <output_dir>/users/<user>/adapter/            the composed adapter (PEFT, with a card)
+        <output_dir>/users/<user>/adapter_full/       --export_full: with the task adapter in it, for the untouched base
         <output_dir>/users/<user>/result.json         weights, scores on the history, predictions of per_pcs
 Takes   1 to 2 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
@@ -36,9 +37,9 @@ from prime.data import User, select
 from prime.decode import Progress, every_pair
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
+from prime.export import export_full, save_personal
 from prime.fitness import Objective, Score
-from prime.gates import Gates, Weights, compose, gate_file, history_batches, load_gate, module_widths, sharing_places
-from prime.lora import save_adapter
+from prime.gates import Gates, Weights, compose, gate_path, history_batches, load_gate, module_widths, sharing_places
 from prime.prompts import Record, history_records
 from prime.runs import Run, derive_seed, write_text
 from prime.sampling import Sampler
@@ -66,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_decoding(parser)
     add_selection(parser)
     cli.add_users(parser, "test users")
+    cli.add_export(parser)
     return parser
 
 
@@ -91,7 +93,7 @@ def compose_user(
 ) -> Weights:
     """Compose out of the sharers in the bank; the result is then adapter 0 of the bank."""
     widths = module_widths(engine.bank)
-    gates = Gates(engine.bank, [load_gate(gate_file(args.gate_dir, sharer.user_id), widths) for sharer in sharers])
+    gates = Gates(engine.bank, [load_gate(gate_path(args.gate_dir, sharer.user_id), widths) for sharer in sharers])
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
     batches = history_batches(encoded, args.batch_size, derive_seed("compose", args.seed, user.user_id))
     return compose(engine.bank, gates, batches, args.topk, args.agg_temperature)
@@ -140,10 +142,9 @@ def work_on(
         "utility": score.utility,
         "similarity": score.similarity,
     }
-    card = {"task": args.task_name, "user_id": user.user_id, "task_adapter": args.lora_ckpt, **choice}
     lines = [json.dumps({"module": name, "weights": own.tolist()}) + "\n" for name, own in weights.items()]
     write_text(run.user_dir(user.user_id) / "composition.jsonl", "".join(lines))
-    save_adapter(personal, run.user_dir(user.user_id) / "adapter", args.llama_model_path, card)
+    save_personal(args, run, personal, {"user_id": user.user_id, **choice})
     seconds = {
         "compose": round(composed - started, 3),
         "measure": round(measured - composed, 3),
@@ -157,7 +158,7 @@ def work_on(
 def check_inputs(args: argparse.Namespace, pool: Pool, users: Sequence[User]) -> None:
     """InputError for sharers without gate and users without history, all of them at once."""
     places = sorted({place for row in pool.ranking for place in row})
-    files = [gate_file(args.gate_dir, pool.anchors[place].user_id) for place in places]
+    files = [gate_path(args.gate_dir, pool.anchors[place].user_id) for place in places]
     problems = [f"{file}: no such gate; run train_anchor_gate.py" for file in files if not file.is_file()]
     problems += [f"user {user.user_id}: an empty history, nothing to compose by" for user in users if not user.profile]
     if problems:
@@ -175,10 +176,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition"
     run = Run(folder, "lora_composition", "per_pcs", cli.settings_of(args))
     todo = cli.open_users(users, args.user_idxs, run.done)
-    if not todo:
-        return
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+    if todo:
+        engine = load_engine(args, task_adapter=args.lora_ckpt)
+        cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+    if args.export_full:
+        export_full(args, run, users)
 
 
 if __name__ == "__main__":

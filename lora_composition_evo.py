@@ -4,6 +4,7 @@ Reads   data/<task>/test_100/user_test_100.json (history; queries only to predic
         anchor_selection/<task>/, the task adapter, the sharers' adapters
 Writes  <output_dir>/users/<user>/evaluations.jsonl   a line per evaluated candidate
         <output_dir>/users/<user>/adapter/            the deployed adapter (PEFT, with a card); none if the base won
+        <output_dir>/users/<user>/adapter_full/       --export_full: with the task adapter in it, for the untouched base
         <output_dir>/users/<user>/result.json         weights, scores, predictions of --name; those of the baselines
                                                       best_sharer and uniform beside the ones of prime
 Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
@@ -34,8 +35,9 @@ from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
 from prime.evolution import STARTS, Evaluation, Population, evolve
+from prime.export import export_full, save_personal
 from prime.fitness import METRIC_REDUCERS, TRIAL_REDUCERS, Objective
-from prime.lora import RULES, merge, save_adapter
+from prime.lora import RULES, merge
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
 from prime.search import STEP, optimizer_name
@@ -107,6 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_decoding(parser)
     add_selection(parser)
     cli.add_users(parser, "test users")
+    cli.add_export(parser)
     return parser
 
 
@@ -159,9 +162,8 @@ def work_on(
         "origin": best.origin,
     }
     if not base_won:
-        card = {"task": args.task_name, "user_id": user.user_id, "task_adapter": args.lora_ckpt, **choice}
         personal = merge(adapters, best.weights, args.merge_rule)
-        save_adapter(personal, run.user_dir(user.user_id) / "adapter", args.llama_model_path, card)
+        save_personal(args, run, personal, {"user_id": user.user_id, **choice})
     run.finish(
         user.user_id,
         {
@@ -193,10 +195,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"
     run = Run(folder, "lora_composition_evo", args.name, cli.settings_of(args))
     todo = cli.open_users(users, args.user_idxs, run.done)
-    if not todo:
-        return
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+    if todo:
+        engine = load_engine(args, task_adapter=args.lora_ckpt)
+        cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+    if args.export_full:
+        export_full(args, run, users)
 
 
 if __name__ == "__main__":

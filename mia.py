@@ -4,7 +4,7 @@ Reads   --exp_dir of stage 4 (users/*/result.json and adapter/), --anchor_dir of
         <data_dir>/user_anchor_candidate.json, profile-id2text.json
 Writes  <exp_dir>/mia/users/, <exp_dir>/mia/sharers/users/   one result per test user and per sharer
         <exp_dir>/mia_results.json   losses of member and non-member records per test user, the published shape
-        <exp_dir>/mia_summary.json   AUROC of every attack beside its blind baseline, the same attack on the base
+        <exp_dir>/mia_summary.json   AUROC of every attack beside its blind baseline (on the base); also in users' cards
 Takes   one pass over all anchors' records per test user and per anchor: minutes on the demo (2 CPU cores), hours
         with a 7B model on one GPU; --max_records shortens it. Resumes by user: run the same command again.
 

@@ -66,7 +66,7 @@ def train_task_adapter(args: argparse.Namespace, engine: Engine, records: list[E
     with cli.bar(len(learner.batches(settings)), "task adapter", "step") as progress:
         losses = train(engine.bank, [learner], settings, args.max_batch_tokens, progress.update)[0]
     write_json(folder / "train_log.json", {"records": len(records), "loss": losses})
-    save_adapter(engine.bank.adapter(0), folder, args.llama_model_path)
+    save_adapter(engine.bank.adapter(0), folder, cli.base_name(args))
 
 
 def predict_user(

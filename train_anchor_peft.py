@@ -107,7 +107,7 @@ def finish_group(
         if run.done(user_id):
             continue
         card = {"task": args.task_name, "user_id": user_id, "records": len(anchor.records), "scores_on_history": report}
-        save_adapter(engine.bank.adapter(place), run.user_dir(user_id) / "adapter", args.llama_model_path, card)
+        save_adapter(engine.bank.adapter(place), run.user_dir(user_id) / "adapter", cli.base_name(args), card)
         run.finish(
             user_id,
             {

@@ -124,7 +124,7 @@ def finish_group(
         own = {"user_id": user.user_id, **choice_of(pool, index)}
         card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
         folder = run.user_dir(user.user_id) / "adapter"
-        save_adapter(engine.bank.adapter(place), folder, args.llama_model_path, card | {"records": len(ids)})
+        save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card | {"records": len(ids)})
         results[place] = own | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds}
     cli.for_each(todo, partial(predict_user, args, texts, engine, run, results))
 

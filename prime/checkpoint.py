@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -13,7 +15,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from prime.decode import EncodedPrompt, EncodedRecord
 from prime.errors import InputError
-from prime.lora import Adapter, load_adapter
+from prime.lora import Adapter
+from prime.meta import MetaCheckpoint, convert, is_meta_dir
+from prime.meta_tokenizer import end_ids, load_meta_tokenizer
+from prime.published import open_adapter
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,10 +47,10 @@ def load_model(
     """A frozen causal LM in evaluation mode.
 
     Args:
-        path: a Hugging Face directory.
+        path: a Hugging Face directory, or a Meta one.
         device: auto, cpu, cuda, mps.
         dtype: auto, float32, bfloat16, float16.
-        task_adapter: PEFT directory folded into the weights, or None for the untouched model.
+        task_adapter: PEFT directory or published lora_ckpt.pt folded into the weights; None: the untouched model.
 
     Raises:
         InputError: no such model, or an adapter that does not fit it.
@@ -54,9 +59,17 @@ def load_model(
     check_model_dir(path)
     if not sys.stderr.isatty():
         disable_progress_bar()
+    load = _load_meta if is_meta_dir(path) else _load_hugging_face
+    model = load(path, place, pick_dtype(dtype, place))
+    if task_adapter is not None:
+        fold(model, open_adapter(task_adapter, path), task_adapter)
+    return nn.Module.to(model, place).requires_grad_(False).eval()
+
+
+def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=pick_dtype(dtype, place), trust_remote_code=False, output_loading_info=True
+            path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -64,17 +77,36 @@ def load_model(
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
-    if task_adapter is not None:
-        fold(model, load_adapter(task_adapter), task_adapter)
-    return nn.Module.to(model, place).requires_grad_(False).eval()
+    return model
+
+
+def _load_meta(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of a Meta directory, its weights put in place one by one; the shards stay mapped files."""
+    checkpoint = MetaCheckpoint(path)
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), dtype=dtype)
+    for name, tensor in checkpoint.tensors():
+        set_module_tensor_to_device(model, name, place, value=tensor, dtype=dtype)
+    model.tie_weights()
+    return model
+
+
+def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> None:
+    """Make `target` a Hugging Face directory out of a Meta one, once."""
+    if not is_meta_dir(path):
+        raise InputError(f"{path}: no Meta checkpoint (params.json, consolidated.*.pth) for --convert_to")
+    tokenizer = load_tokenizer(tokenizer_path or path)
+    convert(path, target, tokenizer, end_ids(tokenizer))
 
 
 def check_model_dir(path: str) -> None:
-    """InputError unless `path` is a Hugging Face directory."""
+    """InputError unless `path` is a directory of one of the two formats."""
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such model directory (--llama_model_path)")
-    if not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: no config.json there; a Hugging Face model directory is expected")
+    if not is_meta_dir(path) and not (Path(path) / "config.json").is_file():
+        raise InputError(
+            f"{path}: no config.json there, and no params.json; a Hugging Face or a Meta model directory is expected"
+        )
 
 
 def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
@@ -94,9 +126,16 @@ def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory; it needs an end-of-sequence token, a padding token is never used."""
+    """The tokenizer of a Hugging Face directory, or of one with Meta's bare tokenizer.model (or that file itself).
+
+    It needs an end-of-sequence token; a padding token is never used.
+    """
+    if Path(path).is_file() and Path(path).name == "tokenizer.model":
+        path = str(Path(path).parent)
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such tokenizer directory (--tokenizer_path)")
+    if is_bare_tokenizer(path):
+        return load_meta_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -106,11 +145,29 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def is_bare_tokenizer(path: str) -> bool:
+    """Meta's download: tokenizer.model and none of the files that tell transformers what it is."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    bare = is_meta_dir(path) or (Path(path) / "tokenizer.model").is_file()
+    return bare and not any((Path(path) / name).is_file() for name in names)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: str) -> None:
+    """InputError when the tokenizer can write ids that the model has no embedding for."""
+    embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
+    # Without the tokens that were added later: hub copies of Llama 2 list a padding token that no text contains.
+    if tokenizer.vocab_size > len(embeddings):
+        raise InputError(
+            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model's embedding is {tuple(embeddings.shape)}; they do not belong together (--tokenizer_path)"
+        )
+
+
 def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
-    """Ids that end an answer: the tokenizer's, and those of the model's generation settings."""
+    """Ids that end an answer: the tokenizer's (with Llama 3's ends of a turn), and the model's generation settings'."""
     listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return sorted({tokenizer.eos_token_id, *listed})
+    return sorted({*end_ids(tokenizer), *listed})
 
 
 class Encoder:

@@ -20,6 +20,7 @@ from prime.tasks import TASKS, Task, get_task
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
+    "convert_to", "export_full",
 )  # fmt: skip
 
 
@@ -42,11 +43,16 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--llama_model_path", required=True, help="Hugging Face directory of the base model")
+    group.add_argument("--llama_model_path", required=True, help="directory of the base model, of Hugging Face or Meta")
     group.add_argument("--tokenizer_path", help="directory of the tokenizer; default the model's")
+    group.add_argument(
+        "--convert_to", help="keep a Meta checkpoint as a Hugging Face directory here, and use that; default: in memory"
+    )
     if with_task_adapter:
         group.add_argument(
-            "--lora_ckpt", required=True, help="task adapter of stage 1, a PEFT directory or <directory>/lora_ckpt.pt"
+            "--lora_ckpt",
+            required=True,
+            help="task adapter: PEFT directory of stage 1 (or <directory>/lora_ckpt.pt), or a published lora_ckpt.pt",
         )
     group.add_argument("--target_modules", default="q_proj,k_proj,v_proj,o_proj", help="modules that carry adapters")
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
@@ -101,6 +107,14 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks:
         "--lora_alpha", type=positive, default=rank, help=f"scale of the adapter times its rank{scale_told}"
     )
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--export_full",
+        action="store_true",
+        help="also write <user>/adapter_full, relative to the downloaded base: task and personal adapter in one",
+    )
 
 
 def add_users(parser: argparse.ArgumentParser, whom: str) -> None:
@@ -184,6 +198,11 @@ def load_test_users(args: argparse.Namespace, task: Task) -> list[User]:
 
 def load_candidates(args: argparse.Namespace, task: Task) -> list[User]:
     return load_users(data_dir(args) / "user_anchor_candidate.json", task)
+
+
+def base_name(args: argparse.Namespace) -> str:
+    """Directory of the base model as adapters name it: the kept conversion of a Meta checkpoint, or what was given."""
+    return args.convert_to or args.llama_model_path
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prime.bank import AdapterBank
-from prime.checkpoint import Encoder, eos_ids, load_model, load_tokenizer
-from prime.cli import Texts
+from prime.checkpoint import Encoder, check_vocabulary, eos_ids, kept_conversion, load_model, load_tokenizer
+from prime.cli import Texts, base_name
 from prime.data import User
 from prime.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
 from prime.prompts import Prompt, test_prompts
@@ -49,8 +49,12 @@ class Engine:
 
 def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) -> Engine:
     """Model (with the task adapter folded in, if given), bank and tokenizer by the shared options."""
-    tokenizer = load_tokenizer(args.tokenizer_path or args.llama_model_path)
-    model = load_model(args.llama_model_path, args.device, args.dtype, task_adapter)
+    if args.convert_to:
+        kept_conversion(args.llama_model_path, args.convert_to, args.tokenizer_path)
+    base = base_name(args)
+    tokenizer = load_tokenizer(args.tokenizer_path or base)
+    model = load_model(base, args.device, args.dtype, task_adapter)
+    check_vocabulary(tokenizer, model, args.tokenizer_path or base)
     bank = AdapterBank(model, [name.strip() for name in args.target_modules.split(",")])
     return Engine(bank, Encoder(tokenizer, args.max_length), eos_ids(tokenizer, model), args.max_batch_tokens)
 

@@ -28,6 +28,7 @@ from torch.nn import functional
 from prime.bank import AdapterBank, BankLinear, InputScaler
 from prime.decode import EncodedRecord
 from prime.errors import InputError
+from prime.published import load_published_gate
 from prime.runs import derive_seed, replacing, user_dirname
 
 Gate = dict[str, Tensor]  # module name -> [d]
@@ -44,6 +45,13 @@ EPS = 1e-5
 def gate_file(gate_dir: str | Path, user_id: str) -> Path:
     """Where stage 3b puts an anchor's gate."""
     return Path(gate_dir) / "users" / user_dirname(user_id) / "gate.safetensors"
+
+
+def gate_path(gate_dir: str | Path, user_id: str) -> Path:
+    """The gate to read: stage 3b's, or a published file put in its place as gate.pt."""
+    own = gate_file(gate_dir, user_id)
+    published = own.with_name("gate.pt")
+    return published if published.is_file() and not own.is_file() else own
 
 
 def save_gate(gate: Gate, path: Path) -> None:
@@ -63,7 +71,7 @@ def load_gate(path: Path, widths: Mapping[str, int]) -> Gate:
             shape, values that are not finite.
     """
     try:
-        found = load_file(path)
+        found = load_published_gate(path) if path.suffix == ".pt" else load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from None
     problems = [f"{path}: no gate of {name}" for name in widths.keys() - found.keys()]

@@ -67,6 +67,22 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str) -> Adapter:
     return Adapter({name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]})
 
 
+def concatenate(first: Adapter, second: Adapter) -> Adapter:
+    """One adapter whose update is the sum of both, exactly: factors stacked to rank r1 + r2.
+
+    A module that only one of them has keeps that one's factors.
+    """
+    parts = [first.folded().factors, second.folded().factors]
+    shared = parts[0].keys() & parts[1].keys()
+    check_alike([Adapter({name: part[name] for name in sorted(shared)}) for part in parts])
+    names = dict.fromkeys(name for part in parts for name in part)
+    factors: Factors = {}
+    for name in names:
+        pairs = [part[name] for part in parts if name in part]
+        factors[name] = (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+    return Adapter(factors)
+
+
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:
     own = weights if weights.dim() == 1 else weights[:, layer_of(name)]
     kept = [(float(w), a, b) for w, (a, b) in zip(own, pairs, strict=True) if float(w) != 0.0]
@@ -183,8 +199,7 @@ def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Ma
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     if card is not None:
-        write_json(folder / "card.json", card)
-        write_text(folder / "README.md", _card_text(card))
+        write_card(folder, card)
     write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
 
 
@@ -218,6 +233,21 @@ def peft_config(adapter: Adapter, base_model: str) -> dict:
     }
 
 
+def write_card(folder: Path, card: Mapping) -> None:
+    """card.json, and the same as the README.md of a model: a table, and one more for each group of values."""
+    write_json(folder / "card.json", card)
+    write_text(folder / "README.md", _card_text(card))
+
+
 def _card_text(card: Mapping) -> str:
-    rows = "\n".join(f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |" for key, value in card.items())
-    return f"---\nlibrary_name: peft\n---\n# Personal adapter\n\n| | |\n|---|---|\n{rows}\n"
+    groups = {key: value for key, value in card.items() if isinstance(value, Mapping)}
+    parts = [_table({key: value for key, value in card.items() if key not in groups})]
+    parts += [f"## {name}\n\n{_table(group)}" for name, group in groups.items()]
+    front = {"library_name": "peft"} | ({"base_model": card["base_model"]} if "base_model" in card else {})
+    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
+    return f"---\n{lines}\n---\n# Personal adapter\n\n" + "\n".join(parts)
+
+
+def _table(values: Mapping) -> str:
+    rows = "".join(f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |\n" for key, value in values.items())
+    return f"| | |\n|---|---|\n{rows}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from prime import membership, metrics
 from prime.errors import InputError
+from prime.export import add_attacks
 from prime.runs import read_json, read_results, read_settings, user_dirname, write_json, write_text
 from prime.tasks import Task
 
@@ -291,7 +292,8 @@ def write_attacks(
 ) -> dict[str, Any]:
     """mia_results.json in the published shape, keyed "{user_id}-{index}", and mia_summary.json; the summary.
 
-    `sharers` is empty where their own adapters were left out.
+    `sharers` is empty where their own adapters were left out. Each user's own part also goes into the cards of the
+    user's adapters.
     """
     losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
     write_json(exp_dir / "mia_results.json", losses)
@@ -304,6 +306,7 @@ def write_attacks(
         "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed) if sharers else {}},
     }
     write_json(exp_dir / "mia_summary.json", summary)
+    add_attacks(exp_dir, summary["per_user"])
     return summary
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from prime.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings, top_similar
 from prime.data import User
 from prime.errors import InputError
-from prime.lora import Adapter, load_adapter
+from prime.lora import Adapter
+from prime.published import has_adapter, open_adapter
 from prime.runs import user_dirname
 
 
@@ -40,6 +41,7 @@ class Pool:
     anchors: tuple[User, ...]
     folders: tuple[Path, ...]
     ranking: tuple[tuple[int, ...], ...]  # [test users][n_sim] places among the anchors
+    base: str  # directory of the model that the adapters belong to
 
     def sharers(self, user_index: int) -> list[User]:
         """The sharers of a test user, most similar first."""
@@ -47,12 +49,12 @@ class Pool:
 
     def adapters(self, user_index: int) -> list[Adapter]:
         """Their adapters, in the same order."""
-        return [cached_adapter(self.folders[place]) for place in self.ranking[user_index]]
+        return [cached_adapter(self.folders[place], self.base) for place in self.ranking[user_index]]
 
 
 @lru_cache(maxsize=64)
-def cached_adapter(folder: Path) -> Adapter:
-    return load_adapter(folder)
+def cached_adapter(folder: Path, base: str) -> Adapter:
+    return open_adapter(folder, base)
 
 
 def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:
@@ -69,7 +71,7 @@ def load_pool(args: argparse.Namespace, candidates: Sequence[User], n_test: int)
     places = load_anchor_idx(anchor_idx_path(args), len(candidates))
     anchors = tuple(candidates[place] for place in places)
     folders = tuple(adapter_folder(args.anchor_dir, anchor.user_id) for anchor in anchors)
-    missing = [a.user_id for a, f in zip(anchors, folders, strict=True) if not (f / "adapter_config.json").exists()]
+    missing = [a.user_id for a, f in zip(anchors, folders, strict=True) if not has_adapter(f)]
     if missing:
         named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
         raise InputError(f"{args.anchor_dir}: no adapter of {len(missing)} anchors ({named}); run train_anchor_peft.py")
@@ -77,4 +79,4 @@ def load_pool(args: argparse.Namespace, candidates: Sequence[User], n_test: int)
     candidate_emb = load_embeddings(selection / CANDIDATE_EMB, len(candidates))
     test_emb = load_embeddings(selection / TEST_EMB, n_test)
     ranking = top_similar(test_emb, candidate_emb[places], args.n_sim)
-    return Pool(anchors, folders, tuple(tuple(row) for row in ranking))
+    return Pool(anchors, folders, tuple(tuple(row) for row in ranking), args.llama_model_path)

@@ -17,7 +17,7 @@ from prime.checkpoint import Encoder, load_tokenizer
 from prime.data import load_users
 from prime.errors import InputError
 from prime.evolution import fitness_records
-from prime.lora import Adapter, load_adapter, merge, save_adapter
+from prime.lora import Adapter, concatenate, load_adapter, merge, save_adapter
 from prime.prompts import TEMPLATES, history_records
 from prime.runs import user_dirname
 from prime.search import ranked_weights
@@ -179,6 +179,23 @@ def test_resuming_under_other_settings_is_refused_by_name(inside: Path) -> None:
     with pytest.raises(InputError, match=r"sim_penalty: there 0\.1, now 0\.7"):
         world.run([*command("lora_composition_evo.py"), "--sim_penalty", "0.7"])
     assert results(EVO) == before
+
+
+def test_full_adapters_are_exported_of_finished_users_and_cards_hold_the_attack(inside: Path) -> None:
+    """As a second step: nothing is searched again."""
+    before = results(EVO)
+    world.run([*command("lora_composition_evo.py"), "--export_full"])
+    assert results(EVO) == before
+    task = load_adapter(f"./output/{TASK}/task-base_LLM")
+    for user_id, result in before.items():
+        folder = inside / EVO / "users" / user_dirname(user_id)
+        expected = task.factors
+        if result["deployed"] != "base":
+            expected = concatenate(task, load_adapter(folder / "adapter")).factors
+            assert world.read(folder / "adapter" / "card.json")["attack"]
+        found = load_adapter(folder / "adapter_full").folded().factors
+        for name, (a, b) in found.items():
+            torch.testing.assert_close(b @ a, expected[name][1] @ expected[name][0])
 
 
 def test_finished_users_are_left_alone_and_lost_ones_come_back_the_same(inside: Path) -> None:

@@ -1,0 +1,120 @@
+"""Adapters that leave the toolkit: PEFT on the downloaded and on the task-adapted base equals our own evaluation."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from prime.bank import AdapterBank
+from prime.checkpoint import load_model
+from prime.errors import InputError
+from prime.export import add_attacks, export_full, save_personal
+from prime.lora import Adapter, concatenate, load_adapter, save_adapter
+from prime.runs import Run
+
+IDS = tiny.ids(3, 12)
+
+
+class User:
+    def __init__(self, user_id: str):
+        self.user_id = user_id
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> argparse.Namespace:
+    """A base and a task adapter on disk, and the options of a stage that exports."""
+    base = tiny.model()
+    base.save_pretrained(tmp_path / "base")
+    save_adapter(tiny.adapter(base, 0, scale=0.5), tmp_path / "task", "base")
+    return argparse.Namespace(
+        llama_model_path=str(tmp_path / "base"), convert_to=None, lora_ckpt=str(tmp_path / "task" / "lora_ckpt.pt"),
+        task_name="movie_tagging", seed=3,
+    )  # fmt: skip
+
+
+def exported(args: argparse.Namespace, folder: Path, deployed: bool) -> tuple[Run, Adapter]:
+    """A finished user with a personal adapter of another rank and scale, or without one; then --export_full."""
+    run = Run(folder, "lora_composition_evo", "prime", {"seed": 3})
+    personal = tiny.adapter(tiny.model(), 1, rank=6, scale=1.5)
+    result = {"user_id": "u1", "sharers": ["a", "b"], "weights": [0.5, -0.25], "rule": "delta", "utility": 0.75}
+    if deployed:
+        save_personal(args, run, personal, result)
+    run.finish("u1", result | {"index": 0, "predictions": {}, "seconds": {}})
+    export_full(args, run, [User("u1"), User("not finished")])
+    return run, personal
+
+
+def peft_logits(base: nn.Module, folder: Path) -> torch.Tensor:
+    return tiny.logits(PeftModel.from_pretrained(base, folder).eval(), IDS)
+
+
+def own_logits(args: argparse.Namespace, personal: Adapter) -> torch.Tensor:
+    bank = AdapterBank(load_model(args.llama_model_path, "cpu", task_adapter=args.lora_ckpt))
+    bank.load([personal])
+    with bank.routed([0] * len(IDS)):
+        return tiny.logits(bank.model, IDS)
+
+
+def test_both_adapters_are_our_own_evaluation(args: argparse.Namespace, tmp_path: Path) -> None:
+    run, personal = exported(args, tmp_path / "run", deployed=True)
+    expected, folder = own_logits(args, personal), run.user_dir("u1")
+    untouched = AutoModelForCausalLM.from_pretrained(args.llama_model_path, dtype=torch.float32)
+    assert (expected - tiny.logits(untouched, IDS)).abs().max() > 0.1
+    adapted = load_model(args.llama_model_path, "cpu", task_adapter=args.lora_ckpt)
+    assert (peft_logits(adapted, folder / "adapter") - expected).abs().max() < 1e-5
+    assert (peft_logits(untouched, folder / "adapter_full") - expected).abs().max() < 1e-5
+    assert load_adapter(folder / "adapter_full").rank == 4 + 6
+    assert not run.user_dir("not finished").exists()
+
+
+def test_where_the_base_is_deployed_the_task_adapter_is_exported(args: argparse.Namespace, tmp_path: Path) -> None:
+    run, _ = exported(args, tmp_path / "run", deployed=False)
+    untouched = AutoModelForCausalLM.from_pretrained(args.llama_model_path, dtype=torch.float32)
+    adapted = load_model(args.llama_model_path, "cpu", task_adapter=args.lora_ckpt)
+    assert (peft_logits(untouched, run.user_dir("u1") / "adapter_full") - tiny.logits(adapted, IDS)).abs().max() < 1e-5
+    assert not (run.user_dir("u1") / "adapter").exists()
+
+
+def test_cards_say_what_the_adapters_are(args: argparse.Namespace, tmp_path: Path) -> None:
+    run, _ = exported(args, tmp_path / "run", deployed=True)
+    add_attacks(run.root, {"u1": {"loss": {"auroc": 0.7, "blind": 0.5}}, "u2": {}})
+    for name, relative in (("adapter", "base_model with task_adapter folded in"), ("adapter_full", "base_model")):
+        folder = run.user_dir("u1") / name
+        card = json.loads((folder / "card.json").read_text())
+        assert (card["base_model"], card["relative_to"]) == (args.llama_model_path, relative)
+        assert (card["task"], card["task_adapter"]) == ("movie_tagging", args.lora_ckpt)
+        assert (card["sharers"], card["weights"], card["utility"]) == (["a", "b"], [0.5, -0.25], 0.75)
+        assert card["settings"]["seed"] == 3 and card["versions"]["torch"] == str(torch.__version__)
+        assert card["attack"]["loss"]["auroc"] == 0.7 and "predictions" not in card
+        text = (folder / "README.md").read_text()
+        assert f'base_model: "{args.llama_model_path}"' in text and "| auroc" not in text
+        assert "## attack" in text and "## settings" in text and '| sharers | `["a", "b"]` |' in text
+
+
+def test_an_export_is_made_once(args: argparse.Namespace, tmp_path: Path) -> None:
+    run, _ = exported(args, tmp_path / "run", deployed=True)
+    file = run.user_dir("u1") / "adapter_full" / "adapter_model.safetensors"
+    before = file.stat().st_mtime_ns
+    export_full(args, run, [User("u1")])
+    assert file.stat().st_mtime_ns == before
+
+
+def test_concatenation_sums_updates_and_keeps_single_modules() -> None:
+    first, second = tiny.adapter(tiny.model(), 0, rank=2, scale=3.0), tiny.adapter(tiny.model(), 1, rank=5)
+    only = "model.layers.0.self_attn.q_proj"
+    del second.factors[only]
+    both, one, two = (tiny.dense_updates(a) for a in (concatenate(first, second), first, second))
+    for name, update in both.items():
+        expected = one[name] + two[name] if name != only else one[name]
+        assert torch.allclose(update, expected, atol=1e-6), name
+
+
+def test_adapters_of_other_widths_do_not_concatenate() -> None:
+    with pytest.raises(InputError, match=r"adapter 1 is .* wide \(in, out\), adapter 0 is"):
+        concatenate(tiny.adapter(tiny.model(), 0), tiny.adapter(tiny.model(hidden_size=32), 1))
