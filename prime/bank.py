@@ -222,12 +222,12 @@ class AdapterBank:
     def _groups(self, groups: Sequence[int] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if groups is None:
             return None, None
-        listed = torch.as_tensor(groups)
-        on_base = listed < 0
-        if on_base.all():
+        listed = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        on_base = [place < 0 for place in listed]
+        if all(on_base):
             return None, None
-        mask = on_base[:, None, None].to(self.device) if on_base.any() else None
-        return listed.clamp(min=0).to(self.device), mask
+        mask = torch.tensor(on_base, device=self.device)[:, None, None] if any(on_base) else None
+        return torch.tensor([max(place, 0) for place in listed], device=self.device), mask
 
 
 def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
