@@ -4,6 +4,7 @@ Reads   data/<task>/user_anchor_candidate.json, profile-id2text.json, the task a
         the anchors' adapters (--anchor_path)
 Writes  <output_dir>/users/<anchor>/gate.safetensors   module name -> gate [in]
         <output_dir>/users/<anchor>/result.json        losses of the steps
+        <output_dir>/noise.key                         --enable_dp only: the secret behind the noise; never share it
 Takes   1 to 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
 
 The input of each factor pair is scaled by sigmoid(<x, g>), g starts at 0 (Per-Pcs, Tan et al., EMNLP 2024). Here a
@@ -13,20 +14,25 @@ repeats the history until its step limit, with a cosine over the epochs that tur
     python train_anchor_gate.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
         --anchor_path ./output/movie_tagging/Anchor_PEFT/LoRA --output_dir ./output/movie_tagging/Anchor_PEFT/gate
+
+--enable_dp protects every single history item, as in train_anchor_peft.py. A gate comes on top of an adapter trained
+on the same items: result.json also tells the budget of both together, or that the adapter was not trained privately.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from prime import cli
-from prime.data import User, select
+from prime.data import User, read_json, select
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
 from prime.gates import Gates, gate_file, save_gate
 from prime.lora import load_adapter
+from prime.privacy import Terms, terms_of
 from prime.prompts import history_records
 from prime.runs import Run, derive_seed
 from prime.sharers import adapter_folder, add_selection, anchor_users
@@ -52,29 +58,47 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size", type=cli.positive, default=6, help="records of one step of a gate")
     group.add_argument("--epochs", type=cli.positive, default=3, help="passes over the records at most")
     group.add_argument("--lora_dropout", type=cli.fraction, default=0.05, help="dropout behind the gate")
+    cli.add_privacy(parser)
     add_selection(parser)
     cli.add_users(parser, "anchors, counted in the order of the anchor file,")
     return parser
 
 
-def learner_of(args: argparse.Namespace, texts: cli.Texts, engine: Engine, anchor: User, place: int) -> Learner:
+def learner_of(
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None, anchor: User, place: int
+) -> Learner:
+    name, seed = f"anchor {anchor.user_id}", derive_seed("gate", args.seed, anchor.user_id)
     profile = (texts.profiles or {}).get(anchor.user_id)
-    records = history_records(anchor, texts.task, texts.templates, profile, args.recent_k)
+    quoting = terms is None
+    records = history_records(anchor, texts.task, texts.templates, profile, args.recent_k, quoting)
     if not records:
-        raise InputError(f"anchor {anchor.user_id}: an empty history, nothing to train on")
+        raise InputError(f"{name}: an empty history, nothing to train on")
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
-    return Learner(place, f"anchor {anchor.user_id}", derive_seed("gate", args.seed, anchor.user_id), encoded)
+    chosen = terms and terms.mechanism(name, seed, encoded, args.batch_size, args.epochs, args.max_step)
+    return Learner(place, name, seed, encoded, chosen)
+
+
+def privacy_of(args: argparse.Namespace, terms: Terms | None, learner: Learner, anchor: User) -> dict:
+    """The gate's guarantee, and that of the gate and the adapter it was trained on together."""
+    if terms is None or learner.mechanism is None:
+        return {}
+    path = adapter_folder(args.anchor_path, anchor.user_id).parent / "result.json"
+    adapter = read_json(path).get("privacy") if path.exists() else None
+    if adapter is None:
+        print(f"{learner.name}: its adapter is not private (--enable_dp); epsilon is the gate's alone", file=sys.stderr)
+    return {"privacy": terms.report(learner.mechanism) | terms.together(learner.mechanism, adapter)}
 
 
 def finish_group(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, group: Sequence[User], order: dict[str, int]
-) -> None:
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, terms: Terms | None, group: Sequence[User],
+    order: dict[str, int],
+) -> None:  # fmt: skip
     """Train the gates of a group of anchors together and write those that are not there yet."""
     started = time.perf_counter()
     engine.bank.load([load_adapter(adapter_folder(args.anchor_path, anchor.user_id)) for anchor in group])
     gates = Gates.zeros(engine.bank)
     settings = replace(train_settings(args), max_step=args.max_step)
-    learners = [learner_of(args, texts, engine, anchor, place) for place, anchor in enumerate(group)]
+    learners = [learner_of(args, texts, engine, terms, anchor, place) for place, anchor in enumerate(group)]
     with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "gates", "step") as bar:
         losses = train(engine.bank, learners, settings, args.max_batch_tokens, bar.update, gates.stacks, gates.scaler)
     seconds = round((time.perf_counter() - started) / len(group), 3)
@@ -89,6 +113,7 @@ def finish_group(
                 "index": order[anchor.user_id],
                 "record_ids": [record.id for record in learner.records],
                 "losses": own,
+                **privacy_of(args, terms, learner, anchor),
                 "seconds": {"train": seconds},
             },
         )
@@ -101,13 +126,14 @@ def main(argv: list[str] | None = None) -> None:
     anchors = anchor_users(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/gate")
+    terms = terms_of(args, folder, cli.settings_of(args))
     run = Run(folder, "train_anchor_gate", "gates", cli.settings_of(args))
     groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
     if not groups:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
     for group in groups:
-        finish_group(args, texts, engine, run, group, order)
+        finish_group(args, texts, engine, run, terms, group, order)
 
 
 if __name__ == "__main__":

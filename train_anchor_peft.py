@@ -3,11 +3,15 @@
 Reads   data/<task>/user_anchor_candidate.json, profile-id2text.json, the task adapter, anchor_user_idx.pt
 Writes  <output_dir>/users/<anchor>/adapter/      PEFT directory with a card
         <output_dir>/users/<anchor>/result.json   losses, and scores on the own history before and after
+        <output_dir>/noise.key                    --enable_dp only: the secret behind the noise; never share it
 Takes   about 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
 
     python train_anchor_peft.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
         --output_dir ./output/movie_tagging/Anchor_PEFT/LoRA
+
+--enable_dp protects every single history item (docs/privacy.md says what that covers). It trains on one record per
+item, without records that quote other items, and the card then carries the guarantee, but no scores on the history.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from prime.engine import Engine, load_engine
 from prime.errors import InputError
 from prime.lora import save_adapter
 from prime.metrics import score
+from prime.privacy import Terms, terms_of
 from prime.prompts import Record, history_records
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
@@ -41,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_model(parser, with_task_adapter=True)
     cli.add_history(parser)
     cli.add_training(parser, lr=2e-5, clip=1.0)
+    cli.add_privacy(parser)
     cli.add_history_decoding(parser)
     add_selection(parser)
     cli.add_users(parser, "anchors, counted in the order of the anchor file,")
@@ -48,21 +54,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Anchor:
-    """One anchor in training: its records as texts and as ids."""
+    """One anchor in training: its records as texts and as ids, and how they are kept private."""
 
-    def __init__(self, user: User, args: argparse.Namespace, texts: cli.Texts, engine: Engine):
+    def __init__(self, user: User, args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None):
         profile = (texts.profiles or {}).get(user.user_id)
-        self.user = user
-        self.records: list[Record] = history_records(user, texts.task, texts.templates, profile, args.recent_k)
+        self.user, self.name = user, f"anchor {user.user_id}"
+        self.records: list[Record] = history_records(
+            user, texts.task, texts.templates, profile, args.recent_k, quoting=terms is None
+        )
         if not self.records:
-            raise InputError(f"anchor {user.user_id}: an empty history, nothing to train on")
+            raise InputError(f"{self.name}: an empty history, nothing to train on")
         self.encoded: list[EncodedRecord] = [engine.encoder.record(r.id, r.input, r.target) for r in self.records]
         self.seed = derive_seed("anchor", args.seed, user.user_id)
+        self.mechanism = terms and terms.mechanism(
+            self.name, self.seed, self.encoded, args.batch_size, args.epochs
+        )
+        self.privacy = {"privacy": terms.report(self.mechanism)} if terms and self.mechanism else {}
+
+    def card(self, task: str, scores: dict) -> dict:
+        """What is published with the adapter; scores of a private one would tell of its history without noise."""
+        about = {"task": task, "user_id": self.user.user_id, "records": len(self.records)}
+        return about | (self.privacy or {"scores_on_history": scores})
 
 
-def train_group(args: argparse.Namespace, engine: Engine, anchors: Sequence[Anchor]) -> list[list[float]]:
+def train_group(args: argparse.Namespace, engine: Engine, anchors: Sequence[Anchor]) -> list[list[float | None]]:
     settings = train_settings(args)
-    learners = [Learner(i, f"anchor {a.user.user_id}", a.seed, a.encoded) for i, a in enumerate(anchors)]
+    learners = [Learner(i, a.name, a.seed, a.encoded, a.mechanism) for i, a in enumerate(anchors)]
     engine.bank.allocate([anchor.seed for anchor in anchors], args.lora_r, args.lora_alpha)
     with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "anchors", "step") as progress:
         return train(engine.bank, learners, settings, args.max_batch_tokens, progress.update)
@@ -106,7 +123,7 @@ def finish_group(
         user_id = anchor.user.user_id
         if run.done(user_id):
             continue
-        card = {"task": args.task_name, "user_id": user_id, "records": len(anchor.records), "scores_on_history": report}
+        card = anchor.card(args.task_name, report)
         save_adapter(engine.bank.adapter(place), run.user_dir(user_id) / "adapter", cli.base_name(args), card)
         run.finish(
             user_id,
@@ -116,6 +133,7 @@ def finish_group(
                 "record_ids": [record.id for record in anchor.records],
                 "losses": own,
                 "history": report,
+                **anchor.privacy,
                 "seconds": {"train": seconds},
             },
         )
@@ -127,13 +145,14 @@ def main(argv: list[str] | None = None) -> None:
     anchors = anchor_users(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA")
+    terms = terms_of(args, folder, cli.settings_of(args))
     run = Run(folder, "train_anchor_peft", "anchors", cli.settings_of(args))
     groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
     if not groups:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
     for group in groups:
-        learners = [Anchor(user, args, texts, engine) for user in group]
+        learners = [Anchor(user, args, texts, engine, terms) for user in group]
         finish_group(args, texts, engine, run, learners, order)
 
 

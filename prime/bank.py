@@ -200,6 +200,10 @@ class AdapterBank:
         """The stacked factors, A and B of each module in turn."""
         return [tensor for w in self.wrappers.values() for tensor in (w.A, w.B) if tensor is not None]
 
+    def stacks(self) -> list[Tensor]:
+        """All that rows are routed through: the factors, and the frozen ones they stand on."""
+        return self.parameters() + [tensor for w in self.wrappers.values() if w.under for tensor in w.under]
+
     # -- using the bank -----------------------------------------------------------------------------------------
 
     @contextmanager

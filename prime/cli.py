@@ -20,7 +20,7 @@ from prime.tasks import TASKS, Task, get_task
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full",
+    "convert_to", "export_full", "noise_key",
 )  # fmt: skip
 
 
@@ -107,6 +107,25 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks:
         "--lora_alpha", type=positive, default=rank, help=f"scale of the adapter times its rank{scale_told}"
     )
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
+
+
+def add_privacy(parser: argparse.ArgumentParser) -> None:
+    """Differentially private training, see `prime.privacy`. Batch size and epochs are then expectations."""
+    group = parser.add_argument_group("differential privacy")
+    group.add_argument(
+        "--enable_dp", action="store_true", help="protect each history item: DP-SGD with AdamW, in place of --clip"
+    )
+    group.add_argument("--epsilon", type=above_zero, help="privacy budget of one training; noise is chosen to keep it")
+    group.add_argument("--sigma", type=above_zero, help="or the noise: its standard deviation over the clip norm")
+    group.add_argument("--delta", type=above_zero, default=1e-5, help="probability beyond epsilon; far below 1 / items")
+    group.add_argument(
+        "--max_per_sample_grad_norm", type=above_zero, default=1.0, help="clip norm: of an item's gradient at most"
+    )
+    group.add_argument("--accountant", default="rdp", choices=("rdp", "prv"), help="Opacus'; prv: tighter, slower")
+    group.add_argument(
+        "--noise_key",
+        help="file with the secret that noise is drawn from, made if absent; default <output_dir>/noise.key",
+    )
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

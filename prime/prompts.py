@@ -168,13 +168,15 @@ def _prefix_problems(rows: Mapping[str, Any]) -> list[str]:
 
 
 def history_records(
-    user: User, task: Task, templates: Templates, profile_text: str | None, recent_k: int = RECENT_K
-) -> list[Record]:
+    user: User, task: Task, templates: Templates, profile_text: str | None, recent_k: int = RECENT_K,
+    quoting: bool = True,
+) -> list[Record]:  # fmt: skip
     """Records of the user's last `recent_k` items (0: all), oldest first.
 
     Each item gives `u{user}-{item}`. In `task.paired` tasks each but the first also gives
     `u{user}-{item}-k1-p`, whose input begins with the profile (an empty one if `profile_text` is None) and
-    the nearest earlier item of the window.
+    the nearest earlier item of the window. Without `quoting` these are left out: each record then tells of its
+    own item alone, as differential privacy by items needs (`prime.privacy`).
     """
     if recent_k < 0:
         raise ValueError(f"recent_k is {recent_k}, expected 0 (all) or more")
@@ -185,7 +187,7 @@ def history_records(
         fields = _cut(item, RECORD_WORDS)
         start, target = _split(templates, "OPPU_input", "OPPU_full", fields)
         records.append(Record(f"u{user.user_id}-{item['id']}", start, target))
-        if task.paired and i > 0:
+        if quoting and task.paired and i > 0:
             retrieved = _retrieve(templates["retrieval_query"].format(**fields), corpus[:i], RECORD_K)
             start = _prefix(profile_text or "", retrieved) + start
             records.append(Record(f"u{user.user_id}-{item['id']}-k{RECORD_K}-p", start, target))

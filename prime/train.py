@@ -4,7 +4,8 @@ Every adapter has its own data order, dropout, AdamW state, gradient clipping an
 batch of every adapter that is not finished yet. What is trained is a list of stacked tensors `[n, ...]`, one slice
 per adapter: the bank's own factors, or gates in front of them (`prime.gates`). The rows of a step are sorted by
 length and cut into micro-batches by a token budget; an adapter's loss is the mean over the target tokens of its own
-batch, so neither neighbours nor micro-batches change it.
+batch, so neither neighbours nor micro-batches change it. Learners with a `prime.privacy.Mechanism` get the noisy mean
+of their items' clipped gradients instead.
 
 Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
 """
@@ -12,7 +13,7 @@ Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn import functional
 from prime.bank import AdapterBank, InputScaler
 from prime.decode import EncodedRecord
 from prime.errors import InputError
+from prime.privacy import Mechanism, add_clipped, add_noise, one_slice_per_row
 from prime.runs import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass on a CPU
@@ -46,15 +48,18 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Learner:
-    """One adapter's task: its place in the bank, name for messages, seed, and records."""
+    """One adapter's task: its place in the bank, name for messages, seed, records, and how it is kept private."""
 
     place: int
     name: str
     seed: int
     records: Sequence[EncodedRecord]
+    mechanism: Mechanism | None = None  # then every record is one protected item
 
     def batches(self, settings: TrainSettings) -> list[list[EncodedRecord]]:
-        """The batches of all epochs, at most `max_step`, in this learner's own order."""
+        """The batches of all epochs, at most `max_step`, in this learner's own order; a mechanism draws its own."""
+        if self.mechanism:
+            return self.mechanism.batches(self.records)
         found = []
         for epoch in range(settings.epochs):
             stream = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
@@ -77,7 +82,7 @@ def train(
     progress: Callable[[int], object] | None = None,
     stacks: Sequence[Tensor] | None = None,
     scalers: Scalers | None = None,
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Train the bank's adapters, or what stands in front of them, in place.
 
     Args:
@@ -88,7 +93,8 @@ def train(
         scalers: gates in front of the factor pairs; dropout follows behind them.
 
     Returns:
-        Per learner, the loss of every step: mean over the target tokens of its batch, before the update.
+        Per learner, the loss of every step: mean over the target tokens of its batch, before the update. With a
+        mechanism: mean over the batch's items of the mean over their target tokens; None for a step without items.
 
     Raises:
         InputError: a loss that is not finite, naming the learner.
@@ -98,29 +104,39 @@ def train(
     optimizers = [
         _Optimizer(trained, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
     ]
-    budget = max_batch_tokens or TRAIN_BATCH_TOKENS
-    losses: list[list[float]] = [[] for _ in learners]
+    passes = _Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
+    mechanisms = _mechanisms(learners)
+    losses: list[list[float | None]] = [[] for _ in learners]
     for step in range(max((len(plan) for plan in plans), default=0)):
         active = [i for i, plan in enumerate(plans) if step < len(plan)]
-        rows = [
-            _Row(i, learners[i].place, number, derive_seed("dropout", learners[i].seed, step, number), record)
-            for i in active
-            for number, record in enumerate(plans[i][step])
-        ]
-        sums = _accumulate(bank, rows, len(learners), settings.dropout, budget, scalers)
-        norms = clip_by_adapter(trained, settings.clip)
+        rows = [row for i in active for row in _rows(i, learners[i], step, plans[i][step])]
+        if mechanisms:
+            sums = _accumulate_clipped(passes, rows, mechanisms)
+            for i in active:
+                add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
+        else:
+            sums = _accumulate(passes, rows, len(learners))
+        norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
         for i in active:
             norm = float(norms[learners[i].place])
             if not (math.isfinite(sums[i]) and math.isfinite(norm)):
                 told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
                 raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
-            losses[i].append(sums[i])
+            losses[i].append(sums[i] if plans[i][step] else None)
             optimizers[i].step(step)
         for parameter in trained:
             parameter.grad = None
         if progress:
             progress(len(active))
     return losses
+
+
+def _mechanisms(learners: Sequence[Learner]) -> list[Mechanism]:
+    """The learners' mechanisms, or none at all."""
+    found = [learner.mechanism for learner in learners if learner.mechanism]
+    if found and len(found) < len(learners):
+        raise ValueError("private and plain learners cannot be trained together")
+    return found
 
 
 @dataclass(frozen=True)
@@ -136,21 +152,79 @@ class _Row:
         return len(self.record.ids) + len(self.record.target) - 1
 
 
-def _accumulate(
-    bank: AdapterBank, rows: list[_Row], n: int, dropout: float, budget: int, scalers: Scalers | None
-) -> list[float]:
+def _rows(number: int, learner: Learner, step: int, batch: Sequence[EncodedRecord]) -> list[_Row]:
+    """The rows of one learner's batch.
+
+    Dropout of a private item belongs to the item: a place in the batch would let one item change another's mask.
+    """
+    found = []
+    for place, record in enumerate(batch):
+        noise = derive_seed("dropout", learner.seed, step, record.id if learner.mechanism else place)
+        found.append(_Row(number, learner.place, place, noise, record))
+    return found
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How rows go forward and backward, and the tensors that then hold gradients."""
+
+    bank: AdapterBank
+    dropout: float
+    budget: int  # tokens of one pass
+    scalers: Scalers | None
+    trained: Sequence[Tensor]
+
+    def parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        return _cut(sorted(rows, key=lambda row: (row.length, row.learner, row.number)), self.budget)
+
+    def backward(self, rows: list[_Row], weights: Sequence[float]) -> list[float]:
+        """One pass of the rows' summed losses, each times its weight; returns these products."""
+        nll = row_losses(self.bank, rows, self.dropout, self.scalers)
+        share = torch.tensor(weights, device=nll.device)
+        (nll * share).sum().backward()
+        return (nll.detach() * share).tolist()
+
+
+def _accumulate(passes: _Passes, rows: list[_Row], n: int) -> list[float]:
     """Forward and backward over one batch of every learner; returns each one's loss, gradients stay in the stacks."""
     tokens = [0] * n
     for row in rows:
         tokens[row.learner] += len(row.record.target)
     sums = [0.0] * n
-    for part in _cut(sorted(rows, key=lambda row: (row.length, row.learner, row.number)), budget):
-        nll = row_losses(bank, part, dropout, scalers)
-        share = torch.tensor([1 / tokens[row.learner] for row in part], device=nll.device)
-        (nll * share).sum().backward()
-        for row, value in zip(part, (nll.detach() * share).tolist(), strict=True):
+    for part in passes.parts(rows):
+        for row, value in zip(part, passes.backward(part, [1 / tokens[row.learner] for row in part]), strict=True):
             sums[row.learner] += value
     return sums
+
+
+def _accumulate_clipped(passes: _Passes, rows: list[_Row], mechanisms: Sequence[Mechanism]) -> list[float]:
+    """As `_accumulate`, for items whose own gradients are clipped before they are summed.
+
+    An item's loss is the mean over its own target tokens, so no item changes what another contributes. Returns the
+    mean loss of each learner's items.
+    """
+    totals = [torch.zeros_like(stack) for stack in passes.trained]
+    sums, counts = [0.0] * len(mechanisms), [0] * len(mechanisms)
+    everything = [*passes.bank.stacks(), *passes.trained]
+    for part in passes.parts(rows):
+        places = [row.place for row in part]
+        with one_slice_per_row(everything, places):
+            own = [replace(row, place=slice_) for slice_, row in enumerate(part)]
+            values = passes.backward(own, [1 / len(row.record.target) for row in part])
+            limits = [mechanisms[row.learner].max_norm for row in part]
+            add_clipped(totals, [_grad(stack) for stack in passes.trained], places, limits)
+        for row, value in zip(part, values, strict=True):
+            sums[row.learner] += value
+            counts[row.learner] += 1
+    for stack, total in zip(passes.trained, totals, strict=True):
+        stack.grad = total
+    return [value / max(1, count) for value, count in zip(sums, counts, strict=True)]
+
+
+def _grad(stack: Tensor) -> Tensor:
+    if stack.grad is None:
+        raise ValueError("a trained tensor that no row went through")
+    return stack.grad
 
 
 def _cut(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
