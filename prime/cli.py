@@ -28,11 +28,12 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and the script's docstring as it is written."""
 
 
-def new_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Parser with the options that every stage has."""
+def new_parser(doc: str | None, *, reads_data: bool = True) -> argparse.ArgumentParser:
+    """Parser with the options that every stage has. `reads_data`: it reads the files of data/README.md."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
     parser.add_argument("--task_name", required=True, choices=tuple(TASKS), help="task of the table in prime/tasks.py")
-    parser.add_argument("--data_dir", help="folder of the task's data files; default ./data/<task_name>")
+    if reads_data:
+        parser.add_argument("--data_dir", help="folder of the task's data files; default ./data/<task_name>")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -231,7 +232,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 def bar(total: int, what: str, unit: str = "row") -> tqdm:
     """A progress bar, silent when the output is no terminal."""
-    return tqdm(total=total, desc=what, unit=unit, disable=None, leave=False)
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None, leave=False)
 
 
 def open_users(users: Sequence[User], spec: str | None, done: Callable[[str], bool]) -> list[tuple[int, User]]:

@@ -16,6 +16,7 @@ from prime import membership, metrics
 from prime.errors import InputError
 from prime.export import add_attacks
 from prime.runs import read_json, read_results, read_settings, user_dirname, write_json, write_text
+from prime.tables import aligned, markdown
 from prime.tasks import Task
 
 # Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
@@ -368,19 +369,6 @@ def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         ]
         body.append([row["method"], *attack, *cost, "yes" if row["gradient"] else "no"])
     return [header, *body]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to equal width, a rule under the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    lines = [header, ["---"] * len(header), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def notes(summary: Mapping[str, Any]) -> str:
