@@ -5,6 +5,8 @@ Reads   <output_dir>/users/*/result.json of a stage that predicts (1, 4, 4b, 4c)
 Writes  <output_dir>/output-k{k}.json, output-k{k}-profile.json   predictions in LaMP's format
         <output_dir>/eval-k{k}.json, eval-k{k}-profile.json       their scores
         <output_dir>/../summary.json, summary.md                  rows per method, of all stages found there
+        <output_dir>/../report.html, figures/                     the same as a page to read, its figures as PNG and SVG
+        <output_dir>/../../report.html, figures/                  across tasks, where folders are <output>/<task>/
 Takes   seconds. Runs on what is there: a partial stage gives partial scores, and the table says so.
 
     python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
@@ -13,7 +15,7 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
 import argparse
 from pathlib import Path
 
-from prime import cli, report
+from prime import cli, page, report
 from prime.data import load_labels, load_users
 from prime.tasks import get_task
 
@@ -29,16 +31,21 @@ def main(argv: list[str] | None = None) -> None:
     task, stage_dir = get_task(args.task_name), Path(args.output_dir)
     report.check_stage(stage_dir, task)
     test = cli.data_dir(args) / "test_100"
-    users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
+    tested = load_users(test / "user_test_100.json", task)
+    users = [user.user_id for user in tested]
     golds = load_labels(test / "user_test_100_label.json")
     predictions, sources = report.gather(stage_dir, task)
     report.check_users(predictions, users, test / "user_test_100.json")
     report.check_golds(predictions, golds, test / "user_test_100_label.json")
     report.write_stage_files(stage_dir, task, golds)
     summary = report.summarise(task, predictions, golds, report.about_methods(sources), users)
-    report.write_summary(stage_dir.resolve().parent, summary)
+    root = stage_dir.resolve().parent
+    report.write_summary(root, summary)
+    inputs = {query.id: query.input for user in tested for query in user.queries}
+    written = page.write_pages(page.Content(root, task, summary, predictions, golds, sources, inputs))
     print(report.aligned(report.table_rows(summary)))
-    print(f"\n{report.aligned(report.method_rows(summary))}\n\n{report.notes(summary)}")
+    print(f"\n{report.aligned(report.method_rows(summary))}\n\n{report.notes(summary)}\n")
+    print("\n".join(f"to read: {path}" for path in written))
 
 
 if __name__ == "__main__":

@@ -17,21 +17,20 @@ COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#C
 LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE: Any = {"svg.hashsalt": "prime", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+plt.rcParams.update(STYLE)
 
 
 def figure(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Axes]:
     """A figure of one pair of axes, sizes in inches."""
-    with plt.rc_context(STYLE):
-        made, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    made, axes = plt.subplots(figsize=(width, height), layout="constrained")
     return made, cast(Axes, axes)
 
 
 def save(made: Figure, stem: Path) -> list[Path]:
     """Write <stem>.png and <stem>.svg and close the figure; returns the paths. No date goes into the files."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    with plt.rc_context(STYLE):
-        for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
-            with replacing(path) as temporary:
-                made.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+    for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
+        with replacing(path) as temporary:
+            made.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
     plt.close(made)
     return paths

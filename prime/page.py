@@ -1,0 +1,480 @@
+"""The report as a web page: report.html of a run, and the one across tasks. Each is one file that loads nothing.
+
+What the page says is gathered here, how it looks is in prime/templates/. The templates escape every text, and the
+page's own policy (Content-Security-Policy) forbids scripts and the network.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from prime import figures, membership, metrics, plots, report
+from prime.errors import InputError
+from prime.report import Cell, Predictions
+from prime.runs import read_json, read_results, read_settings, write_text
+from prime.tasks import Task, extract
+
+OURS = report.REFERENCE
+EXAMPLES = 10
+EXAMPLE_METHODS = ("base", "task_lora", "best_sharer", "uniform", "per_pcs", OURS)
+INPUT_LENGTH, OUTPUT_LENGTH = 280, 160  # characters shown of a text
+COMPARED = ("task_lora", "best_sharer")  # baselines of the page across tasks
+PART_OF = {"sharers": "search"}  # a part of seconds that another part holds already
+
+# What stands in a row of the table, for readers who meet the page before the README.
+ROWS = {
+    "base": "the untouched model",
+    "rag": "the untouched model with retrieved history items in its prompt",
+    "task_lora": "the model adapted to the task, not to the user",
+    "best_sharer": "the one similar sharer's adapter that does best on the user's history",
+    "uniform": "the mean of the similar sharers' adapters",
+    "lorahub": "LoraHub: weights searched by cross-entropy of the history",
+    "mta": "merge-then-adapt: sharers merged, then trained on the user's history",
+    "per_pcs": "Per-Pcs: pieces of the sharers' adapters, composed by gates",
+    "prime_published": "PriME with the published merge rule and selection",
+    "prime": "PriME: weights searched by utility minus resemblance to the sharers",
+    "oppu": "OPPU: an adapter trained on the user's own history",
+}
+# Scripts of a whole run in their order, and what a reader misses without them; "" where nothing of the page needs it.
+STAGES = {
+    "task_lora": "the untouched and the task-adapted model",
+    "history_anchor": "which sharers are chosen",
+    "train_anchor_peft": "the sharers' adapters",
+    "train_anchor_gate": "",
+    "lora_composition_evo": "PriME",
+    "lora_composition": "",
+    "train_user_peft": "",
+    "mia": "how much leaks",
+}
+
+
+class Shown(NamedTuple):
+    """A figure of the page: its files' stem, and the drawing as the text of a data address."""
+
+    stem: str
+    title: str
+    sentence: str
+    data: str
+
+
+class Folder(NamedTuple):
+    """What one stage left: the users it finished, those it began, the seconds by part, all its results' own record."""
+
+    path: str
+    stage: str
+    method: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    device: str
+    finished: int
+    unfinished: Sequence[str]
+    seconds: Mapping[str, float]
+
+    def order(self) -> tuple[int, str]:
+        known = list(STAGES)
+        return known.index(self.stage) if self.stage in known else len(known), self.path
+
+    def begun(self) -> bool:
+        return bool(self.finished or self.unfinished)
+
+    def seconds_text(self) -> str:
+        if not self.seconds:
+            return "not recorded"
+        total = sum(spent for part, spent in self.seconds.items() if part not in PART_OF)
+        return f"{total:,.1f} ({', '.join(f'{part} {spent:,.1f}' for part, spent in self.seconds.items())})"
+
+
+class Content(NamedTuple):
+    """What a run's page is made of."""
+
+    root: Path  # <output>/<task>
+    task: Task
+    summary: Mapping[str, Any]
+    predictions: Predictions
+    golds: Mapping[str, str]
+    sources: Mapping[str, Path]  # method -> folder
+    inputs: Mapping[str, str]  # query id -> input
+
+
+# --- what is on disk -------------------------------------------------------------------------------
+
+
+def stage_folders(root: Path, task: Task) -> list[Folder]:
+    """All stages' folders below `root` made for the task, in the order of the pipeline."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name != "users" and not name.startswith(".")]
+        if "settings.json" in files and report.task_of(Path(folder)) == task.name:
+            found.append(_folder(root, Path(folder)))
+    # An attack that left the sharers out has an empty folder for them.
+    return sorted((one for one in found if one.begun() or one.stage != "mia"), key=Folder.order)
+
+
+def _folder(root: Path, path: Path) -> Folder:
+    found = read_settings(path)
+    results = read_results(path)
+    begun = sorted(p.name for p in path.glob("users/*/") if not (p / "result.json").is_file())
+    seconds: dict[str, float] = {}
+    for result in results:
+        for part, spent in (result.get("seconds") or {}).items():
+            seconds[part] = seconds.get(part, 0.0) + spent
+    return Folder(
+        path.relative_to(root).as_posix(), found["stage"], str(found.get("method", "")), found["settings"],
+        found.get("versions", {}), str(found.get("device", "")), len(results), begun, seconds,
+    )  # fmt: skip
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object per line; InputError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error.msg})") from error
+    return found
+
+
+def searches_of(folder: Path) -> list[list[dict[str, Any]]]:
+    """evaluations.jsonl of all finished users of a search, in the order of their folders."""
+    paths = sorted(folder.glob("users/*/evaluations.jsonl"))
+    return [lines for path in paths if (path.parent / "result.json").is_file() and (lines := read_lines(path))]
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def _setting_name(k: int, profile: bool) -> str:
+    return f"k = {k}, {'with' if profile else 'without'} the textual profile"
+
+
+def tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table of summary.json, a part for each test setting, the first one's first."""
+    header, *body = report.table_rows(summary)
+    parts: dict[tuple[int, bool], list[list[str]]] = {}
+    for row, cells in zip(summary["rows"], body, strict=True):
+        parts.setdefault((row["k"], row["profile"]), []).append([cells[0], *cells[3:]])
+    return [{"name": _setting_name(*key), "header": [header[0], *header[3:]], "rows": rows}
+            for key, rows in parts.items()]  # fmt: skip
+
+
+def leading(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of the first test setting: k = 0 without profile."""
+    first = summary["rows"][0]
+    return [row for row in summary["rows"] if (row["k"], row["profile"]) == (first["k"], first["profile"])]
+
+
+def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """mia_summary.json of every attacked method."""
+    found = {}
+    for method, folder in sorted(sources.items(), key=lambda one: Cell(one[0], 0, False).order()):
+        if (path := folder / "mia_summary.json").is_file() and (summary := read_json(path))["method"] == method:
+            found[method] = summary
+    return found
+
+
+def attacked_sets(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Attacks by what was attacked: each method, then the sharers' own adapters as they were before any merge."""
+    sets = {method: summary["attacks"] for method, summary in found.items()}
+    unmerged = [summary["sharers"]["attacks"] for summary in found.values() if summary["sharers"]["attacks"]]
+    return sets | ({"sharers, unmerged": unmerged[0]} if unmerged else {})
+
+
+def leakage_table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row per attacked set and attack: AUROC beside its blind baseline."""
+    rates = [str(fpr) for fpr in membership.FPRS]
+    rows = [["attacked", "attack", "AUROC", "blind baseline", "above blind", *(f"TPR at {r} FPR" for r in rates)]]
+    for attacked, by_attack in sets.items():
+        for name, one in by_attack.items():
+            caught = [one.get("tpr_at_fpr", {}).get(rate) for rate in rates]
+            values = [report.cell_text(one.get(key)) for key in ("auroc", "blind_auroc")]
+            above = report.cell_text(one.get("auroc_above_blind"), "+")
+            rows.append([attacked, name, *values, above, *("-" if c is None else f"{c:.3f}" for c in caught)])
+    return rows
+
+
+# --- figures ---------------------------------------------------------------------------------------
+
+
+def user_scores(content: Content, method: str) -> dict[str, float]:
+    """Each user's own score by the task's first metric, at the first test setting."""
+    row = content.summary["rows"][0]
+    of_users = content.predictions.get(Cell(method, row["k"], row["profile"]), {})
+    metric = metrics.METRICS[content.task.metrics[0]]
+    stats = report.user_stats(content.task, of_users, content.golds)
+    return {user: float(metric.finish(own[metric.name])) for user, own in stats.items()}
+
+
+def gains(content: Content, baseline: str) -> list[float]:
+    """What each user gains by PriME over a baseline, in the metric's direction; users that both answered."""
+    ours, theirs = user_scores(content, OURS), user_scores(content, baseline)
+    sign = 1 if metrics.METRICS[content.task.metrics[0]].higher_is_better else -1
+    return [sign * (ours[user] - theirs[user]) for user in ours if user in theirs]
+
+
+def show(folder: Path, stem: str, title: str, drawn: figures.Drawn) -> Shown:
+    """Write a figure's two files, and hold it for the page."""
+    made, sentence = drawn
+    png, svg = plots.save(made, folder / stem)
+    return Shown(stem, title, sentence, base64.b64encode(svg.read_bytes()).decode("ascii"))
+
+
+def utility_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
+    rows, first = leading(content.summary), content.task.metrics[0]
+    here = [p for p in content.summary["paired"] if (p["k"], p["profile"]) == (rows[0]["k"], rows[0]["profile"])]
+    return {
+        "scores": [show(folder, f"scores-{m}", f"{m} by method", figures.scores(rows, m, OURS))
+                   for m in content.task.metrics],
+        "pairs": [show(folder, f"paired-{pair['method']}", f"{OURS} against {pair['method']}, user by user",
+                       figures.pairs(gains(content, pair["method"]), pair, first, OURS)) for pair in here],
+    }  # fmt: skip
+
+
+def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
+    shown: dict[str, list[Shown]] = {"traces": [], "weights": []}
+    for method, source in content.sources.items():
+        record = read_settings(source)
+        if record["method"] != method:  # a baseline beside it
+            continue
+        if searches := searches_of(source):
+            drawn = figures.traces(searches, bool(record["settings"].get("search_only")))
+            shown["traces"].append(show(folder, f"search-{method}", f"Search of {method}", drawn))
+        merged = [one for one in read_results(source) if one.get("sharers") and one.get("weights")]
+        if merged:
+            shown["weights"].append(show(folder, f"weights-{method}", f"Weights of {method}", figures.weights(merged)))
+    return shown
+
+
+def leakage_figures(content: Content, sets: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
+    attack = membership.PUBLISHED_ATTACK
+    rows = [(name, one[attack]["auroc"], one[attack]["blind_auroc"]) for name, one in sets.items() if attack in one]
+    shown = []
+    if rows:
+        shown.append(show(folder, "leakage", "Who shared? The published attack", figures.leakage(rows, attack)))
+    both = [row for row in leading(content.summary) if row["auroc"]]
+    if len(both) > 1:
+        drawn = figures.trade(both, content.task.metrics[0], OURS)
+        shown.append(show(folder, "utility-leakage", "Utility against leakage", drawn))
+    return shown
+
+
+# --- words -----------------------------------------------------------------------------------------
+
+
+def shorten(text: str, limit: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 1].rstrip() + "…"
+
+
+def mark(task: Task, output: str, gold: str) -> str:
+    """How good one answer is, in a word."""
+    name = task.metrics[0]
+    value = metrics.score([name], [output], [gold], task.labels)[name]
+    return ("right" if value else "wrong") if name == "accuracy" else f"{name} {value:.2f}"
+
+
+def examples(content: Content) -> dict[str, Any]:
+    """The first query of ten users, evenly spaced in the order of the test file: nobody picked them."""
+    row = content.summary["rows"][0]
+    cells = {m: content.predictions.get(Cell(m, row["k"], row["profile"]), {}) for m in EXAMPLE_METHODS}
+    shown = [method for method, of_users in cells.items() if of_users]
+    by_user = {m: {user: {s["id"]: s["output"] for s in samples} for user, samples in cells[m].items()} for m in shown}
+    users = list(dict.fromkeys(user for method in shown[::-1] for user in by_user[method] if by_user[method][user]))
+    chosen = [users[i * len(users) // EXAMPLES] for i in range(EXAMPLES)] if len(users) > EXAMPLES else users
+    rows = []
+    for user in chosen:
+        query = next(query for method in shown[::-1] for query in by_user[method].get(user, {}))
+        gold, text = content.golds[query], content.inputs.get(query, "")
+        outputs = [by_user[method].get(user, {}).get(query) for method in shown]
+        answers = [
+            None if one is None else (shorten(one, OUTPUT_LENGTH) or "(empty)", mark(content.task, one, gold))
+            for one in outputs
+        ]
+        asked = " / ".join(extract(content.task, text) or (text,))
+        rows.append({"user": user, "input": shorten(asked, INPUT_LENGTH), "gold": shorten(gold, OUTPUT_LENGTH),
+                     "answers": answers})  # fmt: skip
+    return {"methods": shown, "rows": rows}
+
+
+def per_user(content: Content) -> dict[str, Any]:
+    """Each user's score by method, and what was deployed."""
+    methods = [row["method"] for row in leading(content.summary)]
+    by_method = {method: user_scores(content, method) for method in methods}
+    results = {r["user_id"]: r for r in read_results(content.sources[OURS])} if OURS in content.sources else {}
+    rows = []
+    for user in dict.fromkeys(user for scores in by_method.values() for user in scores):
+        merged = results.get(user, {})
+        parts = zip(merged.get("sharers", []), merged.get("weights", []), strict=False)
+        told = ", ".join(f"{sharer}: {float(np.mean(weight)):+.2f}" for sharer, weight in parts)
+        scores = [f"{by_method[m][user]:.3f}" if user in by_method[m] else "-" for m in methods]
+        rows.append([user, *scores, merged.get("deployed", "-"), told or "-"])
+    return {"header": ["user", *methods, "deployed", "sharers and weights"], "rows": rows}
+
+
+def findings(content: Content) -> list[str]:
+    """The page in three or four sentences."""
+    rows = {row["method"]: row for row in leading(content.summary)}
+    first = content.task.metrics[0]
+    told = []
+    if OURS in rows:
+        others = [f"{name} {rows[name][first]['mean']:.3f}" for name in ("base", *COMPARED) if name in rows]
+        beside = f" ({', '.join(others)})" if others else ""
+        told.append(f"{OURS} reaches {first} {report.cell_text(rows[OURS][first])}{beside}.")
+    for pair in content.summary["paired"]:
+        if pair["method"] in COMPARED and (pair["k"], pair["profile"]) == Cell("", 0, False)[1:]:
+            told.append(figures.pair_sentence(pair, first, OURS))
+    ours = rows.get(OURS, {})
+    if ours.get("auroc"):
+        blind = f", where the same attack on the base gives {report.cell_text(ours['blind_auroc'])}"
+        told.append(f"The published attack finds sharers' records with AUROC {report.cell_text(ours['auroc'])}{blind}.")
+    return told
+
+
+def missing(content: Content, folders: Sequence[Folder]) -> dict[str, list[str]]:
+    """What failed or is partial, and what was not run."""
+    found = {folder.stage for folder in folders}
+    partial_rows = [
+        f"{method}: {n['present']} of {n['expected']} test users have predictions; its rows are of these."
+        for method, n in content.summary["users"].items() if n["present"] < n["expected"]
+    ]  # fmt: skip
+    begun = [
+        f"{folder.path}: {len(folder.unfinished)} begun and not finished ({', '.join(folder.unfinished[:5])}"
+        f"{', ...' if len(folder.unfinished) > 5 else ''}); the same command again finishes them."
+        for folder in folders if folder.unfinished
+    ]  # fmt: skip
+    attacked = attacks(content.sources)
+    present = [method for method in content.summary["users"] if method in report.METHODS]
+    open_to_attack = [
+        m for m in present
+        if m not in attacked and m not in ("base", "rag", "task_lora", "oppu", *report.PART_OF_SEARCH)
+    ]  # fmt: skip
+    absent = [f"{stage}.py has not run: {lost}." for stage, lost in STAGES.items()
+              if lost and stage not in found]  # fmt: skip
+    if open_to_attack and "mia" in found:
+        absent.append(f"not attacked: {', '.join(open_to_attack)} (mia.py --exp_dir of their folders).")
+    others = [method for method in report.METHODS if method not in content.summary["users"]]
+    if others:
+        absent.append(f"rows that no stage has made: {', '.join(others)}.")
+    return {"failed": partial_rows + begun, "absent": absent}
+
+
+# --- pages -----------------------------------------------------------------------------------------
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template; every value is escaped, and one that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
+
+
+def write_run_page(content: Content) -> Path:
+    """<output>/<task>/report.html and the files in figures/ beside it."""
+    folder = content.root / "figures"
+    sets = attacked_sets(attacks(content.sources))
+    folders = stage_folders(content.root, content.task)
+    path = content.root / "report.html"
+    write_text(path, render(
+        "run.html",
+        task=content.task,
+        setting=_setting_name(*list(leading(content.summary)[0].values())[1:3]),
+        findings=findings(content),
+        missing=missing(content, folders),
+        tables=tables(content.summary),
+        methods=report.method_rows(content.summary),
+        rows={row["method"]: ROWS[row["method"]] for row in content.summary["rows"] if row["method"] in ROWS},
+        notes=report.notes(content.summary).splitlines(),
+        utility=utility_figures(content, folder),
+        search=search_figures(content, folder),
+        leakage=leakage_figures(content, sets, folder),
+        leakage_table=leakage_table(sets) if sets else [],
+        examples=examples(content),
+        per_user=per_user(content),
+        folders=folders,
+        versions=versions(folders),
+    ))  # fmt: skip
+    return path
+
+
+def versions(folders: Sequence[Folder]) -> dict[str, str]:
+    """Each library's versions; several where stages ran with several."""
+    names = dict.fromkeys(name for folder in folders for name in folder.versions)
+    return {n: ", ".join(sorted({f.versions[n] for f in folders if n in f.versions})) for n in names}
+
+
+def task_summaries(output: Path) -> dict[str, dict[str, Any]]:
+    """summary.json of every folder in `output` that is named after its task, by name."""
+    found = {}
+    for path in sorted(output.glob("*/summary.json")):
+        summary = read_json(path)
+        if isinstance(summary, dict) and summary.get("task") == path.parent.name and summary.get("rows"):
+            found[path.parent.name] = summary
+    return found
+
+
+def task_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Tasks by methods: the first metric at k = 0 without profile, then PriME's leakage."""
+    present = {row["method"] for summary in summaries.values() for row in leading(summary)}
+    methods = sorted(present, key=lambda name: Cell(name, 0, False).order())
+    rows = [["task", "metric", *methods, f"AUROC of {OURS}", "blind baseline"]]
+    for task, summary in summaries.items():
+        own = {row["method"]: row for row in leading(summary)}
+        name = report.metric_names(summary)[0]
+        better = "higher" if metrics.METRICS[name].higher_is_better else "lower"
+        cells = [report.cell_text(own[m][name]) if m in own else "-" for m in methods]
+        ours = own.get(OURS, {})
+        leaked = [report.cell_text(ours.get(key)) for key in ("auroc", "blind_auroc")]
+        rows.append([task, f"{name} ({better} is better)", *cells, *leaked])
+    return rows
+
+
+def tasks_figures(summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
+    shown = []
+    for baseline in COMPARED:
+        wanted = Cell(baseline, 0, False)
+        found = {task: pair for task, summary in summaries.items() for pair in summary["paired"]
+                 if Cell(pair["method"], pair["k"], pair["profile"]) == wanted}  # fmt: skip
+        if found:
+            drawn = figures.tasks_paired(found, baseline, OURS)
+            shown.append(show(folder, f"tasks-{baseline}", f"{OURS} against {baseline}, by task", drawn))
+    attacked = [
+        (task, row["auroc"], row["blind_auroc"]) for task, summary in summaries.items() for row in leading(summary)
+        if row["method"] == OURS and row["auroc"] and row["blind_auroc"]
+    ]  # fmt: skip
+    if attacked:
+        drawn = figures.leakage(attacked, membership.PUBLISHED_ATTACK)
+        shown.append(show(folder, "tasks-leakage", f"Leakage of {OURS}, by task", drawn))
+    return shown
+
+
+def write_tasks_page(output: Path) -> Path:
+    """<output>/report.html from the summaries of the tasks in it."""
+    summaries = task_summaries(output)
+    path = output / "report.html"
+    partial_tasks = [
+        f"{task}: {method} has {n['present']} of {n['expected']} users." for task, summary in summaries.items()
+        for method, n in summary["users"].items() if n["present"] < n["expected"]
+    ]  # fmt: skip
+    write_text(path, render(
+        "tasks.html", table_rows=task_rows(summaries), figures=tasks_figures(summaries, output / "figures"),
+        partial=partial_tasks, links=[task for task in summaries if (output / task / "report.html").is_file()],
+    ))  # fmt: skip
+    return path
+
+
+def write_pages(content: Content) -> list[Path]:
+    """The page of the run; where its folder is named after the task (<output>/<task>), the one across tasks, too."""
+    written = [write_run_page(content)]
+    if content.root.name == content.task.name:
+        written.append(write_tasks_page(content.root.parent))
+    return written

@@ -1,0 +1,310 @@
+"""report.html: what it says, that it is safe and the same each time, and how a real browser shows it."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import postprocess
+from prime import figures, page
+from prime.errors import InputError
+from prime.membership import attack_table
+from prime.runs import Run, read_json, user_dirname
+from prime.tasks import TASKS
+
+TASK = TASKS["movie_tagging"]
+SCRIPT = "<script>alert(1)</script>"
+HOSTILE = [
+    SCRIPT, r"$\frac{1$", '"><img src=x onerror=alert(1)>', "名前\n\u202e", "a" * 300,
+    *map(str, range(11, 18)),
+]  # fmt: skip
+SHARERS = ["s1", f"s2 {SCRIPT}", "s3"]
+RIGHT = {"base": (0, 1), "task_lora": (1, 1), "best_sharer": (2, 3), "uniform": (2, 2), "prime": (3, 2)}  # of 3
+
+
+def golds(user: str) -> dict[str, str]:
+    return {f"{user}-{i}": TASK.labels[i] for i in range(3)}
+
+
+def answers(user: str, right: int) -> dict:
+    wrong = [f"</td>{SCRIPT}", "?", ""]
+    given = [gold if i < right else wrong[i] for i, gold in enumerate(golds(user).values())]
+    samples = [{"id": key, "output": output} for key, output in zip(golds(user), given, strict=True)]
+    return {"k0": samples, "k1-profile": samples}
+
+
+def predictions(user: str, index: int, *methods: str) -> dict:
+    return {method: answers(user, RIGHT[method][index % 2]) for method in methods}
+
+
+def evaluations(index: int) -> list[dict]:
+    """A line for the base, 3 sharers, the start and 5 of a search, of which the third is the best for even users."""
+    losses = [-1.0, -1.1, -1.3, -0.9, -1.2, -1.0, -1.25, -1.5 if index % 2 == 0 else -1.2, -1.1, -1.4]
+    origins = ["base"] + ["sharer"] * 3 + ["start"] + ["search"] * 5
+    return [{"loss": loss, "origin": origin} for loss, origin in zip(losses, origins, strict=True)]
+
+
+def write_search(root: Path) -> None:
+    run = Run(root / "LoRA-Composition-evo", "lora_composition_evo", "prime",
+              {"task_name": TASK.name, "seed": 7, "anchor_dir": f"'\"{SCRIPT}", "search_only": False})  # fmt: skip
+    for index, user in enumerate(HOSTILE):
+        run.user_dir(user).mkdir(parents=True)
+        lines = [json.dumps(one) for one in evaluations(index)]
+        (run.user_dir(user) / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
+        run.finish(user, {
+            "user_id": user, "index": index, "deployed": "merge", "sharers": SHARERS, "weights": [0.8, -0.3, 0.1],
+            "predictions": predictions(user, index, "prime", "best_sharer", "uniform"),
+            "seconds": {"search": 2.0, "sharers": 0.5, "predict": 1.0},
+        })  # fmt: skip
+    run.user_dir("17b").mkdir()  # begun, and interrupted
+
+
+def write_attack(root: Path) -> None:
+    noise = np.random.default_rng(0)
+    results = [
+        {key: {"loss": {"member": list(noise.normal(shift, 1, 20)), "non_member": list(noise.normal(0, 1, 40))}}
+         for key, shift in (("scores", 1.0), ("blind", 0.0))} for _ in HOSTILE
+    ]  # fmt: skip
+    table = attack_table(results, n=50)
+    content = {"method": "prime", "attacks": table, "sharers": {"users": 2, "attacks": table}}
+    (root / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
+
+
+def write_run(output: Path) -> list[str]:
+    """A run of two stages and an attack, with hostile text in all that a user supplies; arguments of postprocess.py."""
+    root, test = output / TASK.name, output.parent / "data" / "test_100"
+    run = Run(root / "task-base_LLM", "task_lora", "task_lora", {"task_name": TASK.name, "seed": 7})
+    for index, user in enumerate(HOSTILE[:-1]):  # one user is missing
+        found = predictions(user, index, "base", "task_lora")
+        run.finish(user, {"user_id": user, "index": index, "predictions": found})
+    write_search(root)
+    write_attack(root)
+    test.mkdir(parents=True)
+    asked = f"Which tag? ] description: {SCRIPT} a film"
+    users = [{"user_id": user, "profile": [], "query": [{"id": key, "input": asked} for key in golds(user)]}
+             for user in HOSTILE]  # fmt: skip
+    (test / "user_test_100.json").write_text(json.dumps(users))
+    labels = [{"id": key, "output": gold} for user in HOSTILE for key, gold in golds(user).items()]
+    (test / "user_test_100_label.json").write_text(json.dumps({"task": "LaMP_2M", "golds": labels}))
+    return ["--task_name", TASK.name, "--data_dir", str(test.parent), "--output_dir",
+            str(root / "LoRA-Composition-evo")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """<output> after postprocess.py."""
+    output = tmp_path_factory.mktemp("report") / "output"
+    postprocess.main(write_run(output))
+    return output
+
+
+class Reader(HTMLParser):
+    """Tags with attributes, and the text outside of the style sheet."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def run_page(written: Path) -> Reader:
+    return Reader(written / TASK.name / "report.html")
+
+
+# --- what it says
+
+
+def test_every_row_of_the_table_is_there_with_its_interval(written: Path) -> None:
+    text = run_page(written).text
+    summary = read_json(written / TASK.name / "summary.json")
+    for row in summary["rows"]:
+        value = row["accuracy"]
+        assert row["method"] in text
+        assert f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" in text
+    assert "k = 1, with the textual profile" in text
+
+
+def test_sentences_are_computed_from_the_run(written: Path) -> None:
+    """By hand: even users have 3 of 3 right by prime and 2 by best_sharer, odd ones 2 and 3; six users of each."""
+    text = " ".join(run_page(written).text.split())
+    assert "Against best_sharer, prime is better for 6 of 12 users, as good for 0, worse for 6" in text
+    assert "Against task_lora, prime is better for 11 of 11 users, as good for 0, worse for 0" in text
+    assert "a candidate of the search for 12" in text  # the best of odd users is the search's last, -1.4
+    assert "The last 2 of 10 evaluations still improved 6 of 12 users" in text
+    assert "The most similar sharer has the largest weight in size for 12 of 12 users; 33% of the weights" in text
+
+
+def test_what_failed_and_what_was_not_run_is_told(written: Path) -> None:
+    text = " ".join(run_page(written).text.split())
+    assert "task_lora: 11 of 12 test users have predictions" in text
+    assert f"LoRA-Composition-evo: 1 begun and not finished ({user_dirname('17b')})" in text
+    assert "train_anchor_peft.py has not run" in text and "rows that no stage has made: rag" not in text
+    assert "lorahub, mta, per_pcs, prime_published, oppu" in text
+
+
+def test_what_was_run_is_told(written: Path) -> None:
+    text = " ".join(run_page(written).text.split())
+    assert "36.0 (search 24.0, sharers 6.0, predict 12.0)" in text  # the sharers' are a part of the search's
+    assert "torch" in text and "--seed" in text and f"'\"{SCRIPT}" in text
+
+
+def test_leakage_stands_beside_its_blind_baseline(written: Path) -> None:
+    text = run_page(written).text
+    found = read_json(written / TASK.name / "LoRA-Composition-evo" / "mia_summary.json")["attacks"]["loss"]
+    for key in ("auroc", "blind_auroc"):
+        assert f"{found[key]['mean']:.3f} [{found[key]['low']:.3f}, {found[key]['high']:.3f}]" in text
+    assert "sharers, unmerged" in text
+
+
+def test_ten_examples_evenly_spaced(written: Path) -> None:
+    tags = run_page(written).tags
+    shown = [attrs for tag, attrs in tags if tag == "td" and attrs.get("data-name") == "gold"]
+    assert len(shown) == page.EXAMPLES < len(HOSTILE)
+    for method in RIGHT:
+        assert len([1 for tag, attrs in tags if attrs.get("data-name") == method]) == page.EXAMPLES
+
+
+def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Path) -> None:
+    reader, folder = run_page(written), written / TASK.name / "figures"
+    images = [attrs for tag, attrs in reader.tags if tag == "img"]
+    stems = {path.stem for path in folder.iterdir()}
+    assert {"scores-accuracy", "scores-f1", "paired-base", "paired-best_sharer", "search-prime", "weights-prime",
+            "leakage", "utility-leakage"} <= stems  # fmt: skip
+    assert len(images) == len(stems) and "search-best_sharer" not in stems
+    assert all((folder / f"{stem}.png").read_bytes()[:4] == b"\x89PNG" for stem in stems)
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") and len(image["alt"]) > 40 for image in images)
+    links = {attrs["href"] for tag, attrs in reader.tags if tag == "a"}
+    assert {f"figures/{stem}.{kind}" for stem in stems for kind in ("png", "svg")} <= links
+
+
+def test_the_page_across_tasks_has_the_folders_named_after_their_task(written: Path, tmp_path: Path) -> None:
+    reader = Reader(written / "report.html")
+    assert TASK.name in reader.text and f"{TASK.name}/report.html" in [a.get("href") for _, a in reader.tags]
+    summary = read_json(written / TASK.name / "summary.json")
+    for name in (TASK.name, "elsewhere", "news_headline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "news_headline" / "summary.json").write_text(json.dumps(dict(summary, task="news_headline")))
+    assert list(page.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
+
+
+def test_a_run_outside_a_task_folder_leaves_its_parent_alone(written: Path, tmp_path: Path) -> None:
+    root = tmp_path / "mine" / "run"
+    shutil.copytree(written / TASK.name / "task-base_LLM", root / "task-base_LLM")
+    data = written.parent / "data"
+    postprocess.main(["--task_name", TASK.name, "--data_dir", str(data), "--output_dir", str(root / "task-base_LLM")])
+    assert [path.name for path in root.parent.iterdir()] == ["run"]
+    text = " ".join(Reader(root / "report.html").text.split())
+    assert "There is no row of prime to compare with" in text and "No attack has run" in text
+
+
+# --- safe, and the same each time
+
+
+def test_hostile_text_stays_text(written: Path) -> None:
+    for path in (written / "report.html", written / TASK.name / "report.html"):
+        reader = Reader(path)
+        assert not {tag for tag, _ in reader.tags} & {"script", "iframe", "object", "embed", "form"}
+        for tag, attrs in reader.tags:
+            assert not [name for name in attrs if name.startswith("on")], (tag, attrs)
+            for name in ("src", "href"):
+                assert not re.match(r"(https?:|//|javascript:|file:)", attrs.get(name) or "")
+    text = run_page(written).text
+    assert SCRIPT in text and HOSTILE[2] in text and f"</td>{SCRIPT}" in text  # told, as it stands
+    assert "alert(1)" not in re.sub(r"&lt;.*?&gt;", "", (written / TASK.name / "figures/weights-prime.svg").read_text())
+
+
+def test_the_same_run_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
+    root = tmp_path / TASK.name
+    shutil.copytree(written / TASK.name, root, ignore=shutil.ignore_patterns("report.html", "figures", "summary.*"))
+    data = written.parent / "data"
+    stage = root / "LoRA-Composition-evo"
+    postprocess.main(["--task_name", TASK.name, "--data_dir", str(data), "--output_dir", str(stage)])
+    for name in ("report.html", *(f"figures/{path.name}" for path in (root / "figures").iterdir())):
+        assert (root / name).read_bytes() == (written / TASK.name / name).read_bytes(), name
+    assert (tmp_path / "report.html").read_bytes() == (written / "report.html").read_bytes()
+
+
+def test_a_broken_trace_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text('{"loss": 1}\n{"loss": ')
+    with pytest.raises(InputError, match="evaluations.jsonl: line 2: not JSON"):
+        page.read_lines(path)
+
+
+def test_best_so_far_leaves_out_what_may_not_win() -> None:
+    losses = [-1.0, -3.0, -0.5, -2.0]
+    assert figures.best_so_far(losses, [True] * 4).tolist() == [0, -2, -2, -2]
+    assert figures.best_so_far(losses, [True, False, True, True]).tolist() == [0, 0, 0, -1]
+
+
+def test_names_are_drawn_as_they_are() -> None:
+    assert figures.plain("a$b\nc") == r"a\$b c" and figures.plain("\U00020000x") == "?x"
+    assert figures.plain("abcdef", 4) == "abc…"
+
+
+# --- a real browser
+
+# Pairs of sibling blocks that share more than a pixel; what scrolls inside its own container is left out.
+OVERLAPS = """() => {
+  const block = e => !['inline', 'none', 'contents'].includes(getComputedStyle(e).display) && e.getClientRects().length;
+  const found = [];
+  for (const parent of [document.body, ...document.querySelectorAll('main, main *')]) {
+    if (parent.closest('.scroll table')) continue;
+    const boxes = [...parent.children].filter(block).map(e => [e, e.getBoundingClientRect()]);
+    boxes.forEach(([a, p], i) => boxes.slice(i + 1).forEach(([b, q]) => {
+      const w = Math.min(p.right, q.right) - Math.max(p.left, q.left);
+      const h = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
+      if (w > 1 && h > 1) found.push([a.tagName, b.tagName, w, h]);
+    }));
+  }
+  return found;
+}"""
+IMAGES = "() => [...document.images].map(i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width])"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window; the tests say so where there is none."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium here (.ci/run installs it): the page is not shown in a real browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("name", [f"{TASK.name}/report.html", "report.html"])
+def test_a_browser_shows_it_whole(written: Path, browser, name: str, width: int) -> None:
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    told: list[str] = []
+    asked: list[str] = []
+    tab.on("console", lambda message: told.append(message.text))
+    tab.on("pageerror", lambda error: told.append(str(error)))
+    tab.on("dialog", lambda dialog: told.append(dialog.message))
+    tab.on("request", lambda request: asked.append(request.url))
+    address = (written / name).as_uri()
+    tab.goto(address)
+    for opened in (False, True):
+        tab.evaluate("open => document.querySelectorAll('details').forEach(d => d.open = open)", opened)
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(OVERLAPS) == []
+    images = tab.evaluate(IMAGES)
+    assert images and all(complete and natural > 0 and 250 < shown <= width for complete, natural, shown in images)
+    assert told == [] and [url for url in asked if not url.startswith("data:")] == [address]
+    tab.close()
