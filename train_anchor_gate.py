@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch_size", type=cli.positive, default=6, help="records of one step of a gate")
     group.add_argument("--epochs", type=cli.positive, default=3, help="passes over the records at most")
     group.add_argument("--lora_dropout", type=cli.fraction, default=0.05, help="dropout behind the gate")
+    cli.add_checkpointing(group)
     cli.add_privacy(parser)
     add_selection(parser)
     cli.add_users(parser, "anchors, counted in the order of the anchor file,")

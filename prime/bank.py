@@ -10,11 +10,12 @@ adapter may stand on a frozen one, a second pair of factors that no gradient rea
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.errors import InputError
 from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank
@@ -215,13 +216,45 @@ class AdapterBank:
                 rows (g = b: one index per row). None: the plain base for all.
             scaler: multiplies each module's input in front of its factor pair (dropout, gates).
         """
+        with self._on(*self._groups(groups), scaler):
+            yield
+
+    @contextmanager
+    def _on(self, groups: Tensor | None, on_base: Tensor | None, scaler: InputScaler | None) -> Iterator[None]:
         before = (self.route.groups, self.route.on_base, self.route.scaler)
-        self.route.groups, self.route.on_base = self._groups(groups)
-        self.route.scaler = scaler
+        self.route.groups, self.route.on_base, self.route.scaler = groups, on_base, scaler
         try:
             yield
         finally:
             self.route.groups, self.route.on_base, self.route.scaler = before
+
+    @contextmanager
+    def checkpointing(self, wanted: bool = True) -> Iterator[None]:
+        """Within the block, backward passes recompute each layer instead of keeping what it computed.
+
+        Only the layers are told to train: dropout inside the model stays off. A layer is recomputed after `routed`
+        was left, so it is given the routes that it ran with.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+        if wanted and not layers:
+            raise InputError(f"{type(self.model).__name__} cannot recompute its layers (--gradient_checkpointing)")
+        if layers:
+            own = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._recomputing}
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=own)
+        try:
+            for layer in layers:
+                layer.training = True
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+            if layers:
+                self.model.activation_checkpointing_disable()
+
+    def _recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a layer's first pass and of its recomputation."""
+        route = self.route
+        return nullcontext(), self._on(route.groups, route.on_base, route.scaler)
 
     def _groups(self, groups: Sequence[int] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if groups is None:

@@ -20,7 +20,7 @@ from prime.tasks import TASKS, Task, get_task
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full", "noise_key",
+    "convert_to", "export_full", "gradient_checkpointing", "noise_key",
 )  # fmt: skip
 
 
@@ -108,6 +108,15 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks:
         "--lora_alpha", type=positive, default=rank, help=f"scale of the adapter times its rank{scale_told}"
     )
     group.add_argument("--lora_dropout", type=below_one, default=0.05, help="dropout in front of the adapter")
+    add_checkpointing(group)
+
+
+def add_checkpointing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute each layer in the backward pass: a fraction of the memory, a third more time, the same numbers",
+    )
 
 
 def add_privacy(parser: argparse.ArgumentParser) -> None:

@@ -44,6 +44,7 @@ class TrainSettings:
     dropout: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
     max_step: int = 0  # steps at most; 0: as many as the epochs have
+    gradient_checkpointing: bool = False  # less memory, more time, the same numbers
 
 
 @dataclass(frozen=True)
@@ -107,27 +108,28 @@ def train(
     passes = _Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
     mechanisms = _mechanisms(learners)
     losses: list[list[float | None]] = [[] for _ in learners]
-    for step in range(max((len(plan) for plan in plans), default=0)):
-        active = [i for i, plan in enumerate(plans) if step < len(plan)]
-        rows = [row for i in active for row in _rows(i, learners[i], step, plans[i][step])]
-        if mechanisms:
-            sums = _accumulate_clipped(passes, rows, mechanisms)
+    with bank.checkpointing(settings.gradient_checkpointing):
+        for step in range(max((len(plan) for plan in plans), default=0)):
+            active = [i for i, plan in enumerate(plans) if step < len(plan)]
+            rows = [row for i in active for row in _rows(i, learners[i], step, plans[i][step])]
+            if mechanisms:
+                sums = _accumulate_clipped(passes, rows, mechanisms)
+                for i in active:
+                    add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
+            else:
+                sums = _accumulate(passes, rows, len(learners))
+            norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
             for i in active:
-                add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
-        else:
-            sums = _accumulate(passes, rows, len(learners))
-        norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
-        for i in active:
-            norm = float(norms[learners[i].place])
-            if not (math.isfinite(sums[i]) and math.isfinite(norm)):
-                told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
-                raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
-            losses[i].append(sums[i] if plans[i][step] else None)
-            optimizers[i].step(step)
-        for parameter in trained:
-            parameter.grad = None
-        if progress:
-            progress(len(active))
+                norm = float(norms[learners[i].place])
+                if not (math.isfinite(sums[i]) and math.isfinite(norm)):
+                    told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
+                    raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
+                losses[i].append(sums[i] if plans[i][step] else None)
+                optimizers[i].step(step)
+            for parameter in trained:
+                parameter.grad = None
+            if progress:
+                progress(len(active))
     return losses
 
 
@@ -327,4 +329,5 @@ def train_settings(args: argparse.Namespace) -> TrainSettings:
         batch_size=args.batch_size,
         epochs=args.epochs,
         dropout=args.lora_dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
     )

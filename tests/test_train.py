@@ -184,6 +184,51 @@ def test_the_same_again_and_other_seeds() -> None:
     assert alone(other, settings)[1] != first
 
 
+# -- gradient checkpointing -----------------------------------------------------------------------------------------
+
+
+def kept_bytes(bank: AdapterBank, settings: TrainSettings) -> tuple[list, list[torch.Tensor], int]:
+    """Losses and first gradients of all learners, and the bytes that the forward passes kept for the backward ones."""
+    kept: list[int] = []
+    gradients: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    def keep(parameters: list[torch.Tensor], limit: float) -> torch.Tensor:
+        gradients.extend(p.grad.clone() for p in parameters)
+        return clip_by_adapter(parameters, limit)
+
+    with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        patch.setattr("prime.train.clip_by_adapter", keep)
+        return train(bank, LEARNERS, settings, max_batch_tokens=30), gradients, sum(kept)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_checkpointing_changes_nothing_but_memory(family: str) -> None:
+    """Dropout inside the model, which is never on, would show, and dropout in front of the factors has to come back."""
+    found = []
+    for wanted in (False, True):
+        bank = AdapterBank(tiny.model(family, attention_dropout=0.5))
+        bank.allocate([learner.seed for learner in LEARNERS], rank=4, alpha=8)
+        settings = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1, "gradient_checkpointing": wanted}))
+        found.append(kept_bytes(bank, settings))
+        assert [m for m in bank.model.modules() if m.training] == [*bank.wrappers.values()]
+    (losses, gradients, kept), (again, recomputed, less) = found
+    assert losses == [pytest.approx(own, abs=1e-6) for own in again]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, recomputed, strict=True))
+    assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2
+    assert less < 0.5 * kept
+
+
+def test_a_model_that_cannot_recompute_its_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank = bank_for(LEARNERS)
+    monkeypatch.setattr("prime.bank.GradientCheckpointingLayer", int)
+    with pytest.raises(InputError, match="LlamaForCausalLM cannot recompute its layers"):
+        train(bank, LEARNERS, TrainSettings(gradient_checkpointing=True))
+
+
 # -- parts ----------------------------------------------------------------------------------------------------------
 
 
