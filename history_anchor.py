@@ -9,6 +9,7 @@ Takes   seconds on the demo (2 CPU cores). A finished selection is left as it is
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
@@ -51,23 +52,18 @@ def item_texts(args: argparse.Namespace, user: User, task: Task) -> list[str]:
     return history_texts(user.profile, load_templates(args.prompt_path, task))
 
 
-def open_run(args: argparse.Namespace) -> Path:
-    """The output folder; a selection from elsewhere (the published one) is not overwritten."""
+def open_run(args: argparse.Namespace) -> Run:
+    """The run in the output folder; a selection from elsewhere (the published one) is not overwritten."""
     folder = Path(args.output_dir or f"./anchor_selection/{args.task_name}")
     if (folder / ANCHOR_IDX).exists() and not (folder / "settings.json").exists():
         raise InputError(f"{folder}: holds a selection that was not made here; give another --output_dir")
-    return Run(folder, "history_anchor", "anchors", cli.settings_of(args)).root
+    return Run(folder, "history_anchor", "anchors", cli.settings_of(args))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    task = get_task(args.task_name)
-    args.candidate_path = args.candidate_path or str(cli.data_dir(args) / "user_anchor_candidate.json")
-    candidates = load_users(args.candidate_path, task)
-    tests = load_users(cli.data_dir(args) / "test_100" / "user_test_100.json", task)
-    folder = open_run(args)
-    if (folder / ANCHOR_IDX).exists():
-        return
+def select_anchors(
+    args: argparse.Namespace, task: Task, candidates: Sequence[User], tests: Sequence[User], folder: Path
+) -> None:
+    """Embed, cluster, choose, and write the selection."""
     check_k(args.k, len(candidates))
     encoder = load_encoder(args.encoder, pick_device(args.device))
     users = [*candidates, *tests]
@@ -79,6 +75,18 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{len(anchors)} anchors of {len(candidates)} candidates: {', '.join(candidates[i].user_id for i in anchors)}"
     )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    task = get_task(args.task_name)
+    args.candidate_path = args.candidate_path or str(cli.data_dir(args) / "user_anchor_candidate.json")
+    candidates = load_users(args.candidate_path, task)
+    tests = load_users(cli.data_dir(args) / "test_100" / "user_test_100.json", task)
+    run = open_run(args)
+    with run.turn("the anchors"):
+        if not (run.root / ANCHOR_IDX).exists():
+            select_anchors(args, task, candidates, tests, run.root)
 
 
 if __name__ == "__main__":

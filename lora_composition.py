@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = cli.open_users(users, args.user_idxs, run.done)
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)
-        cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+        cli.for_each(cli.share_users(args, run, todo), len(todo), partial(work_on, args, texts, engine, run, pool))
     if args.export_full:
         export_full(args, run, users)
 

@@ -37,6 +37,7 @@ from prime.engine import Engine, load_engine, predict
 from prime.evolution import STARTS, Evaluation, Population, evolve
 from prime.export import export_full, save_personal
 from prime.fitness import METRIC_REDUCERS, TRIAL_REDUCERS, Objective
+from prime.journal import Journal
 from prime.lora import RULES, merge
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
@@ -114,11 +115,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def search_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, log: Path, progress: Progress
-) -> list[Evaluation]:
-    """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank."""
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, log: Path, journal: Journal,
+    progress: Progress,
+) -> list[Evaluation]:  # fmt: skip
+    """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank.
+
+    What was evaluated before an interruption is in the journal, and is not evaluated again.
+    """
     seed = derive_seed(args.seed, user.user_id)
-    population = Population(args, texts, engine, user, seed, n, progress)
+    population = Population(args, texts, engine, user, seed, n, journal, progress)
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
     objective = None
@@ -134,9 +139,8 @@ def work_on(
     started = time.perf_counter()
     sharers, adapters = pool.sharers(index), pool.adapters(index)
     engine.bank.load(adapters)
-    evaluations = search_user(
-        args, texts, engine, user, len(sharers), run.user_dir(user.user_id) / "evaluations.jsonl", progress
-    )
+    log, journal = run.user_dir(user.user_id) / "evaluations.jsonl", Journal(run.journal_path(user.user_id))
+    evaluations = search_user(args, texts, engine, user, len(sharers), log, journal, progress)
     single = evaluations[1 : 1 + len(sharers)]
     best_sharer = min(single, key=lambda one: one.unpenalised)
     eligible = [evaluations[0], *evaluations[1 + len(sharers) :]] if args.search_only else evaluations
@@ -173,12 +177,13 @@ def work_on(
             "best_sharer": sharers[single.index(best_sharer)].user_id,
             "predictions": found,
             "seconds": {
-                "search": round(searched - started, 3),
+                "search": round(searched - started + journal.spared, 3),
                 "sharers": round(sum(one.seconds for one in single), 3),  # of the search: what best_sharer needs
                 "predict": round(time.perf_counter() - searched, 3),
             },
         },
     )
+    journal.drop()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = cli.open_users(users, args.user_idxs, run.done)
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)
-        cli.for_each(todo, partial(work_on, args, texts, engine, run, pool))
+        cli.for_each(cli.share_users(args, run, todo), len(todo), partial(work_on, args, texts, engine, run, pool))
     if args.export_full:
         export_full(args, run, users)
 

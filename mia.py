@@ -34,6 +34,7 @@ from prime.prompts import history_records
 from prime.report import attack_table, write_attacks
 from prime.runs import Run, read_json, read_results, read_settings
 from prime.sharers import adapter_folder
+from prime.workers import share
 
 # No attack depends on the gates or on what else is attacked, and the results lie in the experiment's own folder.
 NOT_SETTINGS = ("gate_dir", "exp_dir", "skip_sharers")
@@ -165,20 +166,15 @@ def check_members(subjects: Sequence[Subject], anchors: Sequence[str]) -> None:
         raise InputError.many(problems)
 
 
-def attack_open(
-    args: argparse.Namespace, engine: Engine, records: Records, base: Tokens, run: Run, todo: Sequence[Subject]
-) -> None:
-    """Attack subjects without a result, `--users_per_batch` adapters in the bank at once."""
-    for start in range(0, len(todo), args.users_per_batch):
-        chunk = todo[start : start + args.users_per_batch]
-        adapters = [subject.adapter for subject in chunk if subject.adapter is not None]
-        scored: dict[int, Tokens] = {}
-        if adapters:
-            engine.bank.load([load_adapter(adapter) for adapter in adapters])
-            scored = logprobs(engine, records, range(len(adapters)))
-        for subject in chunk:
-            tokens = base if subject.adapter is None else scored[adapters.index(subject.adapter)]
-            run.finish(subject.user_id, attack(subject, tokens, base))
+def attack_group(engine: Engine, records: Records, base: Tokens, run: Run, group: Sequence[Subject]) -> None:
+    """Attack subjects whose adapters are in the bank together."""
+    adapters = [subject.adapter for subject in group if subject.adapter is not None]
+    scored: dict[int, Tokens] = {}
+    if adapters:
+        engine.bank.load([load_adapter(adapter) for adapter in adapters])
+        scored = logprobs(engine, records, range(len(adapters)))
+    tokens = (base if s.adapter is None else scored[adapters.index(s.adapter)] for s in group)
+    run.finish_all([attack(subject, own, base) for subject, own in zip(group, tokens, strict=True)])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,19 +196,21 @@ def main(argv: list[str] | None = None) -> None:
     settings = {key: value for key, value in cli.settings_of(args).items() if key not in NOT_SETTINGS}
     stage = read_settings(exp_dir)
     settings |= {"attacked": stage["settings"], "anchors": trained}
-    groups = [
+    attacks = [
         (Run(exp_dir / "mia", "mia", "users", settings), users),
         (Run(exp_dir / "mia" / "sharers", "mia", "sharers", settings), sharers),
     ]
-    todo = [(run, [s for s in subjects if not run.done(s.user_id)]) for run, subjects in groups]
-    if any(subjects for _, subjects in todo):
+    todo = [(run, cli.open_groups(subjects, args.users_per_batch, run.done)) for run, subjects in attacks]
+    if any(groups for _, groups in todo):
         engine = load_engine(args, task_adapter=args.lora_ckpt)
         records = anchor_records(args, anchors, engine)
         base = logprobs(engine, records, [-1])[-1]
-        for run, subjects in todo:
-            attack_open(args, engine, records, base, run, subjects)
-    by_user, by_sharer = ([read_json(run.result_path(s.user_id)) for s in subjects] for run, subjects in groups)
-    summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, args.seed)
+        for run, groups in todo:
+            for group in share(run, groups, lambda group: [s.user_id for s in group], len):
+                attack_group(engine, records, base, run, group)
+    by_user, by_sharer = ([read_json(run.result_path(s.user_id)) for s in subjects] for run, subjects in attacks)
+    with attacks[0][0].turn("the summary"):
+        summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, args.seed)
     print(attack_table(summary))
 
 

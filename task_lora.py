@@ -88,15 +88,16 @@ def main(argv: list[str] | None = None) -> None:
     base_users, users = load_base_users(args, texts), cli.load_test_users(args, texts.task)
     run = Run(folder, "task_lora", "task_lora", cli.settings_of(args))
     todo = cli.open_users(users, args.user_idxs, run.done)
-    trained = (folder / "adapter_config.json").exists()
-    if trained and not todo:
+    trained = folder / "adapter_config.json"
+    if trained.exists() and not todo:
         return
     engine = load_engine(args)
-    if not trained:
-        train_task_adapter(args, engine, training_records(texts, engine, base_users), folder)
+    with run.turn("the task adapter"):
+        if not trained.exists():
+            train_task_adapter(args, engine, training_records(texts, engine, base_users), folder)
     engine.bank.load([load_adapter(folder)])
     engine.bank.combine(torch.tensor([[0.0], [1.0]]), "delta")
-    cli.for_each(todo, partial(predict_user, args, texts, engine, run))
+    cli.for_each(cli.share_users(args, run, todo), len(todo), partial(predict_user, args, texts, engine, run))
 
 
 if __name__ == "__main__":

@@ -103,12 +103,11 @@ def finish_group(
     with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "gates", "step") as bar:
         losses = train(engine.bank, learners, settings, args.max_batch_tokens, bar.update, gates.stacks, gates.scaler)
     seconds = round((time.perf_counter() - started) / len(group), 3)
-    for place, (anchor, learner, own) in enumerate(zip(group, learners, losses, strict=True)):
-        if run.done(anchor.user_id):
-            continue
-        save_gate(gates.gate(place), gate_file(run.root, anchor.user_id))
-        run.finish(
-            anchor.user_id,
+    for place, anchor in enumerate(group):
+        if not run.done(anchor.user_id):
+            save_gate(gates.gate(place), gate_file(run.root, anchor.user_id))
+    run.finish_all(
+        [
             {
                 "user_id": anchor.user_id,
                 "index": order[anchor.user_id],
@@ -116,8 +115,10 @@ def finish_group(
                 "losses": own,
                 **privacy_of(args, terms, learner, anchor),
                 "seconds": {"train": seconds},
-            },
-        )
+            }
+            for anchor, learner, own in zip(group, learners, losses, strict=True)
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     if not groups:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in groups:
+    for group in cli.share_groups(args, run, groups):
         finish_group(args, texts, engine, run, terms, group, order)
 
 

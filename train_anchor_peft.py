@@ -119,24 +119,25 @@ def finish_group(
     seconds = round((time.perf_counter() - started) / len(group), 3)
     with torch.inference_mode():
         reports = history_scores(args, texts, engine, group)
-    for place, (anchor, own, report) in enumerate(zip(group, losses, reports, strict=True)):
-        user_id = anchor.user.user_id
-        if run.done(user_id):
-            continue
-        card = anchor.card(args.task_name, report)
-        save_adapter(engine.bank.adapter(place), run.user_dir(user_id) / "adapter", cli.base_name(args), card)
-        run.finish(
-            user_id,
+    for place, (anchor, report) in enumerate(zip(group, reports, strict=True)):
+        if not run.done(anchor.user.user_id):
+            folder = run.user_dir(anchor.user.user_id) / "adapter"
+            card = anchor.card(args.task_name, report)
+            save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card)
+    run.finish_all(
+        [
             {
-                "user_id": user_id,
-                "index": order[user_id],
+                "user_id": anchor.user.user_id,
+                "index": order[anchor.user.user_id],
                 "record_ids": [record.id for record in anchor.records],
                 "losses": own,
                 "history": report,
                 **anchor.privacy,
                 "seconds": {"train": seconds},
-            },
-        )
+            }
+            for anchor, own, report in zip(group, losses, reports, strict=True)
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     if not groups:
         return
     engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in groups:
+    for group in cli.share_groups(args, run, groups):
         learners = [Anchor(user, args, texts, engine, terms) for user in group]
         finish_group(args, texts, engine, run, learners, order)
 

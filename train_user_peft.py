@@ -28,12 +28,13 @@ from functools import partial
 import torch
 
 from prime import cli
-from prime.data import User, select
+from prime.data import User, read_json, select
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
-from prime.lora import Adapter, merge, save_adapter
+from prime.export import PERSONAL
+from prime.lora import Adapter, load_adapter, merge, save_adapter
 from prime.prompts import history_records
-from prime.runs import Run, derive_seed
+from prime.runs import Run, derive_seed, write_json
 from prime.sampling import Sampler
 from prime.sharers import Pool, add_selection, load_pool
 from prime.train import Learner, train, train_settings
@@ -79,13 +80,11 @@ def merged_sharers(pool: Pool, index: int) -> Adapter:
 def train_group(
     args: argparse.Namespace, engine: Engine, learners: Sequence[Learner], under: Sequence[Adapter]
 ) -> list[list[float]]:
-    """Losses of every user's steps; the users' adapters, each on its frozen one if there are any, are then loaded."""
+    """Losses of every user's steps; the bank then holds the users' adapters, each with its frozen one if there is."""
     settings = train_settings(args)
     engine.bank.allocate([learner.seed for learner in learners], args.lora_r, args.lora_alpha, under)
     with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "users", "step") as progress:
-        losses = train(engine.bank, learners, settings, args.max_batch_tokens, progress.update)
-    engine.bank.load([engine.bank.adapter(place) for place in range(len(learners))])
-    return losses
+        return train(engine.bank, learners, settings, args.max_batch_tokens, progress.update)
 
 
 def choice_of(pool: Pool | None, index: int) -> dict:
@@ -97,7 +96,7 @@ def choice_of(pool: Pool | None, index: int) -> dict:
 
 
 def predict_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, results: dict[int, dict], place: int,
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, results: Sequence[dict], place: int,
     user: User, progress: Progress,
 ) -> None:  # fmt: skip
     """Predict with the adapter at `place` of the bank; the result file comes last."""
@@ -108,25 +107,40 @@ def predict_user(
     run.finish(user.user_id, results[place] | {"predictions": found, "seconds": seconds})
 
 
-def finish_group(
+def learn_group(
     args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool | None,
     group: Sequence[tuple[int, User]],
-) -> None:  # fmt: skip
-    """Train a group of test users together and write those that are not there yet."""
+) -> list[dict]:  # fmt: skip
+    """Train a group of test users together; what will be in their results, while their adapters are on disk."""
     started = time.perf_counter()
     learners = [learner_of(args, texts, engine, user, place) for place, (_, user) in enumerate(group)]
     losses = train_group(args, engine, learners, [merged_sharers(pool, index) for index, _ in group] if pool else [])
     seconds = {"train": round((time.perf_counter() - started) / len(group), 3)}
-    todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
-    results = {}
-    for place, user in todo:
-        index, ids = group[place][0], [record.id for record in learners[place].records]
+    results = []
+    for place, (index, user) in enumerate(group):
+        ids = [record.id for record in learners[place].records]
         own = {"user_id": user.user_id, **choice_of(pool, index)}
-        card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
-        folder = run.user_dir(user.user_id) / "adapter"
-        save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card | {"records": len(ids)})
-        results[place] = own | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds}
-    cli.for_each(todo, partial(predict_user, args, texts, engine, run, results))
+        if not run.done(user.user_id):
+            card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
+            folder = run.user_dir(user.user_id) / PERSONAL
+            save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card | {"records": len(ids)})
+        results.append(own | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds})
+    return results
+
+
+def finish_group(
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool | None,
+    group: Sequence[tuple[int, User]],
+) -> None:  # fmt: skip
+    """Train a group of test users, or go on where that is done, and predict for those who are not finished."""
+    trained = run.record_path([user.user_id for _, user in group]).with_suffix(".trained")
+    if not trained.exists():
+        write_json(trained, learn_group(args, texts, engine, run, pool, group))
+    results = read_json(trained)
+    engine.bank.load([load_adapter(run.user_dir(user.user_id) / PERSONAL) for _, user in group])
+    todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
+    cli.for_each(todo, len(todo), partial(predict_user, args, texts, engine, run, results))
+    trained.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     order = {user.user_id: index for index, user in enumerate(users)}
     engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in groups:
+    for group in cli.share_groups(args, run, groups):
         finish_group(args, texts, engine, run, pool, [(order[user.user_id], user) for user in group])
 
 

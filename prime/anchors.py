@@ -8,6 +8,7 @@ Letters: `n` candidates or anchors, `m` test users, `h` embedding width, `b` bat
 
 from __future__ import annotations
 
+import io
 import pickle
 import struct
 import warnings
@@ -19,7 +20,7 @@ import torch
 from torch.nn.functional import normalize
 
 from prime.errors import InputError
-from prime.runs import replacing
+from prime.runs import write_bytes
 
 MAX_TOKENS = 512
 MIN_ITEMS = 10  # published: an anchor has *more* than ten items
@@ -154,9 +155,10 @@ def top_similar(test_emb: torch.Tensor, anchor_emb: torch.Tensor, n_sim: int) ->
 
 
 def save_tensor(path: Path, tensor: torch.Tensor) -> None:
-    """Write so that a reader sees either the old file or the whole new one."""
-    with replacing(path) as temporary:
-        torch.save(tensor, temporary)
+    """Write so that a reader sees either the old file or the whole new one, of the same bytes for the same tensor."""
+    buffer = io.BytesIO()  # given a path, torch.save writes the file's name into it, here that of a temporary one
+    torch.save(tensor, buffer)
+    write_bytes(path, buffer.getvalue())
 
 
 def save_selection(folder: Path, candidate_emb: torch.Tensor, test_emb: torch.Tensor, anchors: Sequence[int]) -> None:

@@ -2,26 +2,37 @@
 
 import argparse
 import dataclasses
+import errno
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
 from prime.data import User, load_profiles, load_users, select_indices
 from prime.errors import InputError
 from prime.prompts import RECENT_K, load_templates
+from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
+from prime.workers import limit_threads, share, user_cost
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
     "convert_to", "export_full", "gradient_checkpointing", "noise_key",
 )  # fmt: skip
+
+
+class HasId(Protocol):
+    @property
+    def user_id(self) -> str: ...
+
+
+WithId = TypeVar("WithId", bound=HasId)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -249,8 +260,8 @@ def open_users(users: Sequence[User], spec: str | None, done: Callable[[str], bo
     return [(i, users[i]) for i in select_indices(spec, len(users)) if not done(users[i].user_id)]
 
 
-def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -> list[Sequence[User]]:
-    """Users in groups of `size` (0: one group), without the groups that are wholly finished.
+def open_groups(users: Sequence[WithId], size: int, done: Callable[[str], bool]) -> list[Sequence[WithId]]:
+    """Users, or what else has an id, in groups of `size` (0: one group), without those that are wholly finished.
 
     Groups do not depend on what is finished, so an interrupted run ends with the same bytes as an unbroken one.
     """
@@ -259,24 +270,53 @@ def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -
     return [group for group in groups if not all(done(user.user_id) for user in group)]
 
 
-def for_each(users: Sequence[tuple[int, User]], work: Callable[[int, User, Callable[[int], object]], None]) -> None:
+def share_users(args: argparse.Namespace, run: Run, todo: Sequence[tuple[int, User]]) -> Iterator[tuple[int, User]]:
+    """Those of `todo` that no other process does, each claimed while it is worked on."""
+    recent_k = getattr(args, "recent_k", 0)
+    return share(run, todo, lambda unit: [unit[1].user_id], lambda unit: user_cost(unit[1], recent_k))
+
+
+def share_groups(args: argparse.Namespace, run: Run, groups: Sequence[Sequence[User]]) -> Iterator[Sequence[User]]:
+    """The same for groups of users that are trained together."""
+    return share(
+        run,
+        groups,
+        lambda group: [user.user_id for user in group],
+        lambda group: sum(user_cost(user, args.recent_k) for user in group),
+    )
+
+
+def for_each(
+    users: Iterable[tuple[int, User]], total: int, work: Callable[[int, User, Callable[[int], object]], None]
+) -> None:
     """Call work(index, user, progress) for each, under a bar of users and one of answers."""
-    with bar(len(users), "test users", "user") as users_bar, bar(0, "answers") as rows_bar:
+    with bar(total, "test users", "user") as users_bar, bar(0, "answers") as rows_bar:
         for index, user in users:
             work(index, user, rows_bar.update)
             users_bar.update()
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
 def run(main: Callable[[list[str] | None], None]) -> None:
-    """Run a script: an InputError is one message and exit code 2; `--debug` adds the traceback."""
+    """Run a script: an InputError is one message and exit code 2; `--debug` adds the traceback.
+
+    Ctrl-C and SIGTERM let the write in progress finish, and end with exit code 130 and a line that says how to go on.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    stop_between_writes()
+    limit_threads()
+    name = Path(sys.argv[0]).name
     try:
         main(None)
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in NO_SPACE
+        hint = "; finished users are kept: make room and run the same command again to go on" if full else ""
+        print(f"{name}: error: {error}{hint}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
+        print(f"{name}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

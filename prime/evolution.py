@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,9 @@ from prime.data import User
 from prime.decode import EncodedPrompt, EncodedRecord, Progress, Tokens, every_pair, score
 from prime.engine import Engine
 from prime.fitness import Objective, Score, likelihood_score
+from prime.journal import Journal
 from prime.prompts import Record, history_records, query_records
-from prime.runs import derive_seed
+from prime.runs import derive_seed, write_text
 from prime.sampling import Sampler
 from prime.search import minimise, ranked_weights
 
@@ -46,8 +48,9 @@ class Evaluation:
     origin: str
 
     def line(self) -> str:
-        listed = vars(self) | {"weights": self.weights.tolist(), "seconds": round(self.seconds, 4)}
-        return json.dumps(listed) + "\n"
+        """All but the seconds, which differ from run to run."""
+        listed = {key: value for key, value in vars(self).items() if key != "seconds"}
+        return json.dumps(listed | {"weights": self.weights.tolist()}) + "\n"
 
 
 class Population:
@@ -57,8 +60,8 @@ class Population:
     """
 
     def __init__(
-        self, args: argparse.Namespace, texts: Texts, engine: Engine, user: User, seed: int, n: int,
-        progress: Callable[[int], object] | None = None,
+        self, args: argparse.Namespace, texts: Texts, engine: Engine, user: User, seed: int, n: int, journal: Journal,
+        progress: Progress | None = None,
     ):  # fmt: skip
         self.args, self.engine, self.n = args, engine, n
         self.records = sample_records(fitness_records(args, texts, user, seed), args.train_sample, seed)
@@ -72,7 +75,9 @@ class Population:
         self.encoded: list[EncodedRecord] = [engine.encoder.record(r.id, r.input, r.target) for r in self.records]
         # Gold answers are good drafts: they are what the sharers were trained to write.
         self.drafts: list[list[Tokens]] = [[record.target[:-1]] for record in self.encoded]
-        self.progress: Progress | None = progress
+        self.progress = progress
+        self.journal = journal
+        self.about = [(record.id, record.ids, record.target) for record in self.encoded]
         self.shape = (n, engine.bank.layers) if args.piece_merge else (n,)
 
     def known_points(self) -> Tensor:
@@ -82,17 +87,22 @@ class Population:
 
     def answers(self, weights: Tensor) -> list[Answers]:
         """Answers of candidates `[c, n]` or `[c, n, l]` to all history records, once per repeat."""
-        self.engine.bank.combine(weights, self.args.merge_rule)
-        pairs = every_pair(range(len(weights)), len(self.prompts))
         found: list[Answers] = [[] for _ in weights]
-        for sampler in self.samplers:
-            tokens = self.engine.answer(self.prompts, pairs, sampler, self.limit, self.drafts, self.progress)
-            for candidate, answers in enumerate(found):
-                own = [tokens[candidate, index] for index in range(len(self.prompts))]
+        for repeat, sampler in enumerate(self.samplers):
+            asked = [self.about, weights.tolist(), repeat]
+            tokens = self.journal.call(asked, partial(self._decode, weights, sampler))
+            for answers, own in zip(found, tokens, strict=True):
                 answers.append([self.engine.encoder.text(ids) for ids in own])
                 for drafts, ids in zip(self.drafts, own, strict=True):
-                    drafts.append(ids)
+                    drafts.append(tuple(ids))
         return found
+
+    def _decode(self, weights: Tensor, sampler: Sampler) -> list[list[Tokens]]:
+        """Token ids `[c][records]` of each candidate's answers."""
+        self.engine.bank.combine(weights, self.args.merge_rule)
+        pairs = every_pair(range(len(weights)), len(self.prompts))
+        tokens = self.engine.answer(self.prompts, pairs, sampler, self.limit, self.drafts, self.progress)
+        return [[tokens[place, index] for index in range(len(self.prompts))] for place in range(len(weights))]
 
     def metric_scorer(self, objective: Objective) -> Scorer:
         """PriME's objective; the first candidates it sees have to be the base and the sharers."""
@@ -107,11 +117,17 @@ class Population:
 
     def likelihood_scores(self, weights: Tensor) -> list[Score]:
         """LoraHub's objective: the targets of all history records under each candidate."""
+        found = self.journal.call([self.about, weights.tolist()], partial(self._logprobs, weights))
+        tensors = [[torch.tensor(row) for row in rows] for rows in found]
+        return [likelihood_score(own, of_records) for own, of_records in zip(weights, tensors, strict=True)]
+
+    def _logprobs(self, weights: Tensor) -> list[list[list[float]]]:
+        """`[c][records][target tokens]` log-probabilities under each candidate."""
         self.engine.bank.combine(weights, self.args.merge_rule)
-        pairs = every_pair(range(len(weights)), len(self.encoded))
-        found = score(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
         rows = range(len(self.encoded))
-        return [likelihood_score(own, [found[place, row] for row in rows]) for place, own in enumerate(weights)]
+        pairs = every_pair(range(len(weights)), len(rows))
+        found = score(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
+        return [[found[place, row].tolist() for row in rows] for place in range(len(weights))]
 
 
 def fitness_records(args: argparse.Namespace, texts: Texts, user: User, seed: int) -> list[Record]:
@@ -152,22 +168,19 @@ def evolve(population: Population, objective: Objective | None, seed: int, log: 
         search's in order.
     """
     args = population.args
-    log.parent.mkdir(parents=True, exist_ok=True)
     scorer: Scorer = population.likelihood_scores if objective is None else population.metric_scorer(objective)
     found: list[Evaluation] = []
 
     def evaluate(weights: Tensor, origins: list[str]) -> list[float]:
-        started = time.perf_counter()
+        started, spared = time.perf_counter(), population.journal.spared
         scores = scorer(weights)
-        seconds = (time.perf_counter() - started) / len(weights)
-        new = [
+        seconds = (time.perf_counter() - started + population.journal.spared - spared) / len(weights)
+        found.extend(
             Evaluation(w, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin)
             for w, s, origin in zip(weights, scores, origins, strict=True)
-        ]
-        found.extend(new)
-        with open(log, "a" if len(found) > len(new) else "w", encoding="utf-8") as file:
-            file.writelines(one.line() for one in new)
-        return [one.loss for one in new]
+        )
+        write_text(log, "".join(one.line() for one in found))
+        return [one.loss for one in found[-len(weights) :]]
 
     def evaluate_points(points: list[np.ndarray]) -> list[float]:
         return evaluate(torch.tensor(np.stack(points), dtype=torch.float32), ["search"] * len(points))

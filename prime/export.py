@@ -40,15 +40,21 @@ def export_full(args: argparse.Namespace, run: Run, users: Sequence[User]) -> No
     Where the base was deployed (there is no personal adapter), it is the task adapter alone.
     """
     task = open_adapter(args.lora_ckpt, args.llama_model_path)
-    for user in users:
-        folder = run.user_dir(user.user_id)
-        if not run.done(user.user_id) or (folder / FULL / "adapter_config.json").exists():
-            continue
-        personal = folder / PERSONAL
-        deployed = (personal / "adapter_config.json").exists()
-        full = concatenate(task, load_adapter(personal)) if deployed else task
-        card = card_of(args, read_json(run.result_path(user.user_id)), "base_model")
-        save_adapter(full, folder / FULL, cli.base_name(args), card)
+    with run.turn("the full adapters"):
+        for user in users:
+            if run.done(user.user_id):
+                _export_user(args, run, user.user_id, task)
+
+
+def _export_user(args: argparse.Namespace, run: Run, user_id: str, task: Adapter) -> None:
+    folder = run.user_dir(user_id)
+    if (folder / FULL / "adapter_config.json").exists():
+        return
+    personal = folder / PERSONAL
+    deployed = (personal / "adapter_config.json").exists()
+    full = concatenate(task, load_adapter(personal)) if deployed else task
+    card = card_of(args, read_json(run.result_path(user_id)), "base_model")
+    save_adapter(full, folder / FULL, cli.base_name(args), card)
 
 
 def add_attacks(exp_dir: Path, by_user: Mapping[str, Mapping[str, Any]]) -> None:

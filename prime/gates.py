@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -29,7 +29,7 @@ from prime.bank import AdapterBank, BankLinear, InputScaler
 from prime.decode import EncodedRecord
 from prime.errors import InputError
 from prime.published import load_published_gate
-from prime.runs import derive_seed, replacing, user_dirname
+from prime.runs import derive_seed, user_dirname, write_bytes
 
 Gate = dict[str, Tensor]  # module name -> [d]
 Weights = dict[str, Tensor]  # module name -> [n] aggregation weights
@@ -56,8 +56,7 @@ def gate_path(gate_dir: str | Path, user_id: str) -> Path:
 
 def save_gate(gate: Gate, path: Path) -> None:
     """Write a gate as safetensors, module name -> [d], in float32."""
-    with replacing(path) as temporary:
-        save_file({name: vector.detach().cpu().float().contiguous() for name, vector in gate.items()}, temporary)
+    write_bytes(path, save({name: vector.detach().cpu().float().contiguous() for name, vector in gate.items()}))
 
 
 def load_gate(path: Path, widths: Mapping[str, int]) -> Gate:

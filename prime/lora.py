@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from prime.data import read_json
 from prime.errors import InputError
-from prime.runs import replacing, write_json, write_text
+from prime.runs import write_bytes, write_json, write_text
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -196,8 +196,7 @@ def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Ma
     for name, (a, b) in sorted(_equal_rank(adapter).items()):
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().float().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().float().contiguous()
-    with replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     if card is not None:
         write_card(folder, card)
     write_json(folder / "adapter_config.json", peft_config(adapter, base_model))

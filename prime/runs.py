@@ -1,9 +1,12 @@
 """A run directory: one result file per user, written last; its presence is the only mark of being finished.
 
     <root>/settings.json                 what the run was asked to do; resuming under other settings is refused
-    <root>/users/<name>/result.json      one per finished user (or anchor)
+    <root>/users/<name>/result.json      one per finished user (or anchor): a function of settings, seed and user alone
+    <root>/users/<name>/seconds.json     how long it took, the one file that differs from run to run
+    <root>/working/                      locks and unfinished work of those at it now; gone when nobody is
 
-Every file is written under a temporary name, flushed to disk and renamed, so a reader never sees half a file.
+Every file is written under a temporary name, flushed to disk and renamed, and its folder flushed, so a reader never
+sees half a file and a result that was seen survives a loss of power.
 """
 
 import hashlib
@@ -11,15 +14,17 @@ import json
 import os
 import platform
 import re
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from prime.data import read_json
 from prime.errors import InputError
+from prime.locks import claim, grab, remove_abandoned, turn
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
@@ -44,34 +49,112 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
 
 
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+class _Stop:
+    """A signal that waits until the write in progress is done."""
+
+    depth = 0
+    pending = False
+
+
+def stop(signum: int, frame: object) -> None:
+    """Handler of SIGINT and SIGTERM: KeyboardInterrupt, but not in the middle of a write."""
+    if _Stop.depth:
+        _Stop.pending = True
+    else:
+        raise KeyboardInterrupt
+
+
+def stop_between_writes() -> None:
+    """Make SIGTERM (of SLURM, torchrun, docker) stop a run as Ctrl-C does, and both wait for a write in progress."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off the signals that `stop_between_writes` handles to the end of this block."""
+    _Stop.depth += 1
+    try:
+        yield
+    finally:
+        _Stop.depth -= 1
+    if _Stop.pending and not _Stop.depth:
+        _Stop.pending = False
+        raise KeyboardInterrupt
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """A folder with its parents, the new names flushed to disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; flushed to disk and renamed to `path` on success."""
+    """A temporary path beside `path` to write to; flushed to disk and renamed to `path` on success.
+
+    Raises:
+        OSError: what went wrong, with the name of the file; the old file is then as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    _remove_abandoned(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
     temporary = Path(name)
     try:
+        grab(handle)  # as long as it is held, `_remove_abandoned` of others leaves the file alone
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
+        with uninterrupted():
+            flush(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            flush(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of `path` whose writers died."""
+    for entry in list(os.scandir(path.parent)):
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+            remove_abandoned(Path(entry.path))
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one; signals wait until it is."""
+    with uninterrupted(), replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file so that it is either the old one or the whole new one."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path | str, value: Any) -> None:
     """Write JSON atomically: one key a line, insertion order, NaN refused."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+# -- a run ----------------------------------------------------------------------------------------------------------
 
 
 def library_versions() -> dict[str, str]:
@@ -92,12 +175,15 @@ class Run:
 
     def __init__(self, root: Path | str, stage: str, method: str, settings: Mapping[str, Any]):
         self.root = Path(root)
+        self.working = self.root / "working"
         asked = {"stage": stage, "method": method, "settings": json.loads(json.dumps(dict(settings)))}
         path = self.root / "settings.json"
-        if path.exists():
-            self._refuse_other(path, asked)
-        else:
-            write_json(path, asked | {"versions": library_versions()})
+        if not path.exists():
+            with self.turn("settings"):
+                if not path.exists():
+                    write_json(path, asked | {"versions": library_versions()})
+        self._refuse_other(path, asked)
+        self._tidy()
 
     @staticmethod
     def _refuse_other(path: Path, asked: dict) -> None:
@@ -124,13 +210,76 @@ class Run:
         return self.result_path(user_id).exists()
 
     def finish(self, user_id: str, result: Mapping[str, Any]) -> None:
-        """Write the user's result file: last of all its files."""
-        write_json(self.result_path(user_id), dict(result))
+        """Write the user's result file: last of all its files. Its `seconds` go into a file of their own."""
+        own = dict(result)
+        with uninterrupted():
+            if "seconds" in own:
+                write_json(self.user_dir(user_id) / "seconds.json", own.pop("seconds"))
+            write_json(self.result_path(user_id), own)
+
+    # What is in progress
+
+    def claim(self, user_ids: Sequence[str]) -> AbstractContextManager[bool]:
+        """Hold these users, all or none; False where another process holds one."""
+        return claim(*(self.lock_path(user_id) for user_id in user_ids))
+
+    def lock_path(self, user_id: str) -> Path:
+        return self.working / f"{user_dirname(user_id)}.lock"
+
+    def turn(self, what: str) -> AbstractContextManager[None]:
+        """Do something that one process does for all (train the task adapter, write a summary), in turn."""
+        return turn(self.working / f"{what.replace(' ', '_')}.lock", what)
+
+    def journal_path(self, user_id: str) -> Path:
+        """Where the unfinished work of a user is noted as it goes on; void once the user is finished."""
+        return self.working / f"{user_dirname(user_id)}.jsonl"
+
+    def record_path(self, user_ids: Sequence[str]) -> Path:
+        """Where the common work of a group is kept until all are finished, the last of them last."""
+        digest = hashlib.sha256(json.dumps(list(user_ids)).encode()).hexdigest()[:16]
+        return self.working / f"{user_dirname(user_ids[-1])}.{digest}.json"
+
+    def finish_all(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Finish a group's users who are not; all of them or, to be gone on with by `recover`, a record of them first.
+
+        So a crash in between leaves nobody to be worked on again.
+        """
+        record = self.record_path([result["user_id"] for result in results])
+        write_json(record, list(results))
+        for result in results:
+            if not self.done(result["user_id"]):
+                self.finish(result["user_id"], result)
+        record.unlink(missing_ok=True)
+
+    def recover(self, user_ids: Sequence[str]) -> None:
+        """Finish a group whose work was done when `finish_all` was cut off."""
+        record = self.record_path(user_ids)
+        if record.exists():
+            self.finish_all(read_json(record))
+
+    def _tidy(self) -> None:
+        """Remove what a crash left behind of users who were finished by then, and locks of the dead."""
+        for path in sorted(self.working.glob("*")):
+            if path.suffix == ".lock":
+                with claim(path):
+                    pass
+            elif self._is_void(path):
+                path.unlink(missing_ok=True)
+
+    def _is_void(self, path: Path) -> bool:
+        folder = path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else path.name.rsplit(".", 2)[0]
+        return (self.root / "users" / folder / "result.json").exists()
+
+
+def read_result(path: Path) -> dict:
+    """A user's result with its `seconds`, where they are known."""
+    seconds = path.with_name("seconds.json")
+    return read_json(path) | ({"seconds": read_json(seconds)} if seconds.exists() else {})
 
 
 def read_results(root: Path | str) -> list[dict]:
     """Results of all finished users of a run directory, in the order of the users' index."""
-    results = [read_json(path) for path in sorted(Path(root).glob("users/*/result.json"))]
+    results = [read_result(path) for path in sorted(Path(root).glob("users/*/result.json"))]
     return sorted(results, key=lambda result: result["index"])
 
 

@@ -1,0 +1,121 @@
+"""Processes that work on one output directory together, on one machine or many.
+
+`torchrun` and `accelerate launch` tell each process its rank; each begins with its share of the users, the costly ones
+first, and then helps the others. Nothing is sent between them: what is finished is told by result files, who works on
+what by claims (`prime.locks`). So processes may come, die and come back at any time, and any others started by hand
+on the same directory share the work as well.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+from prime.data import User
+from prime.locks import POLL, holder
+from prime.runs import Run
+
+Unit = TypeVar("Unit")
+
+
+class World(NamedTuple):
+    """The place of this process among those that were launched together (torchrun's environment)."""
+
+    rank: int
+    size: int
+    local_rank: int  # on this machine: the number of its GPU
+    local_size: int
+
+
+def world() -> World:
+    return World(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
+
+
+def limit_threads() -> None:
+    """Part this machine's cores among the local processes, unless OMP_NUM_THREADS says how many each takes."""
+    local = world().local_size
+    if local > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def user_cost(user: User, recent_k: int = 0) -> int:
+    """Characters to read for a user: the history that is used, and the queries."""
+    texts = [str(value) for item in user.profile[-recent_k:] for value in item.values()]
+    return 1 + sum(map(len, texts)) + sum(len(query.input) for query in user.queries)
+
+
+def shares(costs: Sequence[int], size: int) -> list[list[int]]:
+    """Places parted among `size` processes, each to whom has the least so far, the costliest first (Graham 1969:
+    longest processing time first, at most 4/3 of the best possible time).
+    """
+    load = [0] * size
+    parts: list[list[int]] = [[] for _ in range(size)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        rank = load.index(min(load))
+        load[rank] += costs[place]
+        parts[rank].append(place)
+    return parts
+
+
+def order_of(costs: Sequence[int], rank: int, size: int) -> list[int]:
+    """The places in the order this process works on them: its own share, then the ends of the others'."""
+    if size == 1:
+        return list(range(len(costs)))
+    parts = shares(costs, size)
+    others = [place for step in range(1, size) for place in reversed(parts[(rank + step) % size])]
+    return parts[rank] + others
+
+
+def share(
+    run: Run, units: Sequence[Unit], ids: Callable[[Unit], Sequence[str]], cost: Callable[[Unit], int]
+) -> Iterator[Unit]:
+    """Units of work, each claimed as long as the caller works on it, until the users of all are finished.
+
+    Units that others work on are waited for at the end, and taken over if these die.
+
+    Args:
+        units: of which every process gives the same ones in the same order.
+        ids: of the users that a unit finishes.
+        cost: estimate of its work, in any measure.
+    """
+    here = world()
+    waiting = [units[place] for place in order_of([cost(unit) for unit in units], here.rank, here.size)]
+    told: set[str] = set()
+    while waiting:
+        held: list[Unit] = []
+        for unit in waiting:
+            names = ids(unit)
+            if _finished(run, names):
+                continue
+            with run.claim(names) as mine:
+                if not mine:
+                    held.append(unit)
+                    continue
+                run.recover(names)
+                if not _finished(run, names):
+                    yield unit
+        if len(held) == len(waiting):
+            _tell(run, [name for unit in held for name in ids(unit)], told)
+            time.sleep(POLL)
+        waiting = held
+
+
+def _finished(run: Run, names: Sequence[str]) -> bool:
+    return all(run.done(name) for name in names)
+
+
+def _tell(run: Run, names: Sequence[str], told: set[str]) -> None:
+    """Say once of each holder that its users are waited for."""
+    for name in names:
+        path = run.lock_path(name)
+        who = holder(path)
+        if path.exists() and who not in told:
+            told.add(who)
+            print(f"waiting for user {name}: {who} is at it", file=sys.stderr)

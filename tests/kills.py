@@ -1,0 +1,141 @@
+"""A stage that is killed and started again, against the same stage left alone: what the kill tests are made of.
+
+A *setting* is a stage's command on a small cut of the demo world, together with the folders the stages before it
+filled. Letters of the outcome: files that differ, users computed again though they were finished.
+"""
+
+import os
+import random
+import re
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import world
+from forks import Forks
+
+TASK = "movie_tagging"
+SHORT = ["--k_list", "1", "--recent_k", "4"]
+COMMON = ["--task_name", TASK, "--llama_model_path", world.CHECKPOINT]
+ADAPTED = [*COMMON, "--lora_ckpt", "out/task"]
+TRAINING = ["--epochs", "1", "--lr", "5e-3"]
+# In the order they run; each fills the folder of its name in out/, mia the one of evo.
+STAGES: dict[str, list[str]] = {
+    "task": ["task_lora.py", *COMMON, *TRAINING, "--k_list", "1"],
+    "selection": ["history_anchor.py", "--task_name", TASK, "--encoder", world.CHECKPOINT, "--k", "6"],
+    "anchors": ["train_anchor_peft.py", *ADAPTED, *TRAINING, "--recent_k", "4", "--anchors_per_batch", "3"],
+    "gates": ["train_anchor_gate.py", *ADAPTED, "--anchor_path", "out/anchors", "--max_step", "2", "--recent_k", "4",
+              "--anchors_per_batch", "3"],
+    "evo": ["lora_composition_evo.py", *ADAPTED, *SHORT, "--anchor_dir", "out/anchors"],
+    "composed": ["lora_composition.py", *ADAPTED, *SHORT, "--anchor_dir", "out/anchors", "--gate_dir", "out/gates"],
+    "oppu": ["train_user_peft.py", "--method", "oppu", *ADAPTED, *TRAINING, *SHORT, "--users_per_batch", "2"],
+    "mia": ["mia.py", *ADAPTED, "--anchor_dir", "out/anchors", "--exp_dir", "out/evo", "--recent_k", "4",
+            "--users_per_batch", "2"],
+}  # fmt: skip
+SELECTED = ("anchors", "gates", "evo", "composed", "oppu")
+
+
+def command(stage: str) -> list[str]:
+    """The stage's command, run in the world's folder."""
+    words = list(STAGES[stage])
+    if stage in SELECTED:
+        words += ["--anchor_selection_dir", "out/selection"]
+    return words if stage == "mia" else [*words, "--output_dir", f"out/{stage}"]
+
+
+def output(stage: str) -> str:
+    """The folder in out/ that the stage writes to."""
+    return "evo" if stage == "mia" else stage
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """All files under a folder but the seconds they took, by relative path."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if path.name != "seconds.json"}
+
+
+def differing(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def finished(folder: Path) -> dict[str, tuple[int, int]]:
+    """Result files now there, with what would change if they were written again."""
+    stats = {path: path.stat() for path in folder.rglob("result.json")}
+    return {str(path.relative_to(folder)): (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
+
+
+def users_of(folder: Path, marks: Mapping[str, object]) -> set[str]:
+    return {str(world.read(folder / name)["user_id"]) for name in marks}
+
+
+@dataclass
+class Stage:
+    """A stage run without interruption, and the folder to start it from."""
+
+    name: str
+    before: Path  # the world, in which the stage has not run
+    whole: dict[str, bytes]  # its files when left alone
+    seconds: float
+    operations: int
+
+
+@dataclass
+class Outcome:
+    """What became of an interrupted run."""
+
+    kills: int
+    differing: list[str]
+    again: list[str]  # users who were finished at the kill, and computed or written again
+
+    def __bool__(self) -> bool:
+        return not self.differing and not self.again
+
+
+def prepare(forks: Forks, folder: Path, test_users: int = 3, anchors: int = 4) -> Iterator[Stage]:
+    """Run the stages in a row; each one as it is when its turn has come."""
+    source = folder / "world"
+    world.build(source, TASK, test_users, anchors)
+    for name in STAGES:
+        before = folder / f"before-{name}"
+        copy(source, before)
+        log = folder / f"{name}.log"
+        started = time.perf_counter()
+        code = forks.run(command(name), source, log)
+        seconds = time.perf_counter() - started
+        assert code == 0, log.read_text()
+        counted = int(re.findall(r"operations: (\d+)", log.read_text())[-1])
+        yield Stage(name, before, files(source / "out" / output(name)), seconds, counted)
+
+
+def copy(source: Path, target: Path) -> None:
+    """The world's folder again; what is only read is linked."""
+    target.mkdir(parents=True)
+    for path in source.iterdir():
+        if path.name == "out":
+            shutil.copytree(path, target / "out")
+        else:
+            (target / path.name).symlink_to(path.resolve())
+
+
+def interrupt(forks: Forks, stage: Stage, folder: Path, stream: random.Random, at_operation: bool) -> Outcome:
+    """Kill the stage once, at a random file operation or moment, start it again, and look at what is there."""
+    copy(stage.before, folder)
+    log, words, out = folder / "log", command(stage.name), folder / "out" / output(stage.name)
+    kill_at = stream.randint(1, stage.operations) if at_operation else 0
+    pid = forks.start(words, folder, log, kill_at=kill_at)
+    if not at_operation:
+        time.sleep(stream.uniform(0.0, stage.seconds))
+        os.kill(pid, signal.SIGKILL)
+    code = forks.wait(pid)
+    done = finished(out)
+    users = users_of(out, done)
+    again = folder / "again.log"
+    assert forks.run(words, folder, again) == 0, again.read_text()
+    after = finished(out)
+    rewritten = [name for name in done if done[name] != after.get(name)]
+    work = folder / "again.log.work"
+    computed = users & set(work.read_text().split()) if work.exists() else set()
+    return Outcome(int(code == -signal.SIGKILL), differing(files(out), stage.whole), sorted({*rewritten, *computed}))
