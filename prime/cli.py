@@ -53,9 +53,15 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="run seed; each user's own is derived from it and the id")
 
 
-def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool) -> None:
+def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool, named: str = "") -> None:
+    """Options of the model. `named`: it goes by --model_name, with this default, and may be a name of the hub."""
     group = parser.add_argument_group("model")
-    group.add_argument("--llama_model_path", required=True, help="directory of the base model, of Hugging Face or Meta")
+    if named:
+        told = "instruction-tuned model: a name of the Hugging Face hub, or a directory"
+        group.add_argument("--model_name", dest="llama_model_path", default=named, help=told)
+    else:
+        told = "directory of the base model, of Hugging Face or Meta"
+        group.add_argument("--llama_model_path", required=True, help=told)
     group.add_argument("--tokenizer_path", help="directory of the tokenizer; default the model's")
     group.add_argument(
         "--convert_to", help="keep a Meta checkpoint as a Hugging Face directory here, and use that; default: in memory"
@@ -91,11 +97,16 @@ def add_history(parser: argparse.ArgumentParser) -> None:
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("decoding")
+    group = add_sampling(parser)
     group.add_argument("--k_list", type=int_list, default=(1, 2, 4), help="retrieved items in test prompts, beside 0")
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_gen_len: int = 100) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("decoding")
     group.add_argument("--temperature", type=non_negative, default=0.1, help="of sampling; 0 = greedy")
     group.add_argument("--top_p", type=fraction, default=0.9, help="probability mass that sampling keeps")
-    group.add_argument("--max_gen_len", type=positive, default=100, help="new tokens of an answer at most")
+    group.add_argument("--max_gen_len", type=positive, default=max_gen_len, help="new tokens of an answer at most")
+    return group
 
 
 def add_history_decoding(parser: argparse.ArgumentParser) -> None:

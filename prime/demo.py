@@ -15,11 +15,12 @@ All randomness comes from `random.Random.random()`, the one stream Python promis
 import argparse
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from prime.profiles import main_habit
 
 SEED = 20251104
 ARCHETYPES = 6
@@ -310,29 +311,23 @@ class World:
     happen: Callable[[Person, int, Dice], Event]
     item: Callable[[Event], dict[str, str]]
     question: str                       # up to and with the marker by which articles are found (FACTS.md section 2)
-    habit_text: str                     # wording of the textual profile
 
 
 WORLDS = {
     "citation": World("LaMP_1", citation, lambda e: {"title": e.words["title"], "abstract": e.words["text"],
                                                      "citation": e.answer},
                       'For an author who has written the paper with the title "{title}", which reference is related? '
-                      'Answer [1] or [2]. [1]: "{first}" [2]: "{second}"', "Cites works that mostly begin with {}."),
+                      'Answer [1] or [2]. [1]: "{first}" [2]: "{second}"'),
     "movie_tagging": World("LaMP_2M", movie, lambda e: {"description": e.words["text"], "tag": e.answer},
-                           "Which tag fits this movie? tags: [the fifteen of LaMP-2M] description: {text}",
-                           "The most frequent tag is {}."),
+                           "Which tag fits this movie? tags: [the fifteen of LaMP-2M] description: {text}"),
     "product_rating": World("LaMP_3", rating, lambda e: {"text": e.words["text"], "score": e.answer},
-                            "What score from 1 to 5 fits? Answer without further explanation. review: {text}",
-                            "The most frequent score is {}."),
+                            "What score from 1 to 5 fits? Answer without further explanation. review: {text}"),
     "news_headline": World("LaMP_4", headline, lambda e: {"text": e.words["text"], "title": e.answer},
-                           "Generate a headline for the following article: {text}",
-                           "Headlines mostly begin with {}."),
+                           "Generate a headline for the following article: {text}"),
     "scholarly_title": World("LaMP_5", paper, lambda e: {"title": e.answer, "abstract": e.words["text"]},
-                             "Generate a title for the following abstract of a paper: {text}",
-                             "Titles mostly begin with {}."),
+                             "Generate a title for the following abstract of a paper: {text}"),
     "tweet_paraphrase": World("LaMP_7", tweet, lambda e: {"text": e.answer},
-                              "Paraphrase the following tweet without any explanation before or after it: {text}",
-                              "Tweets mostly begin with {}."),
+                              "Paraphrase the following tweet without any explanation before or after it: {text}"),
 }
 
 
@@ -344,15 +339,6 @@ def query(task: str, event: Event, query_id: str, dice: Dice) -> dict[str, str]:
     first, second = (event.wrong, event.answer) if gold else (event.answer, event.wrong)
     text = WORLDS[task].question.format(title=event.words["title"], first=first, second=second)
     return {"id": query_id, "input": text, "gold": f"[{gold + 1}]"}
-
-
-def profile_text(task: str, answers: Sequence[str]) -> str:
-    """The textual profile, by rule: the commonest answer, or for texts the commonest first word if it is a habit."""
-    whole = task in ("movie_tagging", "product_rating")
-    counts = Counter(a if whole else a.split(" ")[0] for a in answers)
-    common = min(counts, key=lambda a: (-counts[a], a))
-    rare = not whole and counts[common] * 4 < len(answers)
-    return WORLDS[task].habit_text.format("no fixed word" if rare else common)
 
 
 def make_user(task: str, split: str, index: int) -> tuple[dict, str]:
@@ -371,7 +357,7 @@ def make_user(task: str, split: str, index: int) -> tuple[dict, str]:
     user = {"user_id": user_id,
             "profile": [{"id": f"{user_id}{i:02d}", **world.item(e)} for i, e in enumerate(events[:items])],
             "query": [query(task, e, f"{user_id}{items + i:02d}", dice) for i, e in enumerate(events[items:])]}
-    return user, profile_text(task, [e.answer for e in events[:items]])
+    return user, main_habit(task, [e.answer for e in events[:items]])
 
 
 def files(task: str) -> dict[str, object]:

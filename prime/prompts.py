@@ -122,13 +122,17 @@ def template_problems(rows: Mapping[str, Any], task: Task) -> list[str]:
     """What is wrong with a task's templates, a line each."""
     problems = []
     for key in KEYS:
-        if key not in rows:
-            problems.append(f"key '{key}': missing")
-        elif not isinstance(rows[key], str):
-            problems.append(f"key '{key}': not a text")
-        else:
-            problems += [f"key '{key}': {problem}" for problem in _field_problems(rows[key], key, task)]
+        problems += key_problems(rows, key, task)
     return problems or _prefix_problems(rows)
+
+
+def key_problems(rows: Mapping[str, Any], key: str, task: Task) -> list[str]:
+    """What is wrong with one template of a task."""
+    if key not in rows:
+        return [f"key '{key}': missing"]
+    if not isinstance(rows[key], str):
+        return [f"key '{key}': not a text"]
+    return [f"key '{key}': {problem}" for problem in _field_problems(rows[key], key, task)]
 
 
 def _field_problems(template: str, key: str, task: Task) -> list[str]:
@@ -155,7 +159,8 @@ def _field_problems(template: str, key: str, task: Task) -> list[str]:
 
 def _positional(task: Task) -> dict[str, int]:
     """The keys with positional fields, and how many."""
-    return {"prompt": task.query_parts, "full_prompt": task.query_parts + 1, "retrieval_query_wokey": 1}
+    parts = task.query_parts
+    return {"prompt": parts, "full_prompt": parts + 1, "retrieval_query_wokey": 1, "profile": 1}
 
 
 def _prefix_problems(rows: Mapping[str, Any]) -> list[str]:
@@ -294,9 +299,11 @@ def _retrieve(query: str, corpus: Sequence[str], k: int) -> list[str]:
     return [corpus[i] for i in top_k(query, corpus, k)]
 
 
-def history_texts(items: Sequence[Mapping[str, str]], templates: Templates) -> list[str]:
-    """History items as they are retrieved, and by default embedded (`retrieval_history`), cut to 368 words a field."""
-    return [templates["retrieval_history"].format(**_cut(item, RETRIEVED_WORDS)) for item in items]
+def history_texts(
+    items: Sequence[Mapping[str, str]], templates: Templates, words: int = RETRIEVED_WORDS
+) -> list[str]:
+    """History items as retrieved, and by default as embedded (`retrieval_history`); fields cut to `words` words."""
+    return [templates["retrieval_history"].format(**_cut(item, words)) for item in items]
 
 
 def _cut(item: Mapping[str, str], words: int) -> dict[str, str]:
