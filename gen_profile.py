@@ -78,10 +78,9 @@ def write_by_model(args: argparse.Namespace, users: Sequence[User], task: Task, 
 
         describer = Describer(args, prompts)
         with cli.bar(sum(map(len, groups)), "users", "user") as progress:
-            for group in groups:
-                for user_id, found in describer.texts(group, progress.update).items():
-                    if not run.done(user_id):
-                        run.finish(user_id, {"user_id": user_id, "index": index[user_id], **found})
+            for group in cli.share_groups(args, run, groups):
+                found = describer.texts(group, progress.update)
+                run.finish_all([{"user_id": name, "index": index[name], **about} for name, about in found.items()])
     write_json(target, {result["user_id"]: result["text"] for result in read_results(run.root)})
 
 

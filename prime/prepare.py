@@ -19,7 +19,8 @@ from prime.errors import InputError
 from prime.gather import OVERLAP, gather, question_names
 from prime.histories import Citations, Histories
 from prime.lamp import UNUSABLE, Reader, Spool, Tally, find_parts
-from prime.runs import derive_seed, write_json
+from prime.locks import claim
+from prime.runs import derive_seed, flush, make_folder, uninterrupted, write_json
 from prime.tasks import Task
 
 # As the Per-Pcs authors name their files. The test users and the reserve's tenth are theirs, the other shares ours.
@@ -113,8 +114,7 @@ def write_users(path: Path, users: Iterable[dict[str, Any]], task: Task) -> dict
             queries += len(user["query"])
             words += sum(len(item.get(name, "").split()) for item in user["profile"] for name in task.fields[1:])
         file.write("\n]\n" if lengths else "[]\n")
-        file.flush()
-        os.fsync(file.fileno())
+    flush(path)
     items = sum(lengths)
     return {
         "users": len(lengths), "items": items, "queries": queries,
@@ -173,17 +173,27 @@ def prepare(
         InputError: wrong input, or a target that holds other people's files; nothing is changed then.
     """
     parts = find_parts(source)
-    folder = _workplace(target)
-    try:
-        report = _convert(task, parts, folder, options, cited, bar)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    for name in (*FILES.values(), LABELS, REPORT):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(folder / name, target / name)
-    shutil.rmtree(folder)
+    with claim(target / f"{WORK}.lock") as mine:
+        if not mine:
+            raise InputError(f"{target}: another prepare_data.py is at it")
+        folder = _workplace(target)
+        try:
+            report = _convert(task, parts, folder, options, cited, bar)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        _publish(folder, target)
     return report
+
+
+def _publish(folder: Path, target: Path) -> None:
+    """Put the finished files in place: labels after users, the report last. A signal waits, a crash leaves `folder`."""
+    with uninterrupted():
+        for name in (*FILES.values(), LABELS, REPORT):
+            make_folder((target / name).parent)
+            os.replace(folder / name, target / name)
+            flush((target / name).parent)
+        shutil.rmtree(folder)
 
 
 def _workplace(target: Path) -> Path:

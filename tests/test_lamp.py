@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import warnings
 from itertools import combinations
@@ -12,9 +13,11 @@ import pytest
 from lamp_world import Files, asked, item, time_split, user_split
 
 import prepare_data
+from prime import prepare as prepare_module
 from prime.data import load_labels, load_users
 from prime.errors import InputError
 from prime.lamp import date_key, id_order, strictly_before
+from prime.locks import claim
 from prime.prepare import FILES, LABELS, REPORT, Shares, share_out
 from prime.tasks import TASKS, extract
 
@@ -489,6 +492,34 @@ def test_a_run_that_fails_leaves_the_earlier_files(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         convert(made, tmp_path)
     assert {path: path.read_bytes() for path in target.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of six files, `place` are new: labels come after users, the report last, and the next run makes all anew."""
+    made, replace, moved = user_split("movie_tagging"), os.replace, []
+    expected = contents(convert(made, tmp_path / "whole"))
+
+    def crash(source: Path, target: Path) -> None:
+        if len(moved) == place:
+            raise KeyboardInterrupt
+        moved.append(target.name)
+        replace(source, target)
+
+    monkeypatch.setattr(prepare_module.os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        convert(made, tmp_path / "part")
+    assert REPORT not in moved and moved == [Path(name).name for name in (*FILES.values(), LABELS)][:place]
+    monkeypatch.undo()
+    assert contents(convert(made, tmp_path / "part")) == expected
+
+
+def test_two_conversions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
+    with claim(tmp_path / "data" / ".prepare.lock") as mine, pytest.raises(InputError, match="another prepare_data.py"):
+        assert mine
+        convert(user_split("movie_tagging"), tmp_path)
 
 
 # -- small parts --------------------------------------------------------------------------------------------------
