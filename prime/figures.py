@@ -244,7 +244,7 @@ def _cells(axes: Axes, table: np.ndarray, results: Sequence[Mapping[str, Any]], 
             if np.isfinite(value := table[row, column]):
                 text = f"{plain(sharer, 8)}: {value:+.2f}"
                 colour = "white" if value < -0.05 * edge else "black"
-                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour, in_layout=False)
 
 
 # --- leakage ---------------------------------------------------------------------------------------

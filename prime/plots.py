@@ -32,5 +32,6 @@ def save(made: Figure, stem: Path) -> list[Path]:
     for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
         with replacing(path) as temporary:
             made.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+        made.set_layout_engine("none")  # the places found for the first file serve the second
     plt.close(made)
     return paths

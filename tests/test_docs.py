@@ -1,0 +1,187 @@
+"""The docs as promises: options are current, quoted messages exist, and what is told to be added can be added."""
+
+import ast
+import importlib.util
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import world
+
+import postprocess
+from prime import membership, page, prompts, search, tasks
+from prime.data import load_users
+from prime.runs import Run, read_json
+
+DOCS = world.ROOT / "docs"
+
+
+def blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+# --- options.md
+
+
+def test_the_page_of_options_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("make_options", DOCS / "make_options.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.text(), "run: python docs/make_options.py"
+
+
+def test_every_option_of_every_stage_is_on_the_page() -> None:
+    text = (DOCS / "options.md").read_text(encoding="utf-8")
+    for path in world.ROOT.glob("*.py"):
+        section = text.split(f"\n## {path.name}\n")[1].split("\n## ")[0]
+        for action in world.script(path.name).build_parser()._actions:
+            for option in action.option_strings[-1:]:
+                assert option == "--help" or f"| `{option}` |" in section, (path.name, option)
+
+
+# --- troubleshooting.md
+
+
+def printed_texts() -> str:
+    """All texts of the sources, what is filled in as an ellipsis; a line each."""
+    found = []
+    for path in [*world.ROOT.glob("*.py"), *world.ROOT.glob("prime/*.py"), world.ROOT / "tests" / "test_page.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_every_quoted_message_is_one_that_is_printed() -> None:
+    quoted = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    texts = printed_texts()
+    foreign = {"CUDA out of memory"}  # torch's
+    missing = [message for message in quoted if message.rstrip(" …") not in texts and message not in foreign]
+    assert len(quoted) > 25 and missing == []
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_and_named_files_are_there(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+?)\)", text):
+        assert "://" in link or (DOCS / link).exists(), link
+    for name in re.findall(r"`((?:prime|tests|data|docs|benchmarks)/[\w./-]+\.(?:py|md|json|sh))`", text):
+        assert (world.ROOT / name).exists() or "song_genre" in name, name
+
+
+def test_the_index_names_every_page() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [path.name for path in DOCS.glob("*.md") if path.name != "README.md" and f"({path.name})" not in index] == []
+
+
+# --- extending.md: its own blocks, run
+
+
+@pytest.fixture
+def song_genre(monkeypatch: pytest.MonkeyPatch) -> tasks.Task:
+    """The task of the page, in the tables."""
+    row, wording = blocks("extending.md")[:2]
+    (task,) = eval(row, dict(vars(tasks)))
+    monkeypatch.setitem(tasks.TASKS, task.name, task)
+    templates = eval("{" + wording + "}", dict(vars(prompts)))
+    monkeypatch.setitem(prompts.TEMPLATES, task.name, templates[task.name])
+    return task
+
+
+def songs(n: int = 4) -> list[dict]:
+    """Users with a history and two questions each."""
+    genres = ("rock", "folk", "jazz")
+    return [
+        {"user_id": user, "profile": [{"id": f"{user}{i}", "lyrics": f"la {i}", "genre": genres[i]} for i in range(3)],
+         "query": [{"id": f"q{user}{i}", "input": f"Which? ] lyrics: la {i}", "gold": genres[i]} for i in range(2)]}
+        for user in range(n)
+    ]  # fmt: skip
+
+
+def test_a_task_is_a_row(song_genre: tasks.Task, tmp_path: Path) -> None:
+    """Its data loads, its records and prompts have its wording, every stage takes it, and its table is made."""
+    world.write(tmp_path / "data/test_100/user_test_100.json", songs())
+    users = load_users(tmp_path / "data/test_100/user_test_100.json", song_genre, need_queries=True, need_golds=True)
+    templates = prompts.load_templates(None, song_genre)
+    assert prompts.template_problems(templates, song_genre) == []
+    record = prompts.history_records(users[0], song_genre, templates, None)[0]
+    assert record.input.startswith("Choose the genre") and record.target.strip() == "rock"
+    for name in ("task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"):
+        (action,) = [one for one in world.script(name).build_parser()._actions if one.dest == "task_name"]
+        assert song_genre.name in action.choices
+    golds = [{"id": query["id"], "output": query["gold"]} for user in songs() for query in user["query"]]
+    world.write(tmp_path / "data/test_100/user_test_100_label.json", {"task": "SONGS", "golds": golds})
+    run = Run(tmp_path / "out/song_genre/evo", "lora_composition_evo", "prime", {"task_name": song_genre.name})
+    for user in users:
+        answers = [{"id": query.id, "output": "rock"} for query in user.queries]
+        result = {"user_id": user.user_id, "index": int(user.user_id), "predictions": {"prime": {"k0": answers}}}
+        run.finish(user.user_id, result)
+    postprocess.main(["--task_name", "song_genre", "--data_dir", str(tmp_path / "data"), "--output_dir", str(run.root)])
+    (row,) = read_json(run.root.parent / "summary.json")["rows"]
+    assert row["accuracy"]["mean"] == 0.5 and "song_genre" in (run.root.parent / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_new_task_runs_through_the_stages(
+    song_genre: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo's movies, called songs: no stage asks for the task's name."""
+    source = world.build(tmp_path, "movie_tagging", test_users=2, anchors=4)
+    target = source.with_name(song_genre.name)
+    source.rename(target)
+    for path in target.rglob("*.json"):
+        text = path.read_text().replace('"description":', '"lyrics":').replace('"tag":', '"genre":')
+        path.write_text(text.replace("] description: ", "] lyrics: "))
+    monkeypatch.chdir(tmp_path)
+    quick = {"task_lora.py": ["--epochs", "1", "--k_list", "1"], "train_anchor_peft.py": ["--epochs", "1"],
+             "history_anchor.py": ["--encoder", world.CHECKPOINT, "--k", "4"],
+             "lora_composition_evo.py": ["--k_list", "1"]}  # fmt: skip
+    for words in world.announcement():
+        if words[0] in (*quick, "mia.py", "postprocess.py") and "LoRA-Composition" not in words[-1].split("/"):
+            world.run([*(word.replace("movie_tagging", song_genre.name) for word in words), *quick.get(words[0], [])])
+    summary = read_json(tmp_path / f"output/{song_genre.name}/summary.json")
+    assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
+
+
+def test_an_optimizer_is_a_registered_class() -> None:
+    """It finds its way to the least loss, and the same way each time."""
+    space = dict(vars(search))
+    exec(blocks("extending.md")[2], space)
+    try:
+        runs = [
+            search.minimise(np.zeros(3), lambda points: [float(np.sum((p - 0.5) ** 2)) for p in points],
+                            "Shrinking", 60, seed) for seed in (1, 1, 2)
+        ]  # fmt: skip
+    finally:
+        search.optimizerlib.registry.unregister("Shrinking")
+    assert min(loss for _, loss in runs[0]) < 0.2 < 0.75  # 0.75 at the start
+    weights = [np.stack([point for point, _ in run]) for run in runs]
+    assert np.array_equal(weights[0], weights[1]) and not np.array_equal(weights[0], weights[2])
+    assert np.abs(weights[0]).max() <= search.BOUND
+
+
+def test_an_attack_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members have no surprising token here, others do; the attack finds them, and the report has its row."""
+    function, row = blocks("extending.md")[3:5]
+    space = dict(vars(membership))
+    exec(function, space)
+    ((name, attack),) = eval("{" + row + "}", space).items()
+    monkeypatch.setitem(membership.ATTACKS, name, attack)
+    dice = np.random.default_rng(0)
+
+    def scores(usual: float) -> dict[str, list[float]]:
+        drawn = [-dice.gamma(2, usual, size=8) for _ in range(20)]
+        return membership.record_scores([membership.Evidence(own, own, own, np.ones(8)) for own in drawn])
+
+    def user(usual: float) -> dict[str, dict[str, list[float]]]:
+        sides = scores(usual), scores(1.0)
+        return {attack: {"member": sides[0][attack], "non_member": sides[1][attack]} for attack in sides[0]}
+
+    table = membership.attack_table([{"scores": user(0.2), "blind": user(1.0)} for _ in range(3)], n=50)
+    assert table[name]["auroc"]["mean"] > 0.9 and abs(table[name]["blind_auroc"]["mean"] - 0.5) < 0.15
+    rows = page.leakage_table({"prime": table})
+    assert ["prime", name] in [one[:2] for one in rows]
