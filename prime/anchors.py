@@ -1,9 +1,9 @@
-"""Which candidates become sharers ("anchors"), and which sharers are near a test user.
+"""Which candidates become sharers ("anchors"), and the files that say so.
 
 A user's embedding is the mean over history items of an encoder's mean token state. Candidates are clustered
 and each cluster's most active user shares an adapter (Per-Pcs, Tan et al. 2024, "sharer selection").
 
-Letters: `n` candidates or anchors, `m` test users, `h` embedding width, `b` batch rows, `t` tokens.
+Letters: `n` candidates or users, `h` embedding width, `b` batch rows, `t` tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import normalize
 
 from prime.errors import InputError
 from prime.runs import write_bytes
+from prime.tensors import FLOATS, check_plain, kind_of, load_pickled
 
 MAX_TOKENS = 512
+ROWS = 4096  # of embeddings, checked at a time
+MAX_EMBEDDING = 1e16  # of one number: squares and their sums over any width stay within fp32
 MIN_ITEMS = 10  # published: an anchor has *more* than ten items
 CANDIDATE_EMB, TEST_EMB, ANCHOR_IDX = "user_history_emb.pt", "test_user_history_emb.pt", "anchor_user_idx.pt"
 
@@ -139,18 +141,6 @@ def choose_anchors(labels: Sequence[int], n_items: Sequence[int], min_items: int
     return anchors
 
 
-def top_similar(test_emb: torch.Tensor, anchor_emb: torch.Tensor, n_sim: int) -> list[list[int]]:
-    """For each row of test_emb [m, h] the `n_sim` rows of anchor_emb [n, h] of highest cosine, best first.
-
-    Ties go to the earlier anchor; a zero vector is equally far (0) from everything. n_sim 0: all anchors.
-    """
-    if not 0 <= n_sim <= len(anchor_emb):
-        raise InputError(f"--n_sim {n_sim}: must be 0 (all) to {len(anchor_emb)}, the number of anchors")
-    unit_test, unit_anchor = (normalize(e.double(), dim=-1) for e in (test_emb, anchor_emb))
-    order = torch.argsort(unit_test @ unit_anchor.T, dim=-1, descending=True, stable=True)
-    return order[:, : n_sim or len(anchor_emb)].tolist()
-
-
 # --- files -----------------------------------------------------------------------------------------
 
 
@@ -195,43 +185,53 @@ _PUBLISHED_GLOBALS: list[Any] = [
 ]
 
 
-def _load(path: Path) -> Any:
-    """`torch.load` that can only build tensors, plain containers and integers."""
+def _load(path: Path, mmap: bool = False) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file; history_anchor.py writes it")
-    try:
-        with torch.serialization.safe_globals(_PUBLISHED_GLOBALS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: not a file of tensors or integers: {reason}") from error
+    return load_pickled(path, _PUBLISHED_GLOBALS, mmap)
 
 
 def load_embeddings(path: str | Path, n_users: int) -> torch.Tensor:
-    """[n, h] float32, one row for each of `n_users` users."""
-    value = _load(Path(path))
+    """[n, h] float32, one row for each of `n_users` users; left in the file until it is read, where torch can map it.
+
+    Raises:
+        InputError: another shape, or rows with values that are not finite or whose squares fp32 cannot hold.
+    """
+    value = _load(Path(path), mmap=True)
     if not isinstance(value, torch.Tensor) or value.ndim != 2:
-        raise InputError(f"{path}: expected a tensor [users, width], found {_shape(value)}")
+        raise InputError(f"{path}: expected a tensor [users, width], found {kind_of(value)}")
+    check_plain(path, {"the tensor": value})
+    if value.dtype not in FLOATS or not value.shape[1]:
+        raise InputError(f"{path}: expected floating point numbers, found {kind_of(value)}")
     if len(value) != n_users:
         raise InputError(f"{path}: holds {len(value)} users, the data {n_users}: run history_anchor.py again")
+    wrong = [i * ROWS + row for i, part in enumerate(value.split(ROWS)) for row in _odd_rows(part)]
+    if wrong:
+        told = f"{path}: {len(wrong)} users have an embedding that is not finite or above {MAX_EMBEDDING:g}"
+        raise InputError(f"{told}: rows {', '.join(map(str, wrong[:10]))}{', ...' if len(wrong) > 10 else ''}")
     return value.float()
+
+
+def _odd_rows(rows: torch.Tensor) -> list[int]:
+    """Numbers of the rows that hold something else than usual numbers."""
+    if bool(rows.abs().max() <= MAX_EMBEDDING):  # NaN is not
+        return []
+    return torch.nonzero(~(rows.abs() <= MAX_EMBEDDING).all(1)).flatten().tolist()
 
 
 def load_anchor_idx(path: str | Path, n_candidates: int) -> list[int]:
     """Indices into the candidate file: an int tensor, a list of ints, or published pickled numpy scalars."""
     value = _load(Path(path))
+    if isinstance(value, torch.Tensor):
+        check_plain(path, {"the tensor": value})
     values = value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 1 else value
     if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
-        raise InputError(f"{path}: expected a list of user indices, found {_shape(value)}")
-    if len(set(values)) != len(values):
-        raise InputError(f"{path}: an anchor is listed twice")
+        raise InputError(f"{path}: expected a list of user indices, found {kind_of(value)}")
+    problems = [] if len(set(values)) == len(values) else [f"{path}: an anchor is listed twice"]
     wrong = [v for v in values if not 0 <= v < n_candidates]
     if wrong:
-        raise InputError(f"{path}: indices {wrong} lie outside the {n_candidates} candidates")
+        told = f"{str(wrong[:10])[:-1]}{', ...' if len(wrong) > 10 else ''}]"
+        problems.append(f"{path}: indices {told} lie outside the {n_candidates} candidates")
+    if problems:
+        raise InputError.many(problems)
     return values
-
-
-def _shape(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor of shape {list(value.shape)}"
-    return f"{type(value).__name__} {str(value)[:60]}"

@@ -20,8 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +29,7 @@ from prime.decode import EncodedRecord
 from prime.errors import InputError
 from prime.published import load_published_gate
 from prime.runs import derive_seed, user_dirname, write_bytes
+from prime.tensors import finite_problem, read_safetensors, shown
 
 Gate = dict[str, Tensor]  # module name -> [d]
 Weights = dict[str, Tensor]  # module name -> [n] aggregation weights
@@ -69,17 +69,14 @@ def load_gate(path: Path, widths: Mapping[str, int]) -> Gate:
         InputError: not a safetensors file, or (all of them at once) modules too many or too few, vectors of another
             shape, values that are not finite.
     """
-    try:
-        found = load_published_gate(path) if path.suffix == ".pt" else load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file: {error}") from None
+    found = load_published_gate(path) if path.suffix == ".pt" else read_safetensors(path)
     problems = [f"{path}: no gate of {name}" for name in widths.keys() - found.keys()]
-    problems += [f"{path}: {name} is no module that carries an adapter" for name in found.keys() - widths.keys()]
+    problems += [f"{path}: {shown(name)} is no module that carries an adapter" for name in found.keys() - widths.keys()]
     for name in widths.keys() & found.keys():
         if found[name].shape != (widths[name],):
             problems.append(f"{path}: {name}: shape {tuple(found[name].shape)}, expected ({widths[name]},)")
-        elif not torch.isfinite(found[name]).all():
-            problems.append(f"{path}: {name} holds values that are not finite")
+        elif told := finite_problem(found[name]):
+            problems.append(f"{path}: {name} {told}")
     if problems:
         raise InputError.many(sorted(problems))
     return {name: found[name].float() for name in widths}

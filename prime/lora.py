@@ -7,24 +7,27 @@ module's weight is `scale * B @ A` (Hu et al. 2022). `n` adapters are merged by 
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from prime.data import read_json
 from prime.errors import InputError
 from prime.runs import write_bytes, write_json, write_text
+from prime.tensors import finite_problem, read_safetensors, shown
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 RULES = ("factor", "delta")
 LAYER = re.compile(r"\.(\d+)\.")
 WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+# Frobenius norm at most of A, of scale * B, and of their product's bound |A| |scale B|, in one module. Trained adapters
+# stay below 20, a whole projection of a 7B model is about 80: an update of 10,000 drowns whatever it is merged with.
+MAX_NORM = 1e4
 
 
 @dataclass(frozen=True)
@@ -131,59 +134,98 @@ def load_adapter(path: Path | str) -> Adapter:
     """Read a PEFT LoRA directory (adapter_config.json + adapter_model.safetensors).
 
     Raises:
-        InputError: missing or broken files, a config that is not plain LoRA, unknown, unpaired or misshapen
-            tensors, values that are not finite; names the file and the tensor.
+        InputError: missing or broken files, a config that is not plain LoRA, unknown, repeated, unpaired or misshapen
+            tensors, values that are not finite or norms above `MAX_NORM`; names the file and every such tensor.
     """
     folder = adapter_dir(path)
-    config = read_json(folder / "adapter_config.json")
-    _check_config(config, folder / "adapter_config.json")
+    rank, scale = _read_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    halves = _read_halves(file)
+    tensors = read_safetensors(file)
+    halves, problems = named_halves(tensors, WEIGHT_KEY, lambda found: (found["module"], found["factor"]))
+    factors, unpaired = paired(halves, ("A", "B"))
+    problems += unpaired
+    problems += [
+        f"{shown(module)}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration"
+        for module, (a, _) in factors.items()
+        if a.shape[0] != rank
+    ]
+    problems += factor_problems(factors, scale)
+    if problems:
+        raise InputError.many([f"{file}: {problem}" for problem in problems])
+    return Adapter(factors, scale, _read_card(folder / "card.json"))
+
+
+def named_halves(
+    tensors: Mapping[str, Tensor], pattern: re.Pattern, place: Callable[[re.Match], tuple[str, str]]
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Factors in fp32 by module and side, and what is wrong with the tensors of a file, a line each."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    problems = [] if tensors else ["holds no LoRA tensors"]
+    for key, tensor in tensors.items():
+        found = pattern.fullmatch(key)
+        if not found:
+            problems.append(f"unexpected tensor {shown(key)}")
+            continue
+        module, side = place(found)
+        if side in halves.setdefault(module, {}):
+            problems.append(f"{shown(key)} is the second lora_{side} of its module")
+        halves[module][side] = tensor.float()
+        told = finite_problem(tensor) or finite_problem(halves[module][side])
+        problems += [f"{shown(key)} {told}"] if told else []
+    return halves, problems
+
+
+def paired(halves: Mapping[str, Mapping[str, Tensor]], sides: tuple[str, str]) -> tuple[Factors, list[str]]:
+    """(A, B) of the modules that have both, and what is wrong with the others."""
     factors: Factors = {}
+    problems = []
     for module, half in halves.items():
-        if set(half) != {"A", "B"}:
-            raise InputError(f"{file}: {module} has only lora_{''.join(half)}")
-        a, b = half["A"], half["B"]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-            raise InputError(f"{file}: {module}: lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} do not fit")
+        if len(half) != 2:
+            problems.append(f"{shown(module)} has only lora_{''.join(half)}")
+            continue
+        a, b = half[sides[0]], half[sides[1]]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+            told = f"lora_{sides[0]} {tuple(a.shape)} and lora_{sides[1]} {tuple(b.shape)} do not fit"
+            problems.append(f"{shown(module)}: {told}")
+            continue
         factors[module] = (a, b)
-    rank = config["r"]
-    for module, (a, _) in factors.items():
-        if a.shape[0] != rank:
-            raise InputError(f"{file}: {module}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration")
-    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-    card_file = folder / "card.json"
-    return Adapter(factors, scale, read_json(card_file) if card_file.exists() else {})
+    return factors, problems
 
 
-def _check_config(config: object, path: Path) -> None:
+def factor_problems(factors: Factors, scale: float) -> list[str]:
+    """Modules whose factors, or the update that they bound, exceed `MAX_NORM`."""
+    problems = []
+    for module, (a, b) in factors.items():
+        first, second = float(a.double().norm()), scale * float(b.double().norm())
+        largest = max(first, second, first * second)
+        if largest > MAX_NORM:
+            problems.append(f"{shown(module)}: norms of {first:.3g} and {second:.3g}, above the limit of {MAX_NORM:g}")
+    return problems
+
+
+def _read_config(path: Path) -> tuple[int, float]:
+    """Rank and scale of an adapter_config.json; nothing else of it is used."""
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
-            raise InputError(f"{path}: {key} is {config.get(key)!r}, expected a positive number")
-    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        if config.get(key):
-            raise InputError(f"{path}: {key} is set; only plain LoRA adapters can be merged")
+    problems = [
+        f"{path}: {key} is {shown(repr(config.get(key)))}, expected a positive {told}"
+        for key, kind, told in (("r", int, "whole number"), ("lora_alpha", int | float, "number"))
+        if not isinstance(config.get(key), kind) or isinstance(config[key], bool) or not 0 < config[key] < 2**31
+    ]
+    unknown = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    problems += [f"{path}: {key} is set; only plain LoRA adapters can be merged" for key in unknown if config.get(key)]
+    if problems:
+        raise InputError.many(problems)
+    rank = config["r"]
+    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def _read_halves(file: Path) -> dict[str, dict[str, Tensor]]:
-    halves: dict[str, dict[str, Tensor]] = {}
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for key in sorted(tensors.keys()):
-                found = WEIGHT_KEY.fullmatch(key)
-                if not found:
-                    raise InputError(f"{file}: unexpected tensor {key}")
-                value = tensors.get_tensor(key).float()
-                if not torch.isfinite(value).all():
-                    raise InputError(f"{file}: {key} holds values that are not finite")
-                halves.setdefault(found["module"], {})[found["factor"]] = value
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a readable safetensors file: {error}") from None
-    if not halves:
-        raise InputError(f"{file}: holds no LoRA tensors")
-    return halves
+def _read_card(path: Path) -> dict:
+    card = read_json(path) if path.exists() else {}
+    if not isinstance(card, dict):
+        raise InputError(f"{path}: expected an object")
+    return card
 
 
 def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Mapping | None = None) -> None:
@@ -248,5 +290,10 @@ def _card_text(card: Mapping) -> str:
 
 
 def _table(values: Mapping) -> str:
-    rows = "".join(f"| {key} | `{json.dumps(value, ensure_ascii=False)}` |\n" for key, value in values.items())
+    rows = "".join(f"| {_quoted(key)[1:-1]} | `{_quoted(value)}` |\n" for key, value in values.items())
     return f"| | |\n|---|---|\n{rows}"
+
+
+def _quoted(value: object) -> str:
+    """A value as JSON that neither ends a Markdown cell or code span nor begins HTML: ids may come from anybody."""
+    return json.dumps(value, ensure_ascii=False).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "`|<>&"})

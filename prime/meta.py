@@ -10,7 +10,6 @@ Letters: `d` width, `v` vocabulary.
 
 import json
 import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from prime.data import read_json
 from prime.errors import InputError
 from prime.runs import replacing, write_json
+from prime.tensors import load_named
 
 PARAMS, SHARD = "params.json", re.compile(r"consolidated\.(\d+)\.pth")
 SOURCE = "converted_from.json"  # beside a kept conversion: what it was made of
@@ -247,14 +247,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 def _open(file: Path) -> dict[str, Tensor]:
     """The tensors of a shard, mapped from disk."""
-    try:
-        found = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{file}: cut short, or not a checkpoint of tensors: {reason}") from None
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{file}: expected a dictionary of tensors")
-    return found
+    return load_named(file, mmap=True)
 
 
 def _other_count(found: Tensor, whole: tuple[int, ...], n: int) -> str:

@@ -5,17 +5,16 @@ B for wq and wk are in Meta's rotary order and are permuted like the weights (`p
 face a module's input and stay as they are. The files do not tell alpha; it is 8 as published, so the scale is 8 / r.
 """
 
-import pickle
 import re
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from prime.data import read_json
 from prime.errors import InputError
-from prime.lora import Adapter, Factors, load_adapter
+from prime.lora import Adapter, factor_problems, load_adapter, named_halves, paired
 from prime.meta import is_meta_dir, read_params, rope_rows
+from prime.tensors import finite_problem, load_named, shown
 
 FILE = "lora_ckpt.pt"
 PUBLISHED_ALPHA = 8
@@ -52,43 +51,41 @@ def heads_of(base: str) -> tuple[int, int]:
         return params.n_heads, params.n_kv_heads
     path = Path(base) / "config.json"
     found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("num_attention_heads"), int):
+    heads = found.get("num_attention_heads") if isinstance(found, dict) else None
+    if type(heads) is not int or heads < 1:
         raise InputError(f"{path}: num_attention_heads is missing; a published adapter needs a Llama")
-    return found["num_attention_heads"], found.get("num_key_value_heads") or found["num_attention_heads"]
+    kv_heads = found.get("num_key_value_heads") or heads
+    if type(kv_heads) is not int or not 1 <= kv_heads <= heads:
+        raise InputError(f"{path}: num_key_value_heads is {shown(repr(kv_heads))}, expected 1 to {heads}")
+    return heads, kv_heads
 
 
 def load_published(path: Path, heads: int, kv_heads: int) -> Adapter:
     """Read a published lora_ckpt.pt.
 
     Raises:
-        InputError: not a file of tensors, tensors unknown, unpaired, misshapen or not finite; names file and tensor.
+        InputError: not a file of tensors; tensors unknown, unpaired or misshapen, values not finite, norms above
+            `prime.lora.MAX_NORM`; names the file and every such tensor.
     """
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read(path).items():
-        found = LORA_KEY.fullmatch(key)
-        if not found:
-            raise InputError(f"{path}: {key} is no tensor of a published adapter (layers.0.attention.lora_wq...)")
-        halves.setdefault(_module(found), {})[found["side"]] = tensor
-    factors: Factors = {}
-    for module, half in sorted(halves.items()):
-        if len(half) != 2:
-            raise InputError(f"{path}: {module} has only lora_{''.join(half)}")
-        factors[module] = _pair(path, module, half["down"], half["up"], heads, kv_heads)
+    halves, problems = named_halves(load_named(path), LORA_KEY, lambda found: (_module(found), found["side"]))
+    factors, unpaired = paired(dict(sorted(halves.items())), ("down", "up"))
+    problems += unpaired
+    counts = {"q_proj": heads, "k_proj": kv_heads}
+    for module, (a, b) in factors.items():
+        count = counts.get(module.rsplit(".", 1)[-1])
+        if count and b.shape[0] % (2 * count):
+            told = f"lora_up {tuple(b.shape)} cannot be parted into the model's {count} heads"
+            problems.append(f"{module}: {told}")
+        elif count:
+            factors[module] = (a, rope_rows(b, count))
     ranks = {a.shape[0] for a, _ in factors.values()}
-    if len(ranks) != 1:
-        raise InputError(f"{path}: ranks {sorted(ranks)} in one adapter")
-    return Adapter(factors, PUBLISHED_ALPHA / ranks.pop(), {"imported_from": path.name})
-
-
-def _pair(path: Path, module: str, a: Tensor, b: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor]:
-    if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
-        raise InputError(f"{path}: {module}: lora_down {tuple(a.shape)} and lora_up {tuple(b.shape)} do not fit")
-    count = {"q_proj": heads, "k_proj": kv_heads}.get(module.rsplit(".", 1)[-1])
-    if count is None:
-        return a, b
-    if b.shape[0] % (2 * count):
-        raise InputError(f"{path}: {module}: lora_up {tuple(b.shape)} cannot be parted into the model's {count} heads")
-    return a, rope_rows(b, count)
+    if len(ranks) > 1:
+        problems.append(f"ranks {sorted(ranks)} in one adapter")
+    scale = PUBLISHED_ALPHA / max(ranks, default=PUBLISHED_ALPHA)
+    problems += factor_problems(factors, scale)
+    if problems:
+        raise InputError.many([f"{path}: {problem}" for problem in problems])
+    return Adapter(factors, scale, {"imported_from": path.name})
 
 
 def load_published_gate(path: Path) -> dict[str, Tensor]:
@@ -98,27 +95,21 @@ def load_published_gate(path: Path) -> dict[str, Tensor]:
     `[1, in]` or `[in, 1]`.
     """
     gates: dict[str, Tensor] = {}
-    for key, tensor in _read(path).items():
+    problems = []
+    for key, tensor in load_named(path).items():
         found = GATE_KEY.fullmatch(key)
         if not found or tensor.numel() != max(tensor.shape, default=0):
-            raise InputError(f"{path}: {key} {tuple(tensor.shape)} is no gate vector of a published file")
-        gates[_module(found)] = tensor.flatten()
+            problems.append(f"{path}: {shown(key)} {tuple(tensor.shape)} is no gate vector of a published file")
+        elif told := finite_problem(tensor):
+            problems.append(f"{path}: {shown(key)} {told}")
+        elif _module(found) in gates:
+            problems.append(f"{path}: {shown(key)} is the second gate of its module")
+        else:
+            gates[_module(found)] = tensor.flatten()
+    if problems:
+        raise InputError.many(problems)
     return gates
 
 
 def _module(found: re.Match) -> str:
     return f"model.layers.{found['layer']}.self_attn.{found['kind']}_proj"
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cut short, or not a file of tensors: {reason}") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{path}: expected a dictionary of tensors, by name")
-    for key, tensor in found.items():
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {key} holds values that are not finite")
-    return {key: tensor.float() for key, tensor in found.items()}

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from prime.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings, top_similar
+from prime.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings
 from prime.data import User
 from prime.errors import InputError
 from prime.lora import Adapter
+from prime.nearest import top_similar
 from prime.published import has_adapter, open_adapter
 from prime.runs import user_dirname
 
@@ -78,5 +79,5 @@ def load_pool(args: argparse.Namespace, candidates: Sequence[User], n_test: int)
     selection = selection_dir(args)
     candidate_emb = load_embeddings(selection / CANDIDATE_EMB, len(candidates))
     test_emb = load_embeddings(selection / TEST_EMB, n_test)
-    ranking = top_similar(test_emb, candidate_emb[places], args.n_sim)
+    ranking = top_similar(test_emb, candidate_emb, args.n_sim, places)
     return Pool(anchors, folders, tuple(tuple(row) for row in ranking), args.llama_model_path)

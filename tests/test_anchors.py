@@ -126,15 +126,6 @@ def test_the_most_active_user_of_each_cluster_is_the_anchor():
         anchors.choose_anchors([0, 0], [3, 10])
 
 
-def test_top_similar_is_cosine_and_stable():
-    near = torch.tensor([[0.0, 2.0], [3.0, 0.0], [9.0, 0.0], [1.0, 1.0]])
-    test = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    assert anchors.top_similar(test, near, 3) == [[1, 2, 3], [0, 1, 2]]
-    assert anchors.top_similar(test[:1], near, 0) == [[1, 2, 3, 0]]
-    with pytest.raises(InputError, match="--n_sim 5.* to 4"):
-        anchors.top_similar(test, near, 5)
-
-
 def test_selection_is_written_and_read_back(tmp_path):
     emb, test = torch.rand(5, 3), torch.rand(2, 3)
     anchors.save_selection(tmp_path / "new", emb, test, [0, 3])

@@ -287,5 +287,5 @@ def test_an_unreadable_tensor_file_is_named(content: bytes | None, tmp_path: Pat
     save_adapter(ADAPTERS[0], tmp_path, "base")
     file = tmp_path / "adapter_model.safetensors"
     file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(InputError, match="not a readable safetensors file"):
+    with pytest.raises(InputError, match="adapter_model.safetensors: (not a readable safetensors file|No such file)"):
         load_adapter(tmp_path)

@@ -244,7 +244,7 @@ def test_a_missing_shard(made: dict, tmp_path: Path) -> None:
 def test_a_truncated_shard(made: dict, tmp_path: Path, kept: float) -> None:
     file = broken(made, "llama2", tmp_path) / "consolidated.00.pth"
     file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
-    with pytest.raises(InputError, match="consolidated.00.pth: cut short, or not a checkpoint"):
+    with pytest.raises(InputError, match="consolidated.00.pth: cut short, or not a file of tensors"):
         load_model(str(tmp_path), "cpu")
 
 

@@ -1,0 +1,117 @@
+"""The nearest sharers of each test user: exact, in blocks, for pools that do not fit in memory.
+
+Letters: `m` test users, `n` anchors, `h` embedding width, `b` anchors of a block, `p` pairs of a user and an anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from prime.errors import InputError
+
+USERS = 1024  # test users of one pass over the anchors
+BLOCK = 4096  # anchors of one matrix product
+NUMBERS = 1 << 22  # fp64 numbers gathered at once
+
+
+def top_similar(
+    test_emb: Tensor, anchor_emb: Tensor, n_sim: int, places: Sequence[int] | None = None
+) -> list[list[int]]:
+    """For each row of test_emb `[m, h]` the `n_sim` anchors of highest cosine, best first, by their number.
+
+    Ties go to the earlier anchor; a zero vector is equally far (0) from everything. n_sim 0: all anchors.
+
+    Every cosine is first taken in fp32, by a matrix product for each block of anchors. Those that the rounding of
+    fp32 leaves in doubt (within `rounding(h)` of a user's n_sim-th best so far) are taken again in fp64, pair by
+    pair, so that the result depends neither on the blocks nor on where in the file an anchor stands.
+
+    Args:
+        anchor_emb: `[rows, h]`; may be mapped from a file, a block at a time is read.
+        places: row of each anchor in anchor_emb; None: anchor i is row i.
+    """
+    rows = torch.arange(len(anchor_emb)) if places is None else torch.as_tensor(list(places), dtype=torch.int64)
+    if not 0 <= n_sim <= len(rows):
+        raise InputError(f"--n_sim {n_sim}: must be 0 (all) to {len(rows)}, the number of anchors")
+    found: list[list[int]] = []
+    for users in test_emb.split(USERS):
+        found += _nearest(_unit(users), anchor_emb, rows, n_sim or len(rows)).tolist()
+    return found
+
+
+def rounding(width: int) -> float:
+    """How far a cosine of fp32 unit vectors `[h]` may be from the true one, doubled to be safe.
+
+    A sum of h products errs by h u at most (u = 2^-24, by Cauchy-Schwarz), the rounded vectors add a few u.
+    """
+    return (width + 16) * 2.0**-23
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return normalize(rows.double(), dim=-1)
+
+
+def _low(rows: Tensor) -> Tensor:
+    """Unit vectors in fp32, without a copy in fp64; their norms are fp64."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-12)
+    return rows.float() * norms.reciprocal().float()
+
+
+def _nearest(test: Tensor, anchor_emb: Tensor, rows: Tensor, size: int) -> Tensor:
+    """`[m, size]` anchors of highest cosine with unit vectors test `[m, h]` in fp64, best first."""
+    low, slack = test.float(), rounding(test.shape[1])
+    scores = torch.full((len(test), size), -torch.inf, dtype=torch.float64)
+    found = torch.full((len(test), size), -1)
+    for start in range(0, len(rows), BLOCK):
+        block = anchor_emb[start : start + BLOCK] if _in_order(rows, start) else anchor_emb[rows[start : start + BLOCK]]
+        cosines = low @ _low(block).T
+        users, columns = _in_doubt(cosines, scores[:, -1], slack, size)
+        _insert(scores, found, users, columns + start, _cosines(test, block, users, columns))
+    return found
+
+
+def _in_order(rows: Tensor, start: int) -> bool:
+    """Whether a block of anchors is a stretch of the file, which can be read without gathering."""
+    own = rows[start : start + BLOCK]
+    return bool(own[0] == start and own[-1] == start + len(own) - 1 and (own.diff() == 1).all())
+
+
+def _in_doubt(cosines: Tensor, worst: Tensor, slack: float, size: int) -> tuple[Tensor, Tensor]:
+    """(user, column) of the pairs that may be among a user's best: by user, then by column.
+
+    Args:
+        cosines: `[m, b]` in fp32.
+        worst: `[m]` each user's last kept score so far, -inf where there are not enough.
+        size: anchors that are kept.
+    """
+    least = worst - slack
+    if size < cosines.shape[1] and torch.isinf(worst).any():  # the block's own best stand in for those kept so far
+        least = torch.maximum(least, cosines.topk(size).values[:, -1].double() - 2 * slack)
+    users, columns = torch.nonzero(cosines >= least.float()[:, None], as_tuple=True)
+    return users, columns
+
+
+def _cosines(test: Tensor, block: Tensor, users: Tensor, columns: Tensor) -> Tensor:
+    """`[p]` in fp64, each pair's own sum."""
+    step = max(1, NUMBERS // test.shape[1])
+    pairs = zip(users.split(step), columns.split(step), strict=True)
+    parts = [(test[user] * _unit(block[column])).sum(1) for user, column in pairs]
+    return torch.cat(parts) if parts else test.new_empty(0)
+
+
+def _insert(scores: Tensor, found: Tensor, users: Tensor, anchors: Tensor, new: Tensor) -> None:
+    """Put new pairs among the users' best `[m, size]`, in place; of equal scores the earlier anchor stays in front."""
+    touched, own = users.unique(return_inverse=True)
+    size = scores.shape[1]
+    owner = torch.cat([torch.arange(len(touched)).repeat_interleave(size), own])
+    score = torch.cat([scores[touched].flatten(), new])
+    anchor = torch.cat([found[touched].flatten(), anchors])
+    order = score.sort(descending=True, stable=True).indices
+    order = order[owner[order].sort(stable=True).indices]
+    counts = torch.bincount(owner, minlength=len(touched))
+    rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    kept = order[rank < size]
+    scores[touched], found[touched] = score[kept].view(-1, size), anchor[kept].view(-1, size)

@@ -1,0 +1,136 @@
+"""Files of tensors, read so that nothing in them runs and nothing in them grows: `.pt`, `.pth`, `.bin`, safetensors.
+
+A `.pt` file is a pickle, mostly inside a zip archive. It may come from anybody, so it is read by torch's restricted
+unpickler, which builds tensors, plain containers and numbers and nothing else. Before that the archive is checked
+(torch stores its parts uncompressed, so parts that claim more than the file holds are a bomb), and after it every
+tensor is (a view with stride 0 claims any shape over a storage of four bytes).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prime.errors import InputError
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Two names may share one storage (tied embeddings), so tensors may claim the file's bytes twice.
+CLAIM = 2
+
+
+def load_pickled(path: Path | str, extra: Sequence[Any] = (), mmap: bool = False) -> Any:
+    """What a file written by `torch.save` holds.
+
+    Args:
+        extra: further names the pickle may use, as for `torch.serialization.safe_globals`.
+        mmap: leave tensors in the file until they are used; ignored for torch's old format, which cannot be mapped.
+
+    Raises:
+        InputError: no such file, an archive that claims more bytes than it has, or a pickle of anything else than
+            tensors, containers and numbers.
+    """
+    path = Path(path)
+    check_pickled(path)
+    try:
+        with torch.serialization.safe_globals(list(extra)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except Exception as error:  # a hostile pickle can make the unpickler raise whatever it likes
+        raise InputError(f"{path}: cut short, or not a file of tensors: {first_line(error)}") from error
+
+
+def check_pickled(path: Path) -> None:
+    """InputError unless `path` is a plain file that, if it is an archive, holds what it claims."""
+    check_file(path)
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except Exception as error:  # as above
+        raise InputError(f"{path}: a broken archive: {first_line(error)}") from error
+    packed = [part.filename for part in parts if part.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise InputError(f"{path}: {shown(packed[0])} is compressed; torch stores its parts as they are")
+    claimed, size = sum(part.file_size for part in parts), path.stat().st_size
+    if claimed > size:
+        raise InputError(f"{path}: claims {claimed:,} bytes inside a file of {size:,}")
+
+
+def check_file(path: Path) -> None:
+    """InputError unless `path` is a regular file; a pipe or a device could be read for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: not a regular file")
+
+
+def load_named(path: Path | str, mmap: bool = False) -> dict[str, Tensor]:
+    """A file that is a dictionary of plain tensors, each within the file's size; all its problems in one InputError."""
+    found = load_pickled(path, mmap=mmap)
+    if not isinstance(found, dict) or not found or not all(isinstance(key, str) for key in found):
+        raise InputError(f"{path}: expected a dictionary of tensors, by name, found {kind_of(found)}")
+    check_plain(path, found)
+    return found
+
+
+def check_plain(path: Path | str, tensors: Mapping[str, Any]) -> None:
+    """InputError for values that are no plain tensors, or that claim more bytes than the file has."""
+    problems = [f"{path}: {shown(key)} {told}" for key, value in tensors.items() if (told := _not_plain(value))]
+    if problems:
+        raise InputError.many(problems)
+    claimed, size = sum(value.numel() * value.element_size() for value in tensors.values()), os.path.getsize(path)
+    if claimed > CLAIM * size:
+        raise InputError(f"{path}: tensors that claim {claimed:,} bytes in a file of {size:,}")
+
+
+def _not_plain(value: Any) -> str:
+    """What keeps a value from being a dense tensor with a storage of its own; empty if nothing does."""
+    if type(value) not in (Tensor, torch.nn.Parameter) or value.__dict__:
+        return f"is {kind_of(value)}, expected a tensor"
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        return "is a sparse, quantized, nested or empty-handed tensor"
+    return ""
+
+
+def read_safetensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, in the order of their names, as they are stored."""
+    path = Path(path)
+    check_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in sorted(file.keys())}
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file: {first_line(error)}") from error
+
+
+def finite_problem(tensor: Tensor) -> str:
+    """What is wrong with the numbers of a tensor that has to be made of finite floats; empty if nothing is."""
+    if tensor.dtype not in FLOATS:
+        return f"is of type {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
+    return "" if torch.isfinite(tensor).all() else "holds values that are not finite"
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def kind_of(value: Any) -> str:
+    """A value's type and shape, never its content: what comes from a pickle can be endless to print."""
+    if type(value) in (Tensor, torch.nn.Parameter):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
+def shown(name: str) -> str:
+    """A name out of a file for a message: at most 80 characters."""
+    return name if len(name) <= 80 else f"{name[:77]}..."
