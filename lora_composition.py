@@ -24,7 +24,6 @@ seed. --n_sim is PriME's addition: it leaves Per-Pcs as many sharers as PriME me
 """
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ from prime.gates import Gates, Weights, compose, gate_path, history_batches, loa
 from prime.prompts import Record, history_records
 from prime.runs import Run, derive_seed, write_text
 from prime.sampling import Sampler
-from prime.sharers import Pool, add_selection, load_pool
+from prime.sharers import Pool, add_selection, anchor_users, load_pool
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,14 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_shared(args: argparse.Namespace, candidates: Sequence[User], n_test: int) -> Pool:
     """The anchors that share, and for each test user the n_sim nearest of them."""
-    everyone = load_pool(argparse.Namespace(**vars(args) | {"n_sim": 0}), candidates, n_test)
-    sharing = sharing_places(len(everyone.anchors), args.shared_ratio, args.seed)
+    n = len(anchor_users(args, candidates))
+    sharing = sorted(sharing_places(n, args.shared_ratio, args.seed))
     size = args.n_sim or len(sharing)
     if not args.topk <= size <= len(sharing):
         told = f"--topk {args.topk}, --n_sim {args.n_sim}"
         raise InputError(f"{told}: topk <= n_sim <= {len(sharing)}, the number of sharers, is needed")
-    near = (tuple(place for place in row if place in sharing)[:size] for row in everyone.ranking)
-    return dataclasses.replace(everyone, ranking=tuple(near))
+    return load_pool(args, candidates, n_test, sharing)
 
 
 def history_of(args: argparse.Namespace, texts: cli.Texts, user: User) -> list[Record]:

@@ -214,7 +214,8 @@ def load_embeddings(path: str | Path, n_users: int) -> torch.Tensor:
 
 def _odd_rows(rows: torch.Tensor) -> list[int]:
     """Numbers of the rows that hold something else than usual numbers."""
-    if bool(rows.abs().max() <= MAX_EMBEDDING):  # NaN is not
+    low, high = rows.aminmax()
+    if low >= -MAX_EMBEDDING and high <= MAX_EMBEDDING:  # NaN is neither
         return []
     return torch.nonzero(~(rows.abs() <= MAX_EMBEDDING).all(1)).flatten().tolist()
 

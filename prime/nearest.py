@@ -15,7 +15,8 @@ from prime.errors import InputError
 
 USERS = 1024  # test users of one pass over the anchors
 BLOCK = 4096  # anchors of one matrix product
-NUMBERS = 1 << 22  # fp64 numbers gathered at once
+CROWDED = 1 / 64  # part of a block's pairs in doubt above which a product in fp64 is cheaper than pair by pair
+NUMBERS = 1 << 17  # fp64 numbers gathered at once: few enough for a cache
 
 
 def top_similar(
@@ -27,7 +28,8 @@ def top_similar(
 
     Every cosine is first taken in fp32, by a matrix product for each block of anchors. Those that the rounding of
     fp32 leaves in doubt (within `rounding(h)` of a user's n_sim-th best so far) are taken again in fp64, pair by
-    pair, so that the result depends neither on the blocks nor on where in the file an anchor stands.
+    pair; where they are many, those that a product in fp64 leaves in doubt. So the result depends neither on the
+    blocks nor on where in the file an anchor stands.
 
     Args:
         anchor_emb: `[rows, h]`; may be mapped from a file, a block at a time is read.
@@ -42,33 +44,38 @@ def top_similar(
     return found
 
 
-def rounding(width: int) -> float:
-    """How far a cosine of fp32 unit vectors `[h]` may be from the true one, doubled to be safe.
+def rounding(width: int, unit: float = 2.0**-24) -> float:
+    """How far a cosine may be from the true one at a unit roundoff (that of fp32), doubled to be safe.
 
-    A sum of h products errs by h u at most (u = 2^-24, by Cauchy-Schwarz), the rounded vectors add a few u.
+    A sum of h products errs by h u at most (by Cauchy-Schwarz), a norm by half of that, roundings add some u.
     """
-    return (width + 16) * 2.0**-23
+    return (1.5 * width + 16) * 2 * unit
 
 
 def _unit(rows: Tensor) -> Tensor:
     return normalize(rows.double(), dim=-1)
 
 
-def _low(rows: Tensor) -> Tensor:
-    """Unit vectors in fp32, without a copy in fp64; their norms are fp64."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64).clamp_min(1e-12)
-    return rows.float() * norms.reciprocal().float()
+def _low_cosines(low: Tensor, block: Tensor) -> Tensor:
+    """`[m, b]` cosines in fp32 of unit vectors low `[m, h]` and rows of block; the block is read, never copied.
+
+    Norms below 1e-12 count as 1e-12, as in `normalize`; so squares too small for fp32 do no harm.
+    """
+    block = block.float()
+    norms = torch.linalg.vector_norm(block, dim=1).clamp_min(1e-12)
+    return (low @ block.T).mul_(norms.reciprocal())
 
 
 def _nearest(test: Tensor, anchor_emb: Tensor, rows: Tensor, size: int) -> Tensor:
     """`[m, size]` anchors of highest cosine with unit vectors test `[m, h]` in fp64, best first."""
-    low, slack = test.float(), rounding(test.shape[1])
+    low = test.float()
     scores = torch.full((len(test), size), -torch.inf, dtype=torch.float64)
     found = torch.full((len(test), size), -1)
     for start in range(0, len(rows), BLOCK):
         block = anchor_emb[start : start + BLOCK] if _in_order(rows, start) else anchor_emb[rows[start : start + BLOCK]]
-        cosines = low @ _low(block).T
-        users, columns = _in_doubt(cosines, scores[:, -1], slack, size)
+        users, columns = _in_doubt(_low_cosines(low, block), scores[:, -1], size, rounding(test.shape[1]))
+        if len(users) > CROWDED * len(test) * len(block):  # fp32 tells too little apart
+            users, columns = _in_doubt(test @ _unit(block).T, scores[:, -1], size, rounding(test.shape[1], 2.0**-53))
         _insert(scores, found, users, columns + start, _cosines(test, block, users, columns))
     return found
 
@@ -79,18 +86,18 @@ def _in_order(rows: Tensor, start: int) -> bool:
     return bool(own[0] == start and own[-1] == start + len(own) - 1 and (own.diff() == 1).all())
 
 
-def _in_doubt(cosines: Tensor, worst: Tensor, slack: float, size: int) -> tuple[Tensor, Tensor]:
+def _in_doubt(cosines: Tensor, worst: Tensor, size: int, slack: float) -> tuple[Tensor, Tensor]:
     """(user, column) of the pairs that may be among a user's best: by user, then by column.
 
     Args:
-        cosines: `[m, b]` in fp32.
+        cosines: `[m, b]`, off by `slack` at most.
         worst: `[m]` each user's last kept score so far, -inf where there are not enough.
         size: anchors that are kept.
     """
     least = worst - slack
     if size < cosines.shape[1] and torch.isinf(worst).any():  # the block's own best stand in for those kept so far
-        least = torch.maximum(least, cosines.topk(size).values[:, -1].double() - 2 * slack)
-    users, columns = torch.nonzero(cosines >= least.float()[:, None], as_tuple=True)
+        least = torch.maximum(least, cosines.topk(size).values[:, -1] - 2 * slack)
+    users, columns = torch.nonzero(cosines >= least.to(cosines.dtype)[:, None], as_tuple=True)
     return users, columns
 
 

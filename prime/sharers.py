@@ -63,8 +63,14 @@ def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:
     return Path(anchor_dir) / "users" / user_dirname(user_id) / "adapter"
 
 
-def load_pool(args: argparse.Namespace, candidates: Sequence[User], n_test: int) -> Pool:
+def load_pool(
+    args: argparse.Namespace, candidates: Sequence[User], n_test: int, sharing: Sequence[int] | None = None
+) -> Pool:
     """Anchors, adapters and similarity for a stage that merges.
+
+    Args:
+        n_test: number of test users.
+        sharing: places among the anchors of those that share; None: all of them.
 
     Raises:
         InputError: an anchor without adapter, or embeddings that do not belong to this data.
@@ -79,5 +85,7 @@ def load_pool(args: argparse.Namespace, candidates: Sequence[User], n_test: int)
     selection = selection_dir(args)
     candidate_emb = load_embeddings(selection / CANDIDATE_EMB, len(candidates))
     test_emb = load_embeddings(selection / TEST_EMB, n_test)
-    ranking = top_similar(test_emb, candidate_emb, args.n_sim, places)
-    return Pool(anchors, folders, tuple(tuple(row) for row in ranking), args.llama_model_path)
+    sharing = range(len(places)) if sharing is None else sharing
+    nearest = top_similar(test_emb, candidate_emb, args.n_sim, [places[place] for place in sharing])
+    ranking = tuple(tuple(sharing[number] for number in row) for row in nearest)
+    return Pool(anchors, folders, ranking, args.llama_model_path)

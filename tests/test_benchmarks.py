@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from benchmarks import draft_shares, measuring, membership, merge, shapes, time_to_quality, train_anchors
+from benchmarks import draft_shares, measuring, membership, merge, shapes, sharer_search, time_to_quality, train_anchors
 from benchmarks.shapes import Shares
 from prime.tasks import get_task
 
@@ -120,3 +120,11 @@ def test_first_phase_that_is_as_good_as_the_published_end() -> None:
     assert found["speedup_whole_search"] == 20.0 and found["answers_from_drafts"] == 0.5
     ours[0]["held"] = [bad, bad, bad]
     assert time_to_quality.summary(Start(), published, ours)["speedup_to_quality"] is None
+
+
+def test_sharer_search(capsys: pytest.CaptureFixture) -> None:
+    size = ["--sharers", "5000", "--users", "30", "--width", "16", "--repeats", "1", "--check", "30"]
+    sharer_search.main([*size, "--spread", "0.01"])
+    found = last_line(capsys)
+    assert found["same_as_sorting_fp64"] == found["checked"] == 30
+    assert found["search_over_product"] > 0 and found["peak_mb_of_the_process"] > found["embeddings_mb"] > 0
