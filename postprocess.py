@@ -17,6 +17,7 @@ from pathlib import Path
 
 from prime import cli, page, report
 from prime.data import load_labels, load_users
+from prime.tables import aligned
 from prime.tasks import get_task
 
 
@@ -43,8 +44,8 @@ def main(argv: list[str] | None = None) -> None:
     report.write_summary(root, summary)
     inputs = {query.id: query.input for user in tested for query in user.queries}
     written = page.write_pages(page.Content(root, task, summary, predictions, golds, sources, inputs))
-    print(report.aligned(report.table_rows(summary)))
-    print(f"\n{report.aligned(report.method_rows(summary))}\n\n{report.notes(summary)}\n")
+    print(aligned(report.table_rows(summary)))
+    print(f"\n{aligned(report.method_rows(summary))}\n\n{report.notes(summary)}\n")
     print("\n".join(f"to read: {path}" for path in written))
 
 

@@ -8,8 +8,9 @@ Writes  <output_dir>/users/<anchor>/gate.safetensors   module name -> gate [in]
 Takes   1 to 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
 
 The input of each factor pair is scaled by sigmoid(<x, g>), g starts at 0 (Per-Pcs, Tan et al., EMNLP 2024). Here a
-gate sees --epochs passes over the history, cut at --max_step, under a cosine over just these steps. Published code
-repeats the history until its step limit, with a cosine over the epochs that turns back up behind the last of them.
+gate sees --epochs passes over the history, without what the adapters held out, cut at --max_step, under a cosine over
+just these steps. Published code repeats the history until its step limit, with a cosine over the epochs that turns
+back up behind the last of them.
 
     python train_anchor_gate.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
@@ -31,9 +32,9 @@ from prime.data import User, read_json, select
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
 from prime.gates import Gates, gate_file, save_gate
+from prime.holdout import trained_records, trained_split
 from prime.lora import load_adapter
 from prime.privacy import Terms, terms_of
-from prime.prompts import history_records
 from prime.runs import Run, derive_seed
 from prime.sharers import adapter_folder, add_selection, anchor_users
 from prime.train import Learner, train, train_settings
@@ -69,9 +70,8 @@ def learner_of(
     args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None, anchor: User, place: int
 ) -> Learner:
     name, seed = f"anchor {anchor.user_id}", derive_seed("gate", args.seed, anchor.user_id)
-    profile = (texts.profiles or {}).get(anchor.user_id)
-    quoting = terms is None
-    records = history_records(anchor, texts.task, texts.templates, profile, args.recent_k, quoting)
+    split = trained_split(args.anchor_path)._replace(quoting=terms is None)
+    records = trained_records(texts, anchor, args.recent_k, split)
     if not records:
         raise InputError(f"{name}: an empty history, nothing to train on")
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]

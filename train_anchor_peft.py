@@ -26,10 +26,11 @@ from prime.data import User, select
 from prime.decode import EncodedPrompt, EncodedRecord, Pair
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
+from prime.holdout import add_holdout, split_of, trained_records
 from prime.lora import save_adapter
 from prime.metrics import score
 from prime.privacy import Terms, terms_of
-from prime.prompts import Record, history_records
+from prime.prompts import Record
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
 from prime.sharers import add_selection, anchor_users
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
     cli.add_history(parser)
+    add_holdout(parser, "each anchor's")
     cli.add_training(parser, lr=2e-5, clip=1.0)
     cli.add_privacy(parser)
     cli.add_history_decoding(parser)
@@ -57,11 +59,8 @@ class Anchor:
     """One anchor in training: its records as texts and as ids, and how they are kept private."""
 
     def __init__(self, user: User, args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None):
-        profile = (texts.profiles or {}).get(user.user_id)
-        self.user, self.name = user, f"anchor {user.user_id}"
-        self.records: list[Record] = history_records(
-            user, texts.task, texts.templates, profile, args.recent_k, quoting=terms is None
-        )
+        self.user, self.name, self.held_out = user, f"anchor {user.user_id}", split_of(args).told(user)
+        self.records: list[Record] = trained_records(texts, user, args.recent_k, split_of(args))
         if not self.records:
             raise InputError(f"{self.name}: an empty history, nothing to train on")
         self.encoded: list[EncodedRecord] = [engine.encoder.record(r.id, r.input, r.target) for r in self.records]
@@ -73,7 +72,7 @@ class Anchor:
 
     def card(self, task: str, scores: dict) -> dict:
         """What is published with the adapter; scores of a private one would tell of its history without noise."""
-        about = {"task": task, "user_id": self.user.user_id, "records": len(self.records)}
+        about = {"task": task, "user_id": self.user.user_id, "records": len(self.records)} | self.held_out
         return about | (self.privacy or {"scores_on_history": scores})
 
 
@@ -130,6 +129,7 @@ def finish_group(
                 "user_id": anchor.user.user_id,
                 "index": order[anchor.user.user_id],
                 "record_ids": [record.id for record in anchor.records],
+                **anchor.held_out,
                 "losses": own,
                 "history": report,
                 **anchor.privacy,

@@ -32,8 +32,8 @@ from prime.data import User, read_json, select
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
 from prime.export import PERSONAL
+from prime.holdout import add_holdout, split_of, trained_records
 from prime.lora import Adapter, load_adapter, merge, save_adapter
-from prime.prompts import history_records
 from prime.runs import Run, derive_seed, write_json
 from prime.sampling import Sampler
 from prime.sharers import Pool, add_selection, load_pool
@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
     cli.add_history(parser)
+    add_holdout(parser, "each user's")
     cli.add_training(parser, lr=2e-5, clip=1.0, ranks="8 for oppu, 4 for mta")
     cli.add_decoding(parser)
     add_selection(parser)
@@ -63,8 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def learner_of(args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, place: int) -> Learner:
-    profile = (texts.profiles or {}).get(user.user_id)
-    records = history_records(user, texts.task, texts.templates, profile, args.recent_k)
+    records = trained_records(texts, user, args.recent_k, split_of(args))
     if not records:
         print(f"user {user.user_id}: an empty history, nothing to train on", file=sys.stderr)
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
@@ -119,7 +119,7 @@ def learn_group(
     results = []
     for place, (index, user) in enumerate(group):
         ids = [record.id for record in learners[place].records]
-        own = {"user_id": user.user_id, **choice_of(pool, index)}
+        own = {"user_id": user.user_id, **choice_of(pool, index), **split_of(args).told(user)}
         if not run.done(user.user_id):
             card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
             folder = run.user_dir(user.user_id) / PERSONAL

@@ -330,10 +330,13 @@ def score(
     pairs: Iterable[Pair],
     max_batch_tokens: int = 0,
     progress: Progress | None = None,
+    moments: dict[Pair, Tensor] | None = None,
 ) -> dict[Pair, Tensor]:
     """Log-probabilities of the target tokens of records under adapters.
 
     Args: as for `decode`; adapter -1 is the plain base.
+        moments: added to, if given: `[2, target tokens]`, mean and standard deviation of the log-probability of a
+            token drawn from the model in the target token's place.
 
     Returns:
         fp32 CPU tensors `[target tokens, EOS included]`, by pair.
@@ -349,9 +352,19 @@ def score(
             target = torch.tensor(records[row.index].target, device=own.device)
             own = own[: len(target)].float()
             found[row.adapter, row.index] = (own.gather(1, target[:, None])[:, 0] - own.logsumexp(1)).cpu()
+            if moments is not None:
+                moments[row.adapter, row.index] = _moments(own).cpu()
         if progress:
             progress(len(batch.rows))
     return found
+
+
+def _moments(logits: Tensor) -> Tensor:
+    """`[2, t]` mean and standard deviation of log p(token) for a token drawn from p, of logits `[t, v]`."""
+    logprobs = logits.log_softmax(1)
+    p = logprobs.exp()
+    mean = (p * logprobs).sum(1)
+    return torch.stack([mean, (p * (logprobs - mean[:, None]).square()).sum(1).sqrt()])
 
 
 # -- batches --------------------------------------------------------------------------------------------------------

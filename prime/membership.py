@@ -1,54 +1,145 @@
 """Membership inference: attack scores over per-token log-probabilities, and how well they tell members apart.
 
-Everything here is a pure function of numpy arrays, so an attack can be tried on any model whose token
+Everything here is a pure function of numpy arrays and texts, so an attack can be tried on any model whose token
 log-probabilities are at hand. Direction, everywhere: *a higher score means "more likely a member"*.
 
-Letters: `t` target tokens of a record (EOS included), `u` users (or sharers: the unit that is resampled),
-`s` resamples.
+Letters: `t` target tokens of a record (EOS included), `m` reference models, `z` records of the population, `u` users
+(or sharers: the unit that is resampled), `s` resamples, `k` thresholds.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
-Attack = Callable[[np.ndarray, np.ndarray], float]
 Interval = dict[str, float]
 Scores = Sequence[float] | np.ndarray
 
-FPRS = (0.01, 0.001)
+FPRS = (0.1, 0.01, 0.001)
+MIN_K = 0.2  # share of a record's tokens that Min-K % looks at, the least likely ones; the authors' choice
+RMIA_A = 0.3  # of offline RMIA: how far P(x) moves with the reference models; the authors' tool's default
+RMIA_GAMMA = 2.0  # of RMIA: how many times likelier than a population's record; the paper's choice
+MAX_THRESHOLDS = 4096  # that a resample's rates are looked up at
 
 
-def summed_loss(adapter: np.ndarray, base: np.ndarray) -> float:
+@dataclass(frozen=True)
+class Evidence:
+    """What an attack may look at of one record."""
+
+    adapter: np.ndarray  # [t] log-probabilities of the target's tokens under the attacked model
+    base: np.ndarray  # [t] the same under the task-adapted base
+    mean: np.ndarray  # [t] mean and
+    std: np.ndarray  # [t] standard deviation of a token's log-probability, drawn from the attacked model
+    text: str = ""  # the target
+    # [m] mean token log-probability under models that never saw the record
+    references: np.ndarray = field(default_factory=lambda: np.empty(0))
+    # [z] `rmia_ratio` of other people's records, in ascending order
+    population: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+
+# -- attacks --------------------------------------------------------------------------------------------------------
+
+
+def summed_loss(e: Evidence) -> float:
     """The published attack (PriME; Yeom et al. 2018): the record's summed token loss, negated.
 
-    `adapter` [t], `base` [t] are log-probabilities of the target tokens; `base` is not used. A record that
-    the attacked model finds likely (low loss) is called a member; sums mix length with membership.
+    A record that the attacked model finds likely (low loss) is called a member; sums mix length with membership.
     """
-    return float(np.sum(adapter))
+    return float(np.sum(e.adapter))
 
 
-def calibrated_loss(adapter: np.ndarray, base: np.ndarray) -> float:
+def calibrated_loss(e: Evidence) -> float:
     """Base-calibrated ("difficulty calibration", Watson et al. 2022): base loss minus adapter loss, summed.
 
     How much likelier the adapter makes the record than the task-adapted base does. Attacking the base itself
     scores 0 for every record, so its blind baseline is 0.5 by construction.
     """
-    return float(np.sum(adapter) - np.sum(base))
+    return float(np.sum(e.adapter) - np.sum(e.base))
 
 
-# name -> score(token log-probabilities under the attacked model, the same under the task-adapted base)
-ATTACKS: dict[str, Attack] = {"loss": summed_loss, "calibrated": calibrated_loss}
+def mean_loss(e: Evidence) -> float:
+    """Mean token loss, negated (Yeom et al. 2018, with the loss a language model is trained on)."""
+    return float(np.mean(e.adapter))
+
+
+def zlib_ratio(e: Evidence) -> float:
+    """Mean token loss over the zlib size of the target in bytes, negated (Carlini et al. 2021).
+
+    A text that is likelier than it is compressible is called a member.
+    """
+    return float(np.mean(e.adapter)) / len(zlib.compress(e.text.encode()))
+
+
+def _lowest(values: np.ndarray) -> float:
+    """Mean of the lowest `MIN_K` of the values, of at least one."""
+    size = max(1, int(MIN_K * len(values)))
+    return float(np.mean(np.partition(values, size - 1)[:size]))
+
+
+def min_k(e: Evidence) -> float:
+    """Min-K % (Shi et al. 2024): mean log-probability of the 20 % least likely tokens, of at least one.
+
+    A text in the training data holds no token that surprises the model.
+    """
+    return _lowest(e.adapter)
+
+
+def min_k_plus_plus(e: Evidence) -> float:
+    """Min-K %++ (Zhang et al. 2024): Min-K % of log-probabilities in standard deviations from their mean.
+
+    Mean and deviation are those of a token drawn from the model at that position. Where the model is sure of one
+    token the deviation vanishes; it counts as at least 1e-4.
+    """
+    return _lowest((e.adapter - e.mean) / np.maximum(e.std, 1e-4))
+
+
+def rmia_ratio(own: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """log P(x | attacked) - log P(x) of records: own [...], references [..., m] are mean token log-probabilities.
+
+    P is the geometric mean of token probabilities, so records of any length compare. Offline RMIA estimates
+    P(x) = ((1 + a) P_out(x) + (1 - a)) / 2, P_out the mean over reference models that never saw the record
+    (Zarifzadeh et al. 2024, "Low-cost high-power membership inference attacks", appendix on offline attacks).
+    """
+    out = np.mean(np.exp(references), axis=-1)
+    return own - np.log(((1 + RMIA_A) * out + (1 - RMIA_A)) / 2)
+
+
+def rmia(e: Evidence) -> float:
+    """Offline RMIA (Zarifzadeh et al. 2024): share of the population that the record beats `RMIA_GAMMA` times.
+
+    Beats: P(x | attacked) / P(x) against the same ratio of a population's record. No population's record and no
+    reference model comes from the record's own anchor.
+    """
+    ratio = rmia_ratio(np.mean(e.adapter), e.references) - np.log(RMIA_GAMMA)
+    return float(np.searchsorted(e.population, ratio, side="right") / len(e.population))
+
+
+# Adding an attack is one row.
+ATTACKS: dict[str, Callable[[Evidence], float]] = {
+    "loss": summed_loss,
+    "calibrated": calibrated_loss,
+    "mean_loss": mean_loss,
+    "zlib": zlib_ratio,
+    "min_k": min_k,
+    "min_k_pp": min_k_plus_plus,
+    "rmia": rmia,
+}
 PUBLISHED_ATTACK = "loss"
+NEEDS_REFERENCES = ("rmia",)
 
 
-def record_scores(
-    attacked: Mapping[str, Sequence[np.ndarray]], base: Mapping[str, Sequence[np.ndarray]], owners: Sequence[str]
-) -> dict[str, list[float]]:
-    """Every attack's score of the records of `owners`, in order; both models hold each owner's records as [t]."""
-    pairs = [pair for owner in owners for pair in zip(attacked[owner], base[owner], strict=True)]
-    return {name: [score(*pair) for pair in pairs] for name, score in ATTACKS.items()}
+def record_scores(evidence: Sequence[Evidence]) -> dict[str, list[float]]:
+    """Every attack's score of every record; without reference models or a population, no RMIA."""
+    related = all(len(e.references) and len(e.population) for e in evidence)
+    names = [name for name in ATTACKS if related or name not in NEEDS_REFERENCES]
+    return {name: [ATTACKS[name](e) for e in evidence] for name in names}
+
+
+# -- how well scores tell members apart -----------------------------------------------------------------------------
 
 
 def _wins(members: Scores, non_members: Scores) -> np.ndarray:
@@ -93,6 +184,7 @@ def pair_counts(members: Sequence[np.ndarray], non_members: Sequence[np.ndarray]
     return np.stack(columns, axis=1)
 
 
+@lru_cache(maxsize=8)
 def resamples(n_users: int, n: int, seed: int) -> np.ndarray:
     """[n, u] times each user is drawn in each of `n` draws of u users with replacement."""
     draws = np.random.default_rng(seed).integers(n_users, size=(n, n_users))
@@ -110,6 +202,62 @@ def mean_auroc(wins: np.ndarray, members: np.ndarray, non_members: np.ndarray, d
     return draws @ (np.diagonal(wins) / (members * non_members)) / draws.sum(axis=1)
 
 
+def thinned(positions: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 .. positions - 1, the first ones densely, the first and the last among them."""
+    if positions <= most:
+        return np.arange(positions)
+    return np.unique(np.geomspace(1, positions, most).round().astype(int)) - 1
+
+
+def above(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
+    """[k, u] how many of each user's scores lie above each threshold."""
+    counts = [len(own) - np.searchsorted(np.sort(own), thresholds, side="right") for own in scores]
+    return np.stack(counts, axis=1)
+
+
+def pooled_tpr(
+    members: Sequence[np.ndarray], non_members: Sequence[np.ndarray], fprs: Sequence[float], draws: np.ndarray
+) -> dict[float, np.ndarray]:
+    """[s] of each rate: `tpr_at_fpr` of all records of the drawn users, looked up at `MAX_THRESHOLDS` at most.
+
+    Thresholds are non-members' scores in falling order, thinned where false positives are many, so a rate is never
+    above the truth.
+    """
+    distinct = np.append(np.unique(np.concatenate(list(non_members)))[::-1], -np.inf)
+    thresholds = distinct[thinned(len(distinct), MAX_THRESHOLDS)]
+    false, true = above(non_members, thresholds), above(members, thresholds)
+    drawn_non_members, drawn_members = draws @ false[-1], draws @ true[-1]
+    found = {}
+    for fpr in fprs:
+        at = _last_allowed(false, draws, fpr * drawn_non_members + 1e-9)
+        found[fpr] = np.einsum("su,su->s", draws, true[at]) / drawn_members
+    return found
+
+
+def _last_allowed(false: np.ndarray, draws: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """[s] the last threshold with at most `allowed` [s] false positives among the drawn users, by bisection."""
+    low, high = np.zeros(len(draws), int), np.full(len(draws), len(false) - 1)
+    while np.any(low < high):
+        middle = (low + high + 1) // 2
+        fits = np.einsum("su,su->s", draws, false[middle]) <= allowed
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
+    return low
+
+
+def roc(members: Scores, non_members: Scores, points: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates [k] of the ROC curve from (0, 0) to (1, 1), ascending.
+
+    At most `points` of the curve's corners: those of few false positives densely, as a log scale shows them.
+    """
+    members, non_members = np.asarray(members, float), np.asarray(non_members, float)
+    thresholds = np.r_[np.inf, np.unique(np.r_[members, non_members])[::-1], -np.inf]
+    false, true = (above([side], thresholds)[:, 0] / len(side) for side in (non_members, members))
+    corner = np.r_[false[1:] > false[:-1], True]  # the last, best threshold of its false positive rate
+    false, true = np.r_[0.0, false[corner]], np.r_[0.0, true[corner]]
+    keep = thinned(len(false), points)
+    return false[keep], true[keep]
+
+
 def interval(point: float, resampled: np.ndarray) -> Interval:
     """Point estimate with the central 95 % of its resamples."""
     low, high = np.quantile(resampled, [0.025, 0.975])
@@ -125,11 +273,11 @@ def attack_summary(
     n: int = 2000,
     seed: int = 0,
 ) -> dict[str, object]:
-    """One attack on u users: AUROC pooled and per user, with the same attack on the base beside each.
+    """One attack on u users: AUROC pooled and per user, true positive rates, with those on the base beside each.
 
     Every argument holds one array of scores per user, each with at least one score on either side. Intervals
     come from `n` resamples of users, the same ones for the attack and its blind baseline, so `above_blind`
-    is a paired difference.
+    is a paired difference. A rate that so few non-members cannot show is None.
     """
     sizes = np.array([len(m) for m in members], float), np.array([len(m) for m in non_members], float)
     draws = np.vstack([np.ones(len(members)), resamples(len(members), n, seed)])  # row 0: all users
@@ -141,33 +289,88 @@ def attack_summary(
         summary[name] = interval(attacked[0], attacked[1:])
         summary[f"blind_{name}"] = interval(blind[0], blind[1:])
         summary[f"{name}_above_blind"] = interval(difference[0], difference[1:])
-    pooled = np.concatenate(list(members)), np.concatenate(list(non_members))
-    summary["tpr_at_fpr"] = {str(fpr): tpr_at_fpr(*pooled, fpr) for fpr in FPRS}
+    summary["tpr_at_fpr"] = _rates(members, non_members, draws[1:])
+    summary["blind_tpr_at_fpr"] = _rates(blind_members, blind_non_members, draws[1:])
     return summary
 
 
-def attack_table(results: Sequence[Mapping], *, n: int = 2000, seed: int = 0) -> dict[str, dict[str, object]]:
-    """`attack_summary` of every attack in per-user results.
+def _rates(
+    members: Sequence[np.ndarray], non_members: Sequence[np.ndarray], draws: np.ndarray
+) -> dict[str, Interval | None]:
+    """`tpr_at_fpr` of the pooled records at each of `FPRS`, with its interval; None where it cannot be observed."""
+    pooled = np.concatenate(list(members)), np.concatenate(list(non_members))
+    points = {fpr: tpr_at_fpr(*pooled, fpr) for fpr in FPRS}
+    shown = {fpr: point for fpr, point in points.items() if point is not None}
+    resampled = pooled_tpr(members, non_members, list(shown), draws)
+    return {str(fpr): interval(shown[fpr], resampled[fpr]) if fpr in shown else None for fpr in FPRS}
 
-    Each result holds `scores` and `blind`: {attack: {"member": [...], "non_member": [...]}}.
+
+# -- member and non-member sets -------------------------------------------------------------------------------------
+
+# name -> what is told apart; "user": an anchor's score is the mean of its records'.
+SETS: dict[str, tuple[str, str]] = {
+    "published": ("member", "non_member"),  # sharers' records, and those of all other anchors
+    "controlled": ("member", "held_out"),  # sharers' records, and records of the same sharers that were held out
+    "user": ("member", "non_member"),  # sharers, and all other anchors
+}
+
+
+def set_scores(result: Mapping, key: str, attack: str, name: str) -> list[np.ndarray]:
+    """Members' and non-members' scores of one user in a set. key: "scores", or "blind" for those on the base.
+
+    A result holds {key: {attack: {side: scores of records, anchor after anchor}}} and each side's numbers of
+    records by anchor as `<side>_num_samples`.
     """
 
-    def column(key: str, attack: str, side: str) -> list[np.ndarray]:
-        return [np.array(result[key][attack][side], dtype=float) for result in results]
+    def of(side: str) -> np.ndarray:
+        scores = np.array(result[key][attack].get(side, ()), dtype=float)
+        if name != "user":
+            return scores
+        parts = np.split(scores, np.cumsum(result[f"{side}_num_samples"])[:-1])
+        return np.array([part.mean() for part in parts if len(part)])
 
-    columns = [(key, side) for key in ("scores", "blind") for side in ("member", "non_member")]
-    return {
-        attack: attack_summary(*(column(key, attack, side) for key, side in columns), n=n, seed=seed)
-        for attack in results[0]["scores"]
-    }
+    return [of(side) for side in SETS[name]]
+
+
+def in_set(results: Sequence[Mapping], name: str) -> list[Mapping]:
+    """The users who have members and non-members in a set."""
+    shown = [(result, set_scores(result, "scores", PUBLISHED_ATTACK, name)) for result in results]
+    return [result for result, sides in shown if all(len(side) for side in sides)]
+
+
+def attacks_on(results: Sequence[Mapping]) -> list[str]:
+    """The attacks that all of these results hold."""
+    return [name for name in ATTACKS if all(name in result["scores"] for result in results)]
+
+
+def attack_table(
+    results: Sequence[Mapping], name: str = "published", *, n: int = 2000, seed: int = 0
+) -> dict[str, dict[str, object]]:
+    """`attack_summary` of every attack in per-user results (see `set_scores`), for one set; empty without users."""
+    users = in_set(results, name)
+    table = {}
+    for attack in attacks_on(users) if users else ():
+        columns = [[set_scores(user, key, attack, name) for user in users] for key in ("scores", "blind")]
+        sides = [[pair[side] for pair in column] for column in columns for side in (0, 1)]
+        table[attack] = attack_summary(*sides, n=n, seed=seed)
+    return table
+
+
+def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: int = 0) -> dict[str, object]:
+    """A set's numbers of users, members and non-members, and its `attack_table`."""
+    users = in_set(results, name)
+    sides = [set_scores(user, "scores", PUBLISHED_ATTACK, name) for user in users]
+    counts = {side: sum(len(pair[place]) for pair in sides) for place, side in enumerate(("members", "non_members"))}
+    return {"users": len(users), **counts, "attacks": attack_table(users, name, n=n, seed=seed)}
 
 
 def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:
-    """AUROC of every attack on one user, and of the same attack on the base (`blind`); see `attack_table`."""
-    return {
-        attack: {
-            name: auroc(result[key][attack]["member"], result[key][attack]["non_member"])
-            for name, key in (("auroc", "scores"), ("blind", "blind"))
-        }
-        for attack in result["scores"]
-    }
+    """AUROC of every attack on one user, and of the same attack on the base (`blind`); with what was held out,
+    also `controlled` and `controlled_blind`."""
+    table: dict[str, dict[str, float]] = {}
+    for name, prefix in (("published", ""), ("controlled", "controlled_")):
+        for attack in attacks_on([result]) if in_set([result], name) else ():
+            attacked, blind = (auroc(*set_scores(result, key, attack, name)) for key in ("scores", "blind"))
+            first = prefix.rstrip("_") or "auroc"
+            table.setdefault(attack, {}).update({first: attacked, f"{prefix}blind": blind})
+    return table

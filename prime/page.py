@@ -197,7 +197,7 @@ def leakage_table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             caught = [one.get("tpr_at_fpr", {}).get(rate) for rate in rates]
             values = [report.cell_text(one.get(key)) for key in ("auroc", "blind_auroc")]
             above = report.cell_text(one.get("auroc_above_blind"), "+")
-            rows.append([attacked, name, *values, above, *("-" if c is None else f"{c:.3f}" for c in caught)])
+            rows.append([attacked, name, *values, above, *(report.cell_text(c) for c in caught)])
     return rows
 
 

@@ -1,5 +1,6 @@
 """Figures as PNG and SVG: one style, readable without colour, the same bytes for the same numbers."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,3 +36,25 @@ def save(made: Figure, stem: Path) -> list[Path]:
         made.set_layout_engine("none")  # the places found for the first file serve the second
     plt.close(made)
     return paths
+
+
+def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], lowest: float = 1e-3) -> Figure:
+    """ROC curves on log scales, a panel for each title: {title: {label: (fpr, tpr)}}; dotted: guessing.
+
+    `lowest` is where the axes begin: the lowest false positive rate of interest.
+    """
+    with plt.rc_context(STYLE):
+        made, axes = plt.subplots(
+            1, len(panels), figsize=(0.6 + 3.2 * len(panels), 3.6), layout="constrained", sharey=True, squeeze=False
+        )
+    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    for panel, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        panel.plot([lowest, 1], [lowest, 1], color="#999999", linestyle=":", linewidth=1)
+        for label, (fpr, tpr) in curves.items():
+            place = labels.index(label)
+            panel.plot(fpr, tpr, COLOURS[place % 7], linestyle=LINES[place % 4], linewidth=1.2, label=label)
+        panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1), title=title)
+        panel.set_xlabel("false positive rate")
+    axes[0][0].set_ylabel("true positive rate")
+    axes[0][-1].legend(loc="lower right", frameon=False, fontsize=7)
+    return cast(Figure, made)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import random
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Record:
     id: str
     input: str
     target: str
+    held_out: bool = False  # nothing trains on it
 
 
 @dataclass(frozen=True)
@@ -173,29 +174,40 @@ def _prefix_problems(rows: Mapping[str, Any]) -> list[str]:
 
 
 def history_records(
-    user: User, task: Task, templates: Templates, profile_text: str | None, recent_k: int = RECENT_K,
+    user: User,
+    task: Task,
+    templates: Templates,
+    profile_text: str | None,
+    recent_k: int = RECENT_K,
+    held_out: Container[int] = (),
     quoting: bool = True,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     """Records of the user's last `recent_k` items (0: all), oldest first.
 
     Each item gives `u{user}-{item}`. In `task.paired` tasks each but the first also gives
     `u{user}-{item}-k1-p`, whose input begins with the profile (an empty one if `profile_text` is None) and
     the nearest earlier item of the window. Without `quoting` these are left out: each record then tells of its
     own item alone, as differential privacy by items needs (`prime.privacy`).
+
+    `held_out` are positions in the user's history whose records are marked so. No record, of either kind, retrieves
+    a held-out item: what is trained on then shows none, and records of both kinds are made alike.
     """
     if recent_k < 0:
         raise ValueError(f"recent_k is {recent_k}, expected 0 (all) or more")
     window = user.profile[-recent_k:] if recent_k else user.profile
-    corpus = history_texts(window, templates)
+    first = len(user.profile) - len(window)
+    earlier: list[str] = []  # what may be retrieved
     records = []
-    for i, item in enumerate(window):
+    for place, (item, text) in enumerate(zip(window, history_texts(window, templates), strict=True), first):
+        out = place in held_out
         fields = _cut(item, RECORD_WORDS)
         start, target = _split(templates, "OPPU_input", "OPPU_full", fields)
-        records.append(Record(f"u{user.user_id}-{item['id']}", start, target))
-        if quoting and task.paired and i > 0:
-            retrieved = _retrieve(templates["retrieval_query"].format(**fields), corpus[:i], RECORD_K)
+        records.append(Record(f"u{user.user_id}-{item['id']}", start, target, out))
+        if quoting and task.paired and earlier:
+            retrieved = _retrieve(templates["retrieval_query"].format(**fields), earlier, RECORD_K)
             start = _prefix(profile_text or "", retrieved) + start
-            records.append(Record(f"u{user.user_id}-{item['id']}-k{RECORD_K}-p", start, target))
+            records.append(Record(f"u{user.user_id}-{item['id']}-k{RECORD_K}-p", start, target, out))
+        earlier += [] if out else [text]
     return records
 
 

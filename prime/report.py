@@ -14,9 +14,8 @@ import numpy as np
 
 from prime import membership, metrics
 from prime.errors import InputError
-from prime.export import add_attacks
 from prime.runs import read_json, read_results, read_settings, user_dirname, write_json, write_text
-from prime.tables import aligned, markdown
+from prime.tables import markdown
 from prime.tasks import Task
 
 # Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
@@ -281,50 +280,6 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
     write_json(folder / "summary.json", summary)
     tables = f"{markdown(table_rows(summary))}\n\n{markdown(method_rows(summary))}"
     write_text(folder / "summary.md", f"# {summary['task']}\n\n{tables}\n\n{notes(summary)}\n")
-
-
-# --- membership inference
-
-PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
-
-
-def write_attacks(
-    exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int
-) -> dict[str, Any]:
-    """mia_results.json in the published shape, keyed "{user_id}-{index}", and mia_summary.json; the summary.
-
-    `sharers` is empty where their own adapters were left out. Each user's own part also goes into the cards of the
-    user's adapters.
-    """
-    losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
-    write_json(exp_dir / "mia_results.json", losses)
-    summary = {
-        "method": method,
-        "users": len(users),
-        "on_base": sum(user["on_base"] for user in users),
-        "attacks": membership.attack_table(users, seed=seed),
-        "per_user": {user["user_id"]: membership.user_aurocs(user) for user in users},
-        "sharers": {"users": len(sharers), "attacks": membership.attack_table(sharers, seed=seed) if sharers else {}},
-    }
-    write_json(exp_dir / "mia_summary.json", summary)
-    add_attacks(exp_dir, summary["per_user"])
-    return summary
-
-
-def attack_table(summary: Mapping[str, Any]) -> str:
-    """A line per attack on the deployed and on the sharers' own adapters, each AUROC beside its blind baseline."""
-    rows = [["attacked", "attack", "AUROC, pooled", "blind", "AUROC, mean of users", "blind"]]
-    parts = {summary["method"]: summary["attacks"], "sharers, unmerged": summary["sharers"]["attacks"]}
-    for attacked, attacks in parts.items():
-        for name, found in attacks.items():
-            keys = ("auroc", "blind_auroc", "user_auroc", "blind_user_auroc")
-            rows.append([attacked, name, *(cell_text(found[key]) for key in keys)])
-    note = (
-        f"{summary['users']} users ({summary['on_base']} deployed the base), {summary['sharers']['users']} sharers. "
-        "blind: the same attack on the task-adapted base, before any merge.\n"
-        "Brackets: 95 % intervals from resampling users."
-    )
-    return f"{aligned(rows)}\n{note}"
 
 
 # --- the table -------------------------------------------------------------------------------------

@@ -1,14 +1,12 @@
 """Attack scores, and AUROC against pair counting and scikit-learn."""
 
-import json
-import shutil
+import zlib
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from prime import membership
-from prime.errors import InputError
 
 
 def pairs(members, non_members):
@@ -58,17 +56,106 @@ def test_tpr_is_not_available_where_the_rate_cannot_be_observed():
     assert membership.tpr_at_fpr([], np.zeros(100), 0.01) is None
 
 
-def test_attacks_on_a_hand_made_record():
-    adapter, base = np.array([-0.5, -1.0]), np.array([-1.0, -2.5])
-    assert membership.ATTACKS["loss"](adapter, base) == -1.5
-    assert membership.ATTACKS["calibrated"](adapter, base) == 2.0
-    assert membership.ATTACKS["calibrated"](base, base) == 0.0
+def evidence(adapter, base=(), mean=(), std=(), **more):
+    return membership.Evidence(*(np.array(values, float) for values in (adapter, base, mean, std)), **more)
+
+
+def test_losses_of_a_hand_made_record():
+    record = evidence([-0.5, -1.0], [-1.0, -2.5])
+    assert membership.ATTACKS["loss"](record) == -1.5
+    assert membership.ATTACKS["mean_loss"](record) == -0.75
+    assert membership.ATTACKS["calibrated"](record) == 2.0
+    assert membership.ATTACKS["calibrated"](evidence(record.base, record.base)) == 0.0
+
+
+def test_zlib_prefers_what_is_likelier_than_it_is_compressible():
+    """Equally likely: the text that compresses worse is likelier a member."""
+    plain, odd = (evidence([-1.0, -2.0], text=text) for text in ("a" * 60, "q8#kZ" * 2 + "v!7Lw0)xM~" * 1 + "hB$2&nT9"))
+    assert membership.ATTACKS["zlib"](plain) == -1.5 / len(zlib.compress(b"a" * 60))
+    assert membership.ATTACKS["zlib"](odd) > membership.ATTACKS["zlib"](plain)
+
+
+def test_min_k_is_the_mean_of_the_least_likely_fifth_and_of_one_token_at_least():
+    assert membership.ATTACKS["min_k"](evidence(-np.arange(10.0))) == -8.5
+    assert membership.ATTACKS["min_k"](evidence([-1.0, -3.0, -2.0])) == -3.0
+    assert membership.ATTACKS["min_k"](evidence([-2.0])) == -2.0
+
+
+def test_min_k_plus_plus_is_in_deviations_from_what_the_model_expects():
+    found = membership.ATTACKS["min_k_pp"](evidence([-1.0, -5.0, -2.0], mean=[-2.0, -4.0, -2.0], std=[2.0, 0.25, 1.0]))
+    assert found == -4.0  # (-5 + 4) / 0.25
+    sure = membership.ATTACKS["min_k_pp"](evidence([0.0], mean=[0.0], std=[0.0]))
+    assert sure == 0.0
+
+
+def test_rmia_is_the_share_of_the_population_that_is_beaten_twice():
+    """P_out of the record is (0.5 + 0.1) / 2; its own probability 0.6."""
+    references = np.log([0.5, 0.1])
+    own = 0.6 / ((1.3 * 0.3 + 0.7) / 2)
+    ratio = membership.rmia_ratio(np.log(0.6), references)
+    assert ratio == pytest.approx(np.log(own))
+    others = np.log([own / 4, own / 2.01, own / 1.99, own * 2])
+    assert membership.ATTACKS["rmia"](evidence(np.log([0.6, 0.6]), references=references, population=others)) == 0.5
+
+
+def test_every_attack_calls_what_was_learned_a_member():
+    """The direction: a record that the adapter made likelier than base and references scores higher."""
+    rng = np.random.default_rng(0)
+    base = rng.normal(-2, 0.5, 12)
+    more = {"text": "a target", "references": np.array([-2.0, -2.1]), "population": np.linspace(-1, 1, 9)}
+    learned, not_learned = (
+        evidence(base + gain, base, np.full(12, -1.5), np.full(12, 0.7), **more) for gain in (1.2, 0.0)
+    )
+    for name, attack in membership.ATTACKS.items():
+        assert attack(learned) > attack(not_learned), name
+
+
+def test_without_references_there_is_no_rmia():
+    assert list(membership.record_scores([evidence([-1.0], [-1.0], [-1.0], [1.0])])) == [
+        name for name in membership.ATTACKS if name != "rmia"
+    ]
 
 
 def attacked_users(shift, u=12, seed=0):
     """Scores of u users; members score higher by `shift`."""
     rng = np.random.default_rng(seed)
     return [rng.normal(shift, 1, 30) for _ in range(u)], [rng.normal(0, 1, 50) for _ in range(u)]
+
+
+def test_resampled_rates_are_those_of_the_drawn_users_records():
+    members, non_members = attacked_users(1.0, u=5)
+    draws = membership.resamples(5, 40, seed=1)
+    found = membership.pooled_tpr(members, non_members, membership.FPRS, draws)
+    for place, times in enumerate(draws.astype(int)):
+        pairs = [list(zip(side, times, strict=True)) for side in (members, non_members)]
+        drawn = [np.concatenate([np.tile(own, n) for own, n in side]) for side in pairs]
+        for fpr, rates in found.items():
+            allowed = np.sort(drawn[1])[::-1][int(fpr * len(drawn[1]) + 1e-9)]
+            assert rates[place] == pytest.approx(np.mean(drawn[0] > allowed)), fpr
+
+
+def test_thinned_thresholds_never_flatter_an_attack(monkeypatch):
+    members, non_members = attacked_users(1.0, u=5)
+    draws = membership.resamples(5, 40, seed=1)
+    exact = membership.pooled_tpr(members, non_members, [0.1], draws)[0.1]
+    monkeypatch.setattr(membership, "MAX_THRESHOLDS", 60)
+    coarse = membership.pooled_tpr(members, non_members, [0.1], draws)[0.1]
+    assert np.all(coarse <= exact) and np.mean(exact - coarse) < 0.05
+
+
+def test_roc_is_scikit_learns_and_thinning_keeps_its_corners(scores):
+    members, non_members = scores
+    truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
+    expected = set(zip(*roc_curve(truth, np.r_[members, non_members], drop_intermediate=False)[:2], strict=True))
+    fpr, tpr = membership.roc(members, non_members)
+    assert {(x, y) for x, y in zip(fpr, tpr, strict=True)} <= expected
+    assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
+    assert np.all(np.diff(fpr) >= 0) and np.all(np.diff(tpr) >= 0)
+    rng = np.random.default_rng(0)
+    many = rng.normal(1, 1, 5000), rng.normal(0, 1, 5000)
+    thin, whole = membership.roc(*many), membership.roc(*many, points=10**6)
+    assert len(thin[0]) <= 200 and set(zip(*thin, strict=True)) <= set(zip(*whole, strict=True))
+    assert np.trapezoid(*whole[::-1]) == pytest.approx(membership.auroc(*many), abs=1e-3)
 
 
 def test_pooled_and_per_user_auroc_of_the_summary():
@@ -107,218 +194,34 @@ def test_intervals_are_seeded():
     assert first["auroc"] != other["auroc"]
 
 
-# --- the stage: mia.py on a tiny world whose sharers have memorised their records
-
-
-TASK_NAME, RECORDS = "movie_tagging", 7  # four items, and a second record for all but the first
-
-
-def write_data(folder):
-    """Four anchors with four items each; every anchor has tags of its own."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    anchors = [
-        {
-            "user_id": 10 + a,
-            "profile": [
-                {"id": i, "description": " ".join(f"w{w}" for w in rng.integers(0, 30, 6)), "tag": f"w{30 + 4 * a + i}"}
-                for i in range(4)
-            ],
-        }
-        for a in range(4)
-    ]
-    (folder / "user_anchor_candidate.json").write_text(json.dumps(anchors))
-
-
-def write_model(folder):
-    """A tiny random Llama and a tokenizer of words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    words = {w: i for i, w in enumerate(["[UNK]", "[BOS]", "[EOS]", *(f"w{i}" for i in range(46))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=2, **size)).save_pretrained(folder)
-
-
-def train_sharers(args, folder):
-    """Stage 3 in short: every anchor's adapter learns its records by heart."""
-    import mia
-    from prime.engine import load_engine
-    from prime.lora import save_adapter
-    from prime.runs import Run
-    from prime.train import Learner, TrainSettings, train
-
-    engine, texts = load_engine(args), mia.cli.load_texts(args)
-    engine.bank.allocate(range(4), 8, 8)
-    save_adapter(engine.bank.adapter(0), args.lora_ckpt, "tiny")  # B is zero: the task adapter changes nothing
-    learners = []
-    for place, user in enumerate(mia.cli.load_candidates(args, texts.task)):
-        records = mia.history_records(user, texts.task, texts.templates, None, 50)
-        encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
-        learners.append(Learner(place, user.user_id, place, encoded))
-    train(engine.bank, learners, TrainSettings(lr=0.03, clip=1.0, epochs=40))
-    settings = {key: getattr(args, key) for key in mia.RECORD_OPTIONS}
-    run = Run(folder, "train_anchor_peft", "anchors", settings)
-    for learner in learners:
-        save_adapter(engine.bank.adapter(learner.place), run.user_dir(learner.name) / "adapter", "tiny")
-        ids = [record.id for record in learner.records]
-        run.finish(learner.name, {"user_id": learner.name, "index": learner.place, "record_ids": ids})
-
-
-def write_experiment(folder, anchor_dir):
-    """Stage 4 in short: user 1 got sharer 10 alone (11 has weight 0), for user 2 the base won."""
-    from prime.runs import Run
-
-    run = Run(folder, "lora_composition_evo", "prime", {"task_name": TASK_NAME})
-    shutil.copytree(anchor_dir / "users" / "user_10" / "adapter", run.user_dir("1") / "adapter")
-    run.finish("1", {"user_id": "1", "index": 0, "deployed": "merge", "sharers": ["10", "11"], "weights": [1.0, 0.0]})
-    run.finish("2", {"user_id": "2", "index": 1, "deployed": "base", "sharers": ["12", "11"], "weights": [0.0, 0.0]})
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """(command line, experiment folder) after one run of mia.py."""
-    import mia
-
-    root = tmp_path_factory.mktemp("mia")
-    write_data(root / "data")
-    write_model(root / "model")
-    paths = {
-        "data_dir": "data",
-        "llama_model_path": "model",
-        "lora_ckpt": "task",
-        "anchor_dir": "LoRA",
-        "exp_dir": "evo",
-    }
-    argv = ["--task_name", TASK_NAME, "--n_sim", "3", "--device", "cpu"]
-    argv += [text for key, name in paths.items() for text in (f"--{key}", str(root / name))]
-    train_sharers(mia.build_parser().parse_args(argv), root / "LoRA")
-    write_experiment(root / "evo", root / "LoRA")
-    mia.main(argv)
-    return argv, root / "evo"
-
-
-def test_results_have_the_published_shape(world):
-    results = json.loads((world[1] / "mia_results.json").read_text())
-    assert list(results) == ["1-0", "2-1"]
-    sides = {key: (results[key]["member_ids"], results[key]["non_member_ids"]) for key in results}
-    assert sides == {"1-0": (["10"], ["12", "13"]), "2-1": (["12", "11"], ["10", "13"])}
-    for user in results.values():
-        assert len(user) == 6
-        for side in ("member", "non_member"):
-            assert user[f"{side}_num_samples"] == [RECORDS] * len(user[f"{side}_ids"])
-            assert len(user[f"{side}_loss"]) == sum(user[f"{side}_num_samples"])
-
-
-def reference_losses(argv, adapter, anchor):
-    """Summed losses of an anchor's records by PEFT, one record at a time."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    import mia
-
-    args = mia.build_parser().parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(args.llama_model_path)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    encoder = mia.load_engine(args).encoder
-    texts = mia.cli.load_texts(args)
-    user = next(u for u in mia.cli.load_candidates(args, texts.task) if u.user_id == anchor)
-    losses = []
-    for record in mia.history_records(user, texts.task, texts.templates, None, 50):
-        own = encoder.record(record.id, record.input, record.target)
-        ids = torch.tensor([[*own.ids, *own.target]])
-        labels = torch.tensor([[-100] * len(own.ids) + list(own.target)])
-        with torch.no_grad():
-            losses.append(float(model(input_ids=ids, labels=labels).loss) * len(own.target))
-    return losses
-
-
-def test_losses_are_pefts_on_what_was_deployed(world):
-    argv, exp_dir = world
-    results = json.loads((exp_dir / "mia_results.json").read_text())
-    merged = reference_losses(argv, exp_dir / "users" / "user_1" / "adapter", "10")
-    assert results["1-0"]["member_loss"] == pytest.approx(merged, abs=1e-3)
-    assert results["2-1"]["member_loss"][:RECORDS] == pytest.approx(reference_losses(argv, None, "12"), abs=1e-3)
-
-
-def test_the_base_leaks_nothing_and_memorising_sharers_are_caught(world, capsys):
-    argv, exp_dir = world
-    summary = json.loads((exp_dir / "mia_summary.json").read_text())
-    assert (summary["method"], summary["users"], summary["on_base"]) == ("prime", 2, 1)
-    calibrated = summary["sharers"]["attacks"]["calibrated"]
-    assert calibrated["auroc"]["mean"] > 0.9 and calibrated["blind_auroc"]["mean"] == 0.5
-    on_base = json.loads((exp_dir / "mia" / "users" / "user_2" / "result.json").read_text())
-    assert on_base["scores"] == on_base["blind"] and not any(on_base["scores"]["calibrated"]["member"])
-
-
-def test_a_resumed_attack_gives_the_same_losses(world, capsys, monkeypatch):
-    import mia
-
-    argv, exp_dir = world
-    before = json.loads((exp_dir / "mia_results.json").read_text())
-    for part in ("users/user_1", "sharers/users/user_12"):
-        (exp_dir / "mia" / part / "result.json").unlink()
-    mia.main([*argv, "--users_per_batch", "1", "--max_batch_tokens", "64"])
-    after = json.loads((exp_dir / "mia_results.json").read_text())
-    for key in before:
-        assert after[key]["member_loss"] == pytest.approx(before[key]["member_loss"], abs=1e-4)
-        assert after[key]["non_member_loss"] == pytest.approx(before[key]["non_member_loss"], abs=1e-4)
-    monkeypatch.setattr(mia, "load_engine", lambda *_, **__: pytest.fail("a finished attack loads no model"))
-    mia.main(argv)
-    table = capsys.readouterr().out
-    assert "sharers, unmerged" in table and "blind" in table and "1 deployed the base" in table
-
-
-def test_wrong_input_is_told(world, tmp_path):
-    import mia
-
-    argv, exp_dir = world
-    with pytest.raises(InputError, match="trained on other records:\n  recent_k: there 50, now 2"):
-        mia.main([*argv, "--recent_k", "2"])
-    with pytest.raises(InputError, match="other settings"):
-        mia.main([*argv, "--max_records", "2"])
-    with pytest.raises(InputError, match="--gate_dir .*nowhere: no such directory"):
-        mia.main([*argv, "--gate_dir", str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="no anchors' results there"):
-        mia.main([*argv, "--anchor_dir", str(tmp_path)])
-    with pytest.raises(InputError, match="no finished users"):
-        mia.main([*argv, "--exp_dir", str(tmp_path)])
-    with pytest.raises(InputError, match="merged no sharer's adapter"):
-        mia.deployment(tmp_path, {"user_id": "1", "index": 0}, 3)
-
-
-def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tmp_path):
-    import mia
-
-    result = {"user_id": "1", "index": 0, "deployed": "merge", "sharers": ["a", "b", "c"]}
-    cases = [  # weights, n_sim -> members
-        ([0.5, 0.0, -1.0], 0, ["a", "c"]),
-        ([0.5, 0.0, -1.0], 1, ["a"]),
-        ([[0.0, 0.0], [0.0, 0.1], [0.0, 0.0]], 3, ["b"]),  # --piece_merge
-    ]
-    for weights, n_sim, members in cases:
-        subject = mia.deployment(tmp_path, result | {"weights": weights}, n_sim)
-        assert subject.members == members
-        assert sorted([*subject.members, *subject.neither]) == ["a", "b", "c"]
-    on_base = mia.deployment(tmp_path, result | {"weights": [0.0] * 3, "deployed": "base"}, 2)
-    assert on_base.members == ["a", "b"] and on_base.adapter is None
-    with pytest.raises(InputError, match="user 1: all 3 anchors are sharers"):
-        mia.check_members([subject], ["a", "b", "c"])
-    with pytest.raises(InputError, match="no results of sharers c"):
-        mia.check_members([subject], ["a", "b", "d"])
+def result_of(member, non_member, held_out=None, numbers=((1, 2), (1, 1))):
+    """One user's result: attack "loss" on what is given, the same number for every record on the base."""
+    sides = {"member": member, "non_member": non_member} | ({"held_out": held_out} if held_out else {})
+    blind = {side: [1.0] * len(own) for side, own in sides.items()}
+    sizes = dict(zip(("member_num_samples", "non_member_num_samples"), numbers, strict=True))
+    return {"scores": {"loss": sides}, "blind": {"loss": blind}, **sizes}
 
 
 def test_user_aurocs_are_scikit_learns() -> None:
-    scores = {"member": [3.0, 1.0, 2.0], "non_member": [0.5, 2.0]}
-    blind = {"member": [1.0, 1.0, 1.0], "non_member": [1.0, 1.0]}
-    found = membership.user_aurocs({"scores": {"loss": scores}, "blind": {"loss": blind}})
+    found = membership.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0]))
     truth = [1, 1, 1, 0, 0]
-    assert found == {"loss": {"auroc": pytest.approx(roc_auc_score(truth, [3, 1, 2, 0.5, 2])), "blind": 0.5}}
+    expected = pytest.approx(roc_auc_score(truth, [3, 1, 2, 0.5, 2]))
+    assert found == {"loss": {"auroc": expected, "blind": 0.5}}
+    controlled = membership.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0]))["loss"]
+    assert controlled["controlled"] == pytest.approx(roc_auc_score(truth, [3, 1, 2, 2.5, 0]))
+    assert controlled == {"auroc": expected, "blind": 0.5, "controlled_blind": 0.5} | controlled
+
+
+def test_sets_hold_records_of_others_of_the_same_and_whole_users():
+    result = result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0])
+    told = {name: membership.set_scores(result, "scores", "loss", name) for name in membership.SETS}
+    assert {name: [list(side) for side in sides] for name, sides in told.items()} == {
+        "published": [[3.0, 1.0, 2.0], [0.5, 2.0]],
+        "controlled": [[3.0, 1.0, 2.0], [2.5, 0.0]],
+        "user": [[3.0, 1.5], [0.5, 2.0]],
+    }
+    without = result_of([3.0, 1.0, 2.0], [0.5, 2.0])
+    assert membership.in_set([result, without], "controlled") == [result]
+    assert membership.attack_table([without], "controlled") == {}
+    counts = membership.set_summary([result, without], "user", n=10)
+    assert (counts["users"], counts["members"], counts["non_members"]) == (2, 4, 4)

@@ -157,6 +157,39 @@ def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> Non
             torch.testing.assert_close(b @ a, expected.factors[name][1] @ expected.factors[name][0])
 
 
+@pytest.mark.slow
+def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_members(inside: Path) -> None:
+    anchors, gates, search = ("./output/held-out/" + name for name in ("anchors", "gates", "search"))
+    world.run([*command("train_anchor_peft.py"), "--holdout", "0.25", "--output_dir", anchors])
+    whole, words = results(ANCHORS), command("train_anchor_gate.py")
+    words[words.index("--anchor_path") + 1] = anchors
+    world.run([*words, "--output_dir", gates])
+    found = results(anchors)
+    for user_id, own in found.items():
+        out = [name for name in whole[user_id]["record_ids"] if name.split("-")[1] in own["held_out_ids"]]
+        assert len(own["held_out_ids"]) == 3 and not {name.split("-")[1] for name in own["record_ids"]} & set(out)
+        assert set(own["record_ids"]) <= set(whole[user_id]["record_ids"]) - set(out)
+        assert results(gates)[user_id]["record_ids"] == own["record_ids"]
+        assert world.read(adapter_folder(anchors, user_id) / "card.json")["held_out_ids"] == own["held_out_ids"]
+    words = evo(search, "--user_idxs", "0-3")
+    words[words.index("--anchor_dir") + 1] = anchors
+    world.run(words)
+    attack = next(words for words in world.announcement() if words[0] == "mia.py" and words[-1] == EVO)
+    attack[attack.index("--exp_dir") + 1], attack[attack.index("--anchor_dir") + 1] = search, anchors
+    world.run([*attack, "--skip_sharers"])
+    summary = world.read(Path(search) / "mia_summary.json")
+    trained = [len(found[name]["record_ids"]) for own in results(search).values() for name in own["sharers"]]
+    controlled = summary["sets"]["controlled"]
+    assert controlled["members"] == summary["sets"]["published"]["members"] <= sum(trained)
+    assert set(controlled["attacks"]) == set(summary["attacks"]) and controlled["non_members"] > 0
+    curves = world.read(Path(search) / "mia_roc.json")["curves"]
+    assert {(c["set"], c["model"]) for c in curves} == {
+        (name, model) for name in ("published", "controlled", "user") for model in ("deployed", "base")
+    }
+    assert all(len(c["fpr"]) == len(c["tpr"]) <= 200 and (c["fpr"][-1], c["tpr"][-1]) == (1, 1) for c in curves)
+    assert all((Path(search) / f"mia_roc.{kind}").stat().st_size > 1000 for kind in ("png", "svg"))
+
+
 def test_users_in_parts_give_the_files_that_all_at_once_give(inside: Path) -> None:
     world.run(evo("./output/part", "--user_idxs", "3-6"))
     whole, part = results(EVO), results("./output/part")

@@ -10,6 +10,7 @@ from prime import report
 from prime.errors import InputError
 from prime.metrics import METRICS
 from prime.runs import Run, read_json
+from prime.tables import aligned
 from prime.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
@@ -178,7 +179,7 @@ def test_cost_of_a_user(tmp_path):
     assert report.seconds_per_user("base", [{"seconds": {"predict": 1.0}}]) == 0.0
     old = {"search": 3.0, "predict": 1.0}
     assert report.seconds_per_user("best_sharer", [{"seconds": old}]) is None
-    lines = report.aligned(report.method_rows(summary_of(tmp_path, "evo"))).splitlines()
+    lines = aligned(report.method_rows(summary_of(tmp_path, "evo"))).splitlines()
     assert lines[0].split()[:2] == ["method", "AUROC"] and "1,500" in next(x for x in lines if x.startswith("prime"))
     assert len(lines) == 2 + 4
 
@@ -224,7 +225,7 @@ def test_stages_of_another_task_are_refused_or_left_out(output):
 
 def test_table_and_files(output):
     summary = summary_of(output)
-    lines = report.aligned(report.table_rows(summary)).splitlines()
+    lines = aligned(report.table_rows(summary)).splitlines()
     assert lines[0].split()[:5] == ["method", "k", "profile", "accuracy", "f1"]
     assert len(lines) == 2 + len(summary["rows"]) and max(map(len, lines)) <= 130
     assert lines[0].index("accuracy") == lines[2].index("0.250")

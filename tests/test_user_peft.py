@@ -253,16 +253,28 @@ def test_a_user_without_history_keeps_the_base_or_the_merge(here: Path, capsys: 
     assert result["losses"] == [] and result["predictions"]["oppu"]["k0"] == base["k0"]
 
 
-def test_mta_is_attacked_by_its_sharers_and_oppu_is_refused(here: Path) -> None:
+def test_mta_is_attacked_by_its_sharers(here: Path) -> None:
     attack = ["mia.py", *ADAPTED, "--anchor_dir", f"output/{TASK}/Anchor_PEFT/LoRA", "--max_records", "2", "--exp_dir"]
     world.run([*attack, FOLDERS["mta"], "--skip_sharers"])
     short = world.read(here / FOLDERS["mta"] / "mia_summary.json")
-    assert short["method"] == "mta" and short["sharers"] == {"users": 0, "attacks": {}}
+    assert short["method"] == "mta" and short["sharers"] == {"users": 0, "attacks": {}, "sets": {}}
     world.run([*attack, FOLDERS["mta"]])  # the sharers may come later
     whole = world.read(here / FOLDERS["mta"] / "mia_summary.json")
     assert whole["sharers"]["users"] == 6 and whole["attacks"] == short["attacks"]
     for key, entry in world.read(here / FOLDERS["mta"] / "mia_results.json").items():
         assert entry["member_ids"] == results(FOLDERS["mta"])[key.rpartition("-")[0]]["sharers"]
         assert len(entry["non_member_ids"]) == 4
-    with pytest.raises(InputError, match="OPPU: user .* merged no sharer's adapter, so it has no members"):
-        world.run([*attack, FOLDERS["oppu"]])
+
+
+def test_oppus_members_are_the_users_own_records(here: Path) -> None:
+    stage("oppu", "--holdout", "0.4", "--output_dir", "held-out/oppu")
+    world.run(["mia.py", *ADAPTED, "--anchor_dir", "not-read", "--exp_dir", "held-out/oppu"])
+    found = results("held-out/oppu")
+    assert all(len(own["held_out_ids"]) == 2 for own in found.values())
+    summary = world.read(here / "held-out/oppu/mia_summary.json")
+    assert (summary["method"], summary["users"], summary["sharers"]["users"]) == ("oppu", 3, 0)
+    assert set(summary["sets"]) == {"published", "controlled", "user"}
+    for key, entry in world.read(here / "held-out/oppu/mia_results.json").items():
+        user = key.rpartition("-")[0]
+        assert entry["member_ids"] == [user] and set(entry["non_member_ids"]) == set(found) - {user}
+        assert entry["member_num_samples"] == [len(found[user]["record_ids"])]

@@ -1,0 +1,133 @@
+"""What the attacks found, as files and a table: mia_results.json, mia_summary.json, mia_roc.json and its figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prime import membership, plots
+from prime.export import add_attacks
+from prime.report import cell_text
+from prime.runs import write_json
+from prime.tables import aligned
+
+PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
+SET_TITLES = {
+    "published": "published: sharers' records, other anchors'",
+    "controlled": "controlled: trained, held-out records",
+    "user": "user: sharers, other anchors",
+}
+RATES = {0.1: "10 %", 0.01: "1 %", 0.001: "0.1 %"}
+
+
+def write_attacks(
+    exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int
+) -> dict[str, Any]:
+    """mia_results.json in the published shape, keyed "{user_id}-{index}", mia_summary.json and the ROC; the summary.
+
+    `sharers` is empty where their own adapters were left out. Each user's own part also goes into the cards of the
+    user's adapters.
+    """
+    losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
+    write_json(exp_dir / "mia_results.json", losses)
+    summary = summarise(method, users, sharers, seed)
+    write_json(exp_dir / "mia_summary.json", summary)
+    write_roc(exp_dir, method, users, sharers)
+    add_attacks(exp_dir, summary["per_user"])
+    return summary
+
+
+def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int) -> dict[str, Any]:
+    """The content of mia_summary.json. `attacks` are those of the published set; a set that nobody has is left out."""
+    parts = [
+        {name: found for name in membership.SETS if (found := membership.set_summary(part, name, seed=seed))["users"]}
+        for part in (users, sharers)
+    ]
+    of_users, of_sharers = ({"attacks": sets.get("published", {}).get("attacks", {}), "sets": sets} for sets in parts)
+    return {
+        "method": method,
+        "users": len(users),
+        "on_base": sum(user["on_base"] for user in users),
+        **of_users,
+        "per_user": {user["user_id"]: membership.user_aurocs(user) for user in users},
+        "sharers": {"users": len(sharers), **of_sharers},
+    }
+
+
+# -- the ROC --------------------------------------------------------------------------------------------------------
+
+
+def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping]) -> None:
+    """mia_roc.json, and mia_roc.png and .svg: every attack on the deployed adapters, a panel for each set."""
+    models = (("deployed", users, "scores"), ("base", users, "blind"), ("sharers", sharers, "scores"))
+    curves: list[dict[str, Any]] = [
+        {"attack": attack, "set": name, "model": model, "fpr": rounded(fpr), "tpr": rounded(tpr)}
+        for model, results, key in models
+        for name in membership.SETS
+        for attack, (fpr, tpr) in pooled_rocs(results, key, name).items()
+    ]
+    write_json(exp_dir / "mia_roc.json", {"method": method, "curves": curves})
+    deployed = [curve for curve in curves if curve["model"] == "deployed"]
+    panels = {
+        SET_TITLES[name]: {c["attack"]: (c["fpr"], c["tpr"]) for c in deployed if c["set"] == name}
+        for name in membership.SETS
+    }
+    plots.save(plots.roc({title: lines for title, lines in panels.items() if lines}), exp_dir / "mia_roc")
+
+
+def pooled_rocs(results: Sequence[Mapping], key: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By attack the ROC of all users' records together; empty where nobody has the set."""
+    users = membership.in_set(results, name)
+    found = {}
+    for attack in membership.attacks_on(users) if users else ():
+        pairs = [membership.set_scores(user, key, attack, name) for user in users]
+        members, others = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+        found[attack] = membership.roc(members, others)
+    return found
+
+
+def rounded(rates: np.ndarray) -> list[float]:
+    return [round(float(rate), 6) for rate in rates]
+
+
+# -- the table ------------------------------------------------------------------------------------------------------
+
+
+def attack_table(summary: Mapping[str, Any]) -> str:
+    """A line per set, attacked adapters and attack; every figure beside its blind baseline."""
+    rates = [title for rate in RATES.values() for title in (f"TPR at {rate}", "blind")]
+    rows = [["set", "attacked", "attack", "AUROC", "blind", *rates]]
+    parts = {summary["method"]: summary["sets"], "sharers, unmerged": summary["sharers"]["sets"]}
+    for name in membership.SETS:
+        for attacked, sets in parts.items():
+            for attack, found in sets.get(name, {"attacks": {}})["attacks"].items():
+                rows.append([name, attacked, attack, *figures(found)])
+    return f"{aligned(rows)}\n{notes(summary)}"
+
+
+def figures(found: Mapping[str, Any]) -> list[str]:
+    """AUROC and true positive rates of an attack, each with its blind baseline behind it."""
+    cells = [cell_text(found["auroc"]), cell_text(found["blind_auroc"])]
+    for fpr in RATES:
+        own, blind = (found[key][str(fpr)] for key in ("tpr_at_fpr", "blind_tpr_at_fpr"))
+        cells += ["n/a", "n/a"] if own is None else [cell_text(own), cell_text(blind)]
+    return cells
+
+
+def notes(summary: Mapping[str, Any]) -> str:
+    """What the reader has to know beside the table."""
+    lines = [
+        f"{summary['users']} users ({summary['on_base']} deployed the base), {summary['sharers']['users']} sharers. "
+        "blind: the same attack on the task-adapted base, before any merge.",
+        "Brackets: 95 % intervals from resampling users. TPR at x %: members caught where x % of non-members are "
+        "called members; n/a: too few non-members to show that rate.",
+    ]
+    lines += [f"{SET_TITLES[name]}: {told(found)}." for name, found in summary["sets"].items()]
+    if "controlled" not in summary["sets"]:
+        lines.append("controlled: none, nothing was held out (--holdout of the stage that trained the adapters).")
+    return "\n".join(lines)
+
+
+def told(found: Mapping[str, Any]) -> str:
+    return f"{found['members']} members, {found['non_members']} non-members of {found['users']} users"
