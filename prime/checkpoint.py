@@ -19,18 +19,20 @@ from prime.lora import Adapter
 from prime.meta import MetaCheckpoint, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.published import open_adapter
+from prime.workers import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU."""
+    """`auto` is CUDA, then MPS, then CPU; each of several processes launched on a machine takes a GPU of its own."""
     if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"--device {name}: this machine (or this build of torch) has none")
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        here = world()
+        return torch.device(f"cuda:{here.local_rank % torch.cuda.device_count()}" if here.local_size > 1 else "cuda")
     if name != "auto":
         return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

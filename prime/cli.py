@@ -18,7 +18,7 @@ from prime.errors import InputError
 from prime.prompts import RECENT_K, load_templates
 from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
-from prime.workers import limit_threads, share, user_cost
+from prime.workers import limit_threads, share, start_missing, user_cost
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
@@ -316,6 +316,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     Ctrl-C and SIGTERM let the write in progress finish, and end with exit code 130 and a line that says how to go on.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    start_missing()
     stop_between_writes()
     limit_threads()
     name = Path(sys.argv[0]).name

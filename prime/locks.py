@@ -13,15 +13,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL = 0.2  # seconds between two looks at a claim that somebody else holds
-
-
+PATIENCE = 5  # looks before the waiting person is told
 @contextmanager
 def claim(*paths: Path) -> Iterator[bool]:
-    """Hold the lock files `paths`, all or none; False where somebody else holds one. They are removed at the end."""
+    """Hold the lock files `paths`, all or none; False where somebody else holds one.
+
+    They are removed at the end, and so is their folder when it is empty.
+    """
     with ExitStack() as held:
         handles: list[int] = []
         for path in paths:
@@ -38,15 +41,13 @@ def claim(*paths: Path) -> Iterator[bool]:
 @contextmanager
 def turn(path: Path, what: str) -> Iterator[None]:
     """Hold the lock file `path`, waiting for it if need be; `what` tells the waiting person what for."""
-    told = False
-    while True:
+    for look in count(1):
         with claim(path) as held:
             if held:
                 yield
                 return
-        if not told:
+        if look == PATIENCE:
             print(f"waiting for {what}: {holder(path)} is at it", file=sys.stderr)
-            told = True
         time.sleep(POLL)
 
 
@@ -61,10 +62,12 @@ def holder(path: Path) -> str:
 def _lock(path: Path) -> int | None:
     """An open handle that holds the lock, None where another has it."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # the folder was just removed by the last of the others
+        except (FileExistsError, FileNotFoundError):  # the folder was just removed by the last of the others
+            if path.parent.is_file():
+                raise
             continue
         try:
             if grab(handle) is False:

@@ -3,7 +3,7 @@
 `torchrun` and `accelerate launch` tell each process its rank; each begins with its share of the users, the costly ones
 first, and then helps the others. Nothing is sent between them: what is finished is told by result files, who works on
 what by claims (`prime.locks`). So processes may come, die and come back at any time, and any others started by hand
-on the same directory share the work as well.
+or by a scheduler on the same directory share the work as well.
 """
 
 import os
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 from prime.data import User
-from prime.locks import POLL, holder
+from prime.locks import PATIENCE, POLL, holder
 from prime.runs import Run
 
 Unit = TypeVar("Unit")
@@ -43,6 +43,32 @@ def limit_threads() -> None:
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def start_missing() -> None:
+    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for.
+
+    On a CPU accelerate (1.15) starts one process, and leaves the others to mpirun; here torchrun starts them.
+    """
+    env = os.environ
+    if "RANK" in env or env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in env:
+        return
+    import psutil  # comes with accelerate
+
+    asked = psutil.Process(os.getppid()).cmdline()
+    number = _argument(asked, "--num_processes", 1) // _argument(asked, "--num_machines", 1)
+    if number > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
+        os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def _argument(words: Sequence[str], name: str, default: int) -> int:
+    """The number after an option of a command line."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, _, value = word.partition("=")
+        if key.replace("-", "_") == name.replace("-", "_") and (value or following).isdecimal():
+            return int(value or following)
+    return default
 
 
 def user_cost(user: User, recent_k: int = 0) -> int:
@@ -87,7 +113,7 @@ def share(
     """
     here = world()
     waiting = [units[place] for place in order_of([cost(unit) for unit in units], here.rank, here.size)]
-    told: set[str] = set()
+    idle = 0
     while waiting:
         held: list[Unit] = []
         for unit in waiting:
@@ -102,7 +128,9 @@ def share(
                 if not _finished(run, names):
                     yield unit
         if len(held) == len(waiting):
-            _tell(run, [name for unit in held for name in ids(unit)], told)
+            idle += 1
+            if idle == PATIENCE:
+                _tell(run, [name for unit in held for name in ids(unit)])
             time.sleep(POLL)
         waiting = held
 
@@ -111,11 +139,8 @@ def _finished(run: Run, names: Sequence[str]) -> bool:
     return all(run.done(name) for name in names)
 
 
-def _tell(run: Run, names: Sequence[str], told: set[str]) -> None:
-    """Say once of each holder that its users are waited for."""
-    for name in names:
-        path = run.lock_path(name)
-        who = holder(path)
-        if path.exists() and who not in told:
-            told.add(who)
-            print(f"waiting for user {name}: {who} is at it", file=sys.stderr)
+def _tell(run: Run, names: Sequence[str]) -> None:
+    """Say which users are waited for, and who works on them."""
+    holders = {holder(path): name for name in names if (path := run.lock_path(name)).exists()}
+    for who, name in holders.items():
+        print(f"waiting for user {name}: {who} is at it", file=sys.stderr)

@@ -1,0 +1,77 @@
+"""A journal of calls: cut off anywhere, the same computation ends with the same answers and the same file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prime.journal import Journal
+
+
+def compute(journal: Journal, counted: list[int], calls: int = 5, shift: int = 0) -> list[list[float]]:
+    """Each call asks about what the one before answered, as a search does."""
+    found: list[list[float]] = [[0.1]]
+    for number in range(calls):
+        question = {"number": number, "about": found[-1], "shift": shift}
+
+        def answer(question: dict = question) -> list[float]:
+            counted.append(question["number"])
+            return [value / 3 + question["number"] + question["shift"] for value in (*question["about"], 1e-17)]
+
+        found.append(journal.call(question, answer))
+    return found
+
+
+def without_seconds(path: Path) -> list[dict]:
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
+
+
+def test_cut_off_at_any_byte_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    expected = compute(Journal(whole), [])
+    content = whole.read_bytes()
+    ends = [place + 1 for place, byte in enumerate(content) if byte == ord("\n")]
+    for size in range(0, len(content) + 1, 23):
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(content[:size])
+        counted: list[int] = []
+        assert compute(Journal(path), counted) == expected  # exact floats
+        assert counted == list(range(sum(end <= size for end in ends), 5))
+        assert without_seconds(path) == without_seconds(whole)
+
+
+def test_a_whole_journal_answers_everything_and_tells_the_seconds_it_spared(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    expected, counted = compute(Journal(path), []), []
+    before, journal = path.read_bytes(), Journal(path)
+    assert compute(journal, counted) == expected and counted == [] and path.read_bytes() == before
+    assert journal.spared == pytest.approx(sum(json.loads(line)["seconds"] for line in before.splitlines()))
+
+
+def test_other_questions_are_computed_and_replace_what_was_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    compute(Journal(path), [])
+    counted: list[int] = []
+    expected = compute(Journal(tmp_path / "other.jsonl"), [], shift=1)
+    assert compute(Journal(path), counted, shift=1) == expected and counted == [0, 1, 2, 3, 4]
+    assert without_seconds(path) == without_seconds(tmp_path / "other.jsonl")
+
+
+@pytest.mark.parametrize("spoil", [lambda line: line[:-9] + b"\n", lambda line: b"[]\n", lambda line: b"\xff\xfe\n"])
+def test_nothing_behind_a_spoilt_line_is_believed(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "j.jsonl"
+    expected = compute(Journal(path), [])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], spoil(lines[2]), *lines[3:]]))
+    counted: list[int] = []
+    assert compute(Journal(path), counted) == expected and counted == [2, 3, 4]
+
+
+def test_a_dropped_journal_is_gone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "folder" / "j.jsonl")
+    journal.drop()
+    compute(journal, [])
+    journal.drop()
+    assert not (tmp_path / "folder" / "j.jsonl").exists()
