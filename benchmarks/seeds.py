@@ -1,0 +1,156 @@
+"""The comparison of all methods over several seeds: every stage anew for each seed, users pooled over the seeds.
+
+Reads   the embedded demo, through reproduce.sh --methods all
+Writes  <output_dir>/seed<seed>/<task>/   what reproduce.sh writes; finished steps are skipped
+        <output_dir>/seeds.json           the figures of the printed tables
+Takes   about 8 minutes per task and seed on 2 cores; resumes by step
+
+A user is the unit that is resampled: the statistics of a user's answers are added up over the seeds, so that the
+intervals tell how much the choice of test users matters, and the column of seeds how much the seed does.
+
+    python benchmarks/seeds.py --tasks all --seeds 0,1,2
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from prime import cli, report  # noqa: E402
+from prime.data import load_labels, load_users  # noqa: E402
+from prime.metrics import METRICS  # noqa: E402
+from prime.report import Cell, Stats  # noqa: E402
+from prime.runs import read_json, write_json  # noqa: E402
+from prime.tasks import TASKS, Task, get_task  # noqa: E402
+
+DEMO = ROOT / "data" / "demo"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
+    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "seeds"), help="runs and results")
+    parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
+    return parser
+
+
+def reproduce(task: str, seed: int, folder: Path) -> None:
+    """Run the whole job of one task and seed; steps that are finished are skipped."""
+    command = ["bash", str(ROOT / "reproduce.sh"), "--methods", "all", "--tasks", task, "--seed", str(seed)]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{task}.log", "w", encoding="utf-8") as log:
+        subprocess.run([*command, "--output_dir", str(folder)], check=True, stdout=log, env=os.environ)
+
+
+def stats_of(task: Task, folder: Path, users: Sequence[str], golds: Mapping[str, str]) -> dict[str, dict[str, Stats]]:
+    """Of one seed, at k = 0 without profile: method -> user -> sufficient statistics of each metric."""
+    stages = sorted(path for path in folder.iterdir() if report.task_of(path) == task.name)
+    predictions, _ = report.gather(stages[0], task)
+    at_zero = {cell.method: found for cell, found in predictions.items() if cell == Cell(cell.method, 0, False)}
+    wanted = set(users)
+    return {
+        method: {user: own for user, own in report.user_stats(task, found, golds).items() if user in wanted}
+        for method, found in at_zero.items()
+    }
+
+
+def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
+    """Each user's statistics added up over the seeds; users that every seed has."""
+    users = [user for user in seeds[0] if all(user in own for own in seeds)]
+    return {user: {m: sum(own[user][m] for own in seeds) for m in seeds[0][user]} for user in users}
+
+
+def leakage(summaries: Sequence[Mapping[str, Any]], method: str) -> dict[str, float | None]:
+    """Mean over the seeds of the published attack's AUROC on a method, and of its blind baseline."""
+    rows = [next((row for row in one["rows"] if row["method"] == method), {}) for one in summaries]
+    found: dict[str, float | None] = {}
+    for key in ("auroc", "blind_auroc"):
+        values = [row[key]["mean"] for row in rows if row.get(key)]
+        found[key] = fmean(values) if len(values) == len(rows) else None
+    return found
+
+
+def verdict(task: Task, difference: Mapping[str, float]) -> str:
+    """Of a method against prime, by the interval of the paired difference (method minus prime)."""
+    better = METRICS[task.metrics[0]].higher_is_better
+    low, high = (difference["low"], difference["high"]) if better else (-difference["high"], -difference["low"])
+    return "prime wins" if high < 0 else "prime loses" if low > 0 else "tie"
+
+
+def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
+    """All figures of one task: a row per method, and which seeds they come from."""
+    test = DEMO / task.name / "test_100"
+    golds = load_labels(test / "user_test_100_label.json")
+    users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
+    by_seed = [stats_of(task, folder, users, golds) for folder in folders.values()]
+    summaries = [read_json(folder / "summary.json") for folder in folders.values()]
+    rows = []
+    for method in sorted(by_seed[0], key=lambda name: Cell(name, 0, False).order()):
+        if not all(method in own for own in by_seed):
+            continue
+        total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
+        stacked = report.stack(total, list(total))
+        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leakage(summaries, method)}
+        singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
+        row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
+        if method != report.REFERENCE:
+            row["paired"] = report.compare(task, stacked, report.stack(reference, list(total)))
+            row["verdict"] = verdict(task, row["paired"][task.metrics[0]])
+        rows.append(row)
+    return {"task": task.name, "metric": task.metrics[0], "seeds": list(folders), "rows": rows}
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """One task as a table in Markdown."""
+    metric = found["metric"]
+    direction = "higher" if METRICS[metric].higher_is_better else "lower"
+    header = ["method", metric, "seeds", "minus prime", "users better/equal/worse", "AUROC", "blind", "prime"]
+    body = []
+    for row in found["rows"]:
+        pair = row.get("paired")
+        body.append(
+            [
+                row["method"],
+                report.cell_text(row[metric]),
+                ", ".join(f"{value:.3f}" for value in row["seeds"]),
+                report.cell_text(pair[metric], sign="+") if pair else "-",
+                f"{pair['better']}/{pair['equal']}/{pair['worse']}" if pair else "-",
+                *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("auroc", "blind_auroc")),
+                row.get("verdict", "-").removeprefix("prime "),
+            ]
+        )
+    title = f"**{found['task']}**, {metric}, {direction} is better; seeds {', '.join(map(str, found['seeds']))}"
+    return f"{title}\n\n{report.markdown([header, *body])}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    root = Path(args.output_dir)
+    # The demo's tasks, not all of the table: it has no news_categorize.
+    names = [name for name in TASKS if (DEMO / name).is_dir()] if args.tasks == "all" else args.tasks.split(",")
+    tasks = [get_task(name) for name in names]
+    for seed in () if args.only_table else args.seeds:
+        for task in tasks:
+            reproduce(task.name, seed, root / f"seed{seed}")
+    results = []
+    for task in tasks:
+        folders = {seed: root / f"seed{seed}" / task.name for seed in args.seeds}
+        finished = {seed: folder for seed, folder in folders.items() if (folder / "summary.json").is_file()}
+        if finished:
+            results.append(compare_task(task, finished))
+            print(table(results[-1]) + "\n")
+    write_json(root / "seeds.json", {"tasks": results})
+    print(json.dumps({"tasks": results}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
