@@ -8,6 +8,8 @@
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
 #   --seed N                   run seed                                   (0)
 #   --methods prime | all      all: its published settings, Per-Pcs, LoraHub, OPPU, merge-then-adapt too (prime)
+#   --holdout SHARE            of sharers' items, held out for the controlled attack (0)
+#   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
 #
 # Each step is printed before it runs and timed after; steps that finished under the same command are skipped.
@@ -17,14 +19,16 @@ CALLED_FROM="$PWD"
 
 ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
 tasks=movie_tagging model="" data="" output="" encoder="" seed=0 methods=prime until=postprocess
+holdout=0 processes=1
 
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
-        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --seed | --methods | --until)
+        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --seed | --methods | --holdout | --processes \
+            | --until)
             [ $# -ge 2 ] || { echo "reproduce.sh: $1 needs a value" >&2; exit 2; } ;;
         *) echo "reproduce.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -36,6 +40,8 @@ while [ $# -gt 0 ]; do
         --encoder) if [ -d "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
         --seed) seed="$2" ;;
         --methods) methods="$2" ;;
+        --holdout) holdout="$2" ;;
+        --processes) processes="$2" ;;
         --until) until="$2" ;;
     esac
     shift 2
@@ -45,6 +51,7 @@ case "$until" in
     task_lora | history_anchor | train_anchor_peft | lora_composition_evo | mia | postprocess) ;;
     *) echo "reproduce.sh: --until names a step (task_lora, history_anchor, ...), not $until" >&2; exit 2 ;;
 esac
+case "$processes" in *[!0-9]* | "" | 0) echo "reproduce.sh: --processes is a number from 1, not $processes" >&2; exit 2 ;; esac
 case "$methods" in prime | all) ;; *) echo "reproduce.sh: --methods is prime or all, not $methods" >&2; exit 2 ;; esac
 
 # The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
@@ -64,6 +71,9 @@ fi
 
 install_requirements requirements.txt
 cd "$ROOT"
+# Processes share a step's users among them and give the same files as one (docs/scaling.md).
+launcher=("$PY")
+[ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")
 
 # step NAME COMMAND...: runs a stage unless it finished under the same command and all steps before it did too.
 step() {
@@ -77,7 +87,7 @@ step() {
     fi
     fresh=yes
     echo "[$task] $name: python $*"
-    "$PY" "$@"
+    "${launcher[@]}" "$@"
     mkdir -p "$out/.steps"
     printf '%s' "$*" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"
@@ -114,10 +124,11 @@ other_searches() {
     attack mia_lorahub LoraHub --skip_sharers
 }
 
-# Training on the user's own history. OPPU merges nobody's adapter, so there are no members to look for.
+# Training on the user's own history. OPPU merges nobody's adapter: attacked are the users' own records.
 user_training() {
     step oppu train_user_peft.py --method oppu "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
-        --output_dir "$out/OPPU"
+        --holdout "$holdout" --output_dir "$out/OPPU"
+    attack mia_oppu OPPU --skip_sharers
     step mta train_user_peft.py --method mta "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --output_dir "$out/Merge-then-adapt"
     attack mia_mta Merge-then-adapt --skip_sharers
@@ -135,7 +146,7 @@ for task in $tasks; do
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \
         --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
     step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${anchor_training[@]}" "${history[@]}" \
-        --output_dir "$out/Anchor_PEFT/LoRA"
+        --holdout "$holdout" --output_dir "$out/Anchor_PEFT/LoRA"
     step lora_composition_evo lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
         "${fitness[@]}" --output_dir "$out/LoRA-Composition-evo"
