@@ -37,7 +37,7 @@ from prime.decode import Progress, every_pair
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.export import export_full, save_personal
-from prime.fitness import Objective, Score
+from prime.fitness import Objective, Trial
 from prime.gates import Gates, Weights, compose, gate_path, history_batches, load_gate, module_widths, sharing_places
 from prime.prompts import Record, history_records
 from prime.runs import Run, derive_seed, write_text
@@ -99,18 +99,19 @@ def compose_user(
 
 def measure(
     args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, records: Sequence[Record], n: int
-) -> Score:
+) -> Trial:
     """Utility on the history and similarity to the n sharers, as PriME measures them; the user's adapter is the nth."""
     prompts = [engine.encoder.prompt(r.id, r.input) for r in records]
     drafts = [[engine.encoder.record(r.id, r.input, r.target).target[:-1]] for r in records]
     sampler = Sampler(args.temperature, args.top_p, derive_seed(derive_seed(args.seed, user.user_id), "repeat", 0))
     limit = engine.limit(texts.task.history_labels, args.train_gen_len)
-    found = engine.answer(prompts, every_pair(range(n + 1), len(prompts)), sampler, limit, drafts)
+    answers = engine.answer(prompts, every_pair(range(n + 1), len(prompts)), sampler, limit, drafts)
     *sharers, own = [
-        [engine.encoder.text(found[place, index]) for index in range(len(prompts))] for place in range(n + 1)
+        [engine.encoder.text(answers[place, index]) for index in range(len(prompts))] for place in range(n + 1)
     ]
     objective = Objective(texts.task, [record.target.strip() for record in records], penalty=0.0)
-    return objective([own], [[answers] for answers in sharers])
+    (trial,) = objective.trials([own], [[texts_of] for texts_of in sharers])
+    return trial
 
 
 def work_on(

@@ -25,6 +25,7 @@ and starts at the base, which no single sharer may replace:
 import argparse
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -33,18 +34,19 @@ import torch
 from prime import cli
 from prime.data import User
 from prime.decode import Progress
-from prime.engine import Engine, load_engine, predict
-from prime.evolution import STARTS, Evaluation, Population, evolve
+from prime.engine import Engine, Predictions, load_engine, predict
+from prime.evolution import Evaluation, Population, add_search, check_share, chosen, evolve, key_of
 from prime.export import export_full, save_personal
-from prime.fitness import METRIC_REDUCERS, TRIAL_REDUCERS, Objective
+from prime.fitness import Objective
 from prime.journal import Journal
-from prime.lora import RULES, merge
+from prime.lora import merge
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
-from prime.search import STEP, optimizer_name
+from prime.search import optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
 NAMES = {"metric": "prime", "nll": "lorahub"}
+PENALTY_DIR = "penalty-"  # <p>, a run directory, where there are several penalties
 FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub"}
 
 
@@ -57,53 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--name", type=cli.method_name, help="row of the table; default prime, with --objective nll lorahub"
     )
     parser.add_argument("--anchor_dir", help="sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
-    search = parser.add_argument_group("search")
-    search.add_argument("--n_sim", type=cli.natural, default=3, help="most similar sharers to merge; 0 = all")
-    search.add_argument("--opt_type", default="cma", help="cma, ngopt, tbpsa, or any optimizer of nevergrad")
-    search.add_argument("--opt_budget", type=cli.natural, default=10, help="candidates the search evaluates")
-    search.add_argument(
-        "--sim_penalty",
-        type=cli.non_negative,
-        default=0.1,
-        help="weight of resembling the sharers; nll generates nothing to compare, so there it is 0 whatever is given",
-    )
-    search.add_argument(
-        "--start",
-        choices=STARTS,
-        default="ranked",
-        help="where the search begins: zero (published), the sharers' average, or one weighted by rank of their losses",
-    )
-    search.add_argument(
-        "--step",
-        type=cli.above_zero,
-        default=0.3,
-        help=f"standard deviation of its first candidates around the start (published: {STEP:g})",
-    )
-    search.add_argument("--merge_rule", choices=RULES, default="delta", help="factor is the published rule")
-    search.add_argument("--piece_merge", action="store_true", help="one weight per sharer and layer")
-    search.add_argument(
-        "--search_only", action="store_true", help="published selection: a single sharer, known beforehand, cannot win"
-    )
-    fitness = parser.add_argument_group("fitness")
-    fitness.add_argument(
-        "--objective",
-        choices=("metric", "nll"),
-        default="metric",
-        help="metric: of generated answers (PriME); nll: cross-entropy of the history's targets plus L1 of the weights "
-        "(LoraHub), which does without the sampling, --num_repeat, --m_reduce, --t_reduce and --train_gen_len",
-    )
-    fitness.add_argument(
-        "--fitness",
-        choices=("history", "query"),
-        default="history",
-        help="what candidates answer: the history's records (published), or its items asked as test queries, which "
-        "differ in citation; there wrong references come from user_base_LLM.json",
-    )
-    fitness.add_argument("--num_repeat", type=cli.positive, default=1, help="sampled decodings per evaluation")
-    fitness.add_argument("--m_reduce", choices=tuple(METRIC_REDUCERS), default="sum", help="of a task's metrics")
-    fitness.add_argument("--t_reduce", choices=tuple(TRIAL_REDUCERS), default="mean", help="of the repeats' losses")
-    fitness.add_argument("--train_sample", type=cli.natural, default=0, help="history records drawn; 0 = all")
-    cli.add_history_decoding(fitness)
+    add_search(parser)
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
     cli.add_history(parser)
@@ -115,10 +71,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def search_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, log: Path, journal: Journal,
-    progress: Progress,
-) -> list[Evaluation]:  # fmt: skip
-    """All evaluated candidates of one user, the base first, then the n sharers loaded in the bank.
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, logs: Sequence[Path],
+    journal: Journal, progress: Progress,
+) -> list[list[Evaluation]]:  # fmt: skip
+    """At each penalty, all evaluated candidates of one user: the base first, then the n sharers loaded in the bank.
 
     What was evaluated before an interruption is in the journal, and is not evaluated again.
     """
@@ -126,85 +82,124 @@ def search_user(
     population = Population(args, texts, engine, user, seed, n, journal, progress)
     if not population.golds:
         print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
-    objective = None
+    objectives: list[Objective | None] = [None]
     if args.objective == "metric":
-        objective = Objective(texts.task, population.golds, args.sim_penalty, args.m_reduce, args.t_reduce)
-    return evolve(population, objective, seed, log)
+        objectives = [
+            Objective(texts.task, population.golds, penalty, args.m_reduce, args.t_reduce, args.penalty)
+            for penalty in args.sim_penalty
+        ]
+    return evolve(population, objectives, seed, logs)
+
+
+def predictions(
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, weights: Mapping[str, torch.Tensor],
+    progress: Progress,
+) -> Predictions:  # fmt: skip
+    """Answers to the user's queries by named weights of the loaded sharers; what is alike is answered once."""
+    different = list({key_of(own): own for own in weights.values()}.values())
+    places = {key_of(own): place for place, own in enumerate(different)}
+    engine.bank.combine(torch.stack(different), args.merge_rule, args.keep_rank)
+    sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
+    methods = {name: places[key_of(own)] for name, own in weights.items()}
+    return predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
 
 
 def work_on(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, index: int, user: User,
-    progress: Progress,
+    args: argparse.Namespace, texts: cli.Texts, engine: Engine, runs: Sequence[Run], pool: Pool, index: int,
+    user: User, progress: Progress,
 ) -> None:  # fmt: skip
     started = time.perf_counter()
     sharers, adapters = pool.sharers(index), pool.adapters(index)
     engine.bank.load(adapters)
-    log, journal = run.user_dir(user.user_id) / "evaluations.jsonl", Journal(run.journal_path(user.user_id))
-    evaluations = search_user(args, texts, engine, user, len(sharers), log, journal, progress)
-    single = evaluations[1 : 1 + len(sharers)]
+    logs = [run.user_dir(user.user_id) / "evaluations.jsonl" for run in runs]
+    journal = Journal(runs[-1].journal_path(user.user_id))  # of the run that is finished last
+    found = search_user(args, texts, engine, user, len(sharers), logs, journal, progress)
+    single = found[0][1 : 1 + len(sharers)]
     best_sharer = min(single, key=lambda one: one.unpenalised)
-    eligible = [evaluations[0], *evaluations[1 + len(sharers) :]] if args.search_only else evaluations
-    best = min(eligible, key=lambda one: one.loss)
+    best = [chosen(args, evaluations, len(sharers)) for evaluations in found]
     searched = time.perf_counter()
 
-    uniform = torch.full_like(best.weights, 1 / len(sharers))
-    engine.bank.combine(torch.stack([best.weights, best_sharer.weights, uniform]), args.merge_rule)
-    sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    # A table has one row of each baseline: merged by the rule of prime, not of its variants.
-    methods = {args.name: 0} | ({"best_sharer": 1, "uniform": 2} if args.name == "prime" else {})
-    found = predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
+    weights = {f"{args.name} {place}": one.weights for place, one in enumerate(best)}
+    if args.name == "prime":  # a table has one row of each baseline: merged by the rule of prime, not of its variants
+        weights |= {"best_sharer": best_sharer.weights}
+        weights |= {"uniform": torch.full_like(best_sharer.weights, 1 / len(sharers))}
+    answers = predictions(args, texts, engine, user, weights, progress)
+    predicted = time.perf_counter()
 
-    base_won = best is evaluations[0]
-    choice = {
-        "deployed": "base" if base_won else "merge",
-        "sharers": [sharer.user_id for sharer in sharers],
-        "weights": best.weights.tolist(),
-        "rule": args.merge_rule,
-        "loss": best.loss,
-        "utility": best.utility,
-        "similarity": best.similarity,
-        "origin": best.origin,
-    }
-    if not base_won:
-        personal = merge(adapters, best.weights, args.merge_rule)
-        save_personal(args, run, personal, {"user_id": user.user_id, **choice})
-    run.finish(
-        user.user_id,
-        {
-            "user_id": user.user_id,
-            "index": index,
-            **choice,
-            "best_sharer": sharers[single.index(best_sharer)].user_id,
-            "predictions": found,
-            "seconds": {
-                "search": round(searched - started + journal.spared, 3),
-                "sharers": round(sum(one.seconds for one in single), 3),  # of the search: what best_sharer needs
-                "predict": round(time.perf_counter() - searched, 3),
+    for place, (run, evaluations, one) in enumerate(zip(runs, found, best, strict=True)):
+        base_won = one is evaluations[0]
+        choice = {
+            "deployed": "base" if base_won else "merge",
+            "sharers": [sharer.user_id for sharer in sharers],
+            "weights": one.weights.tolist(),
+            "rule": args.merge_rule,
+            "loss": one.loss,
+            "utility": one.utility,
+            "similarity": one.similarity,
+            "origin": one.origin,
+        }
+        if not base_won:
+            personal = merge(adapters, one.weights, args.merge_rule, args.keep_rank)
+            save_personal(alone(args, place), run, personal, {"user_id": user.user_id, **choice})
+        own = {f"{args.name} {place}": args.name, "best_sharer": "best_sharer", "uniform": "uniform"}
+        # Of several searches side by side, a lone one's seconds are those of its own candidates.
+        alone_took = sum(candidate.seconds for candidate in evaluations)
+        search = searched - started + journal.spared if len(runs) == 1 else alone_took
+        run.finish(
+            user.user_id,
+            {
+                "user_id": user.user_id,
+                "index": index,
+                **choice,
+                "best_sharer": sharers[single.index(best_sharer)].user_id,
+                "predictions": {own[name]: given for name, given in answers.items() if name in own},
+                "seconds": {
+                    "search": round(search, 3),
+                    "sharers": round(sum(one.seconds for one in single), 3),  # of the search: what best_sharer needs
+                    "predict": round((predicted - searched) / len(runs), 3),
+                },
             },
-        },
-    )
+        )
     journal.drop()
+
+
+def alone(args: argparse.Namespace, place: int) -> argparse.Namespace:
+    """The options of a run at one of the penalties alone."""
+    return argparse.Namespace(**vars(args) | {"sim_penalty": args.sim_penalty[place]})
+
+
+def open_runs(args: argparse.Namespace) -> list[Run]:
+    """A run directory for each penalty: the output directory itself, or penalty-<p> in it where there are several."""
+    folder = Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}")
+    several = len(args.sim_penalty) > 1
+    folders = [folder / f"{PENALTY_DIR}{penalty:g}" if several else folder for penalty in args.sim_penalty]
+    return [
+        Run(root, "lora_composition_evo", args.name, cli.settings_of(alone(args, place)))
+        for place, root in enumerate(folders)
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     optimizer_name(args.opt_type)
     args.name = args.name or NAMES[args.objective]
-    args.sim_penalty = args.sim_penalty if args.objective == "metric" else 0.0
+    args.sim_penalty = args.sim_penalty if args.objective == "metric" else (0.0,)
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     texts = cli.load_texts(args)
     if args.fitness == "query":
         texts = cli.asked_as_queries(args, texts)
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    folder = args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"
-    run = Run(folder, "lora_composition_evo", args.name, cli.settings_of(args))
-    todo = cli.open_users(users, args.user_idxs, run.done)
+    check_share(args.top_share, len(pool.ranking[0]))
+    runs = open_runs(args)
+    todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)
-        cli.for_each(cli.share_users(args, run, todo), len(todo), partial(work_on, args, texts, engine, run, pool))
+        work = partial(work_on, args, texts, engine, runs, pool)
+        cli.for_each(cli.share_users(args, runs[-1], todo), len(todo), work)
     if args.export_full:
-        export_full(args, run, users)
+        for place, run in enumerate(runs):
+            export_full(alone(args, place), run, users)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from prime import cli
 from prime.decode import Tokens
 from prime.evolution import Answers, Population, evolve
 from prime.fitness import Objective
+from prime.journal import Journal
 from prime.runs import derive_seed
 
 PHASES = ("points", "search")
@@ -81,9 +82,10 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         for index, user in enumerate(start.users[: args.users]):
             start.engine.bank.load(start.pool.adapters(index))
             user_seed = derive_seed(own.seed, user.user_id)
-            population = Watched(own, start.texts, start.engine, user, user_seed, own.n_sim)
-            objective = Objective(start.texts.task, population.golds, own.sim_penalty, own.m_reduce, own.t_reduce)
-            evolve(population, objective, user_seed, Path(scratch) / "log.jsonl")
+            journal = Journal(Path(scratch) / f"{index}.jsonl")
+            population = Watched(own, start.texts, start.engine, user, user_seed, own.n_sim, journal)
+            objective = Objective(start.texts.task, population.golds, *own.sim_penalty, own.m_reduce, own.t_reduce)
+            evolve(population, [objective], user_seed, [Path(scratch) / "log.jsonl"])
             for phase, answer, ranked in population.seen:
                 seen[phase].append((answer, ranked))
                 lengths.append(len(answer))

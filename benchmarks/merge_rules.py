@@ -31,6 +31,7 @@ from prime.data import User  # noqa: E402
 from prime.engine import Engine, Predictions, predict  # noqa: E402
 from prime.errors import InputError  # noqa: E402
 from prime.evolution import Evaluation  # noqa: E402
+from prime.journal import Journal  # noqa: E402
 from prime.lora import RULES  # noqa: E402
 from prime.metrics import METRICS, score  # noqa: E402
 from prime.runs import derive_seed, read_json, write_json  # noqa: E402
@@ -98,7 +99,8 @@ def search_and_predict(
     engine.bank.load(pool.adapters(index))
     n = own.n_sim
     with tempfile.TemporaryDirectory() as scratch, cli.bar(0, "answers") as progress:
-        evaluations = stage.search_user(own, texts, engine, user, n, Path(scratch) / "log.jsonl", progress.update)
+        logs, journal = [Path(scratch) / "log.jsonl"], Journal(Path(scratch) / "journal.jsonl")
+        (evaluations,) = stage.search_user(own, texts, engine, user, n, logs, journal, progress.update)
     chosen = {f"prime, {rule}, budget {b}": best_of(evaluations, b).weights for b in args.budgets}
     chosen[f"uniform, {rule}"] = torch.full((n,), 1 / n)
     if rule == "delta":  # alike under both rules

@@ -34,6 +34,7 @@ from prime.data import User
 from prime.engine import predict
 from prime.evolution import Answers, Evaluation, Population, evolve
 from prime.fitness import Objective
+from prime.journal import Journal
 from prime.lora import merge
 from prime.metrics import METRICS, score
 from prime.runs import derive_seed
@@ -60,7 +61,8 @@ class Timed(Population):
     """A population that notes when each phase was asked for, and its number of candidates."""
 
     def __init__(self, start: Start, user: User, seed: int):
-        super().__init__(start.args, start.texts, start.engine, user, seed, start.args.n_sim)
+        journal = Journal(Path(tempfile.mkdtemp()) / "journal.jsonl")
+        super().__init__(start.args, start.texts, start.engine, user, seed, start.args.n_sim, journal)
         self.asked: list[tuple[float, int]] = []
 
     def answers(self, weights: Tensor) -> list[Answers]:
@@ -117,9 +119,9 @@ def search(start: Start, population: Timed, began: float, budget: int, seed: int
     """All evaluations, and for each phase: how many there were at its end, and seconds since the start."""
     own = start.args
     own.opt_budget = budget
-    objective = Objective(start.texts.task, population.golds, own.sim_penalty, own.m_reduce, own.t_reduce)
+    objective = Objective(start.texts.task, population.golds, *own.sim_penalty, own.m_reduce, own.t_reduce)
     with tempfile.TemporaryDirectory() as scratch:
-        found = evolve(population, objective, seed, Path(scratch) / "log.jsonl")
+        (found,) = evolve(population, [objective], seed, [Path(scratch) / "log.jsonl"])
     ends = [at for at, _ in population.asked[1:]] + [time.perf_counter()]
     phases, count = [], 0
     for (_, size), end in zip(population.asked, ends, strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.errors import InputError
-from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank
+from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
 from prime.runs import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -157,18 +157,20 @@ class AdapterBank:
                     f"the model {base.in_features} -> {base.out_features}"
                 )
 
-    def combine(self, weights: Tensor, rule: str) -> None:
+    def combine(self, weights: Tensor, rule: str, keep_rank: int = 0) -> None:
         """Make c candidates out of the n loaded adapters; row index j then routes to candidate j.
 
         Args:
             weights: `[c, n]`, or `[c, n, l]` for one weight per adapter and layer. A zero row is the base, a
                 one-hot row that adapter.
             rule: `factor` or `delta`, see `prime.lora.merge`.
+            keep_rank: leading singular directions of each merged update that are kept; 0 = all.
         """
         for name, wrapper in self.wrappers.items():
             a, b = self._stored[name]
             own = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
-            wrapper.A, wrapper.B = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
+            pair = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
+            wrapper.A, wrapper.B = truncate(*pair, keep_rank) if keep_rank else pair
 
     def allocate(self, seeds: Sequence[int], rank: int, alpha: float, under: Sequence[Adapter] = ()) -> None:
         """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero.

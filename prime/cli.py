@@ -27,6 +27,10 @@ NOT_SETTINGS = (
 )  # fmt: skip
 
 
+# Options that came later are left out of a run's record while they are off: runs made before them still resume.
+OFF = {"penalty": "output", "keep_rank": 0, "top_share": 1.0}
+
+
 class HasId(Protocol):
     @property
     def user_id(self) -> str: ...
@@ -109,7 +113,7 @@ def add_sampling(parser: argparse.ArgumentParser, max_gen_len: int = 100) -> arg
     return group
 
 
-def add_history_decoding(parser: argparse.ArgumentParser) -> None:
+def add_history_decoding(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--train_gen_len", type=positive, default=100, help="new tokens of an answer to a history record at most"
     )
@@ -201,6 +205,14 @@ def int_list(text: str) -> tuple[int, ...]:
     return tuple(natural(part.strip()) for part in text.split(",") if part.strip())
 
 
+def penalty_list(text: str) -> tuple[float, ...]:
+    """`0,0.1,1` -> (0.0, 0.1, 1.0), each once and at least one."""
+    found = tuple(dict.fromkeys(non_negative(part.strip()) for part in text.split(",") if part.strip()))
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} names no penalty")
+    return found
+
+
 def method_name(text: str) -> str:
     """A row's name in the table: letters, digits and underscores."""
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,31}", text) or text in ("best_sharer", "uniform"):
@@ -258,7 +270,8 @@ def base_name(args: argparse.Namespace) -> str:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options a result depends on, for the run's record."""
-    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    asked = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+    return {key: value for key, value in asked.items() if key not in OFF or value != OFF[key]}
 
 
 def bar(total: int, what: str, unit: str = "row") -> tqdm:

@@ -13,26 +13,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prime import cli
 from prime.cli import Texts
 from prime.data import User
 from prime.decode import EncodedPrompt, EncodedRecord, Progress, Tokens, every_pair, score
 from prime.engine import Engine
-from prime.fitness import Objective, Score, likelihood_score
+from prime.errors import InputError
+from prime.fitness import METRIC_REDUCERS, PENALTIES, TRIAL_REDUCERS, Objective, Score, Trial, score_by_likelihood
 from prime.journal import Journal
+from prime.lora import RULES
 from prime.prompts import Record, history_records, query_records
 from prime.runs import derive_seed, write_text
 from prime.sampling import Sampler
-from prime.search import minimise, ranked_weights
+from prime.search import PARETO, STEP, Points, Search, capped, lockstep, ranked_weights
 
 STARTS = ("zero", "uniform", "ranked")
 
 Answers = list[list[str]]  # [repeats][records]
-Scorer = Callable[[Tensor], list[Score]]  # scores of candidates [c, n] or [c, n, l]
+Measure = Callable[[Tensor], list[Any]]  # of candidates [c, n] or [c, n, l], all that a score needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +50,96 @@ class Evaluation:
     unpenalised: float  # the loss at penalty 0
     seconds: float
     origin: str
+    cost: float = 0.0  # what the penalty weighs; not written down, it follows from the others
 
     def line(self) -> str:
-        """All but the seconds, which differ from run to run."""
-        listed = {key: value for key, value in vars(self).items() if key != "seconds"}
+        """All but the seconds, which differ from run to run, and the cost, which follows from the rest."""
+        listed = {key: value for key, value in vars(self).items() if key not in ("seconds", "cost")}
         return json.dumps(listed | {"weights": self.weights.tolist()}) + "\n"
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Options of the search and of what it searches by."""
+    search = parser.add_argument_group("search")
+    search.add_argument("--n_sim", type=cli.natural, default=3, help="most similar sharers to merge; 0 = all")
+    search.add_argument(
+        "--opt_type",
+        default="cma",
+        help="cma, ngopt, tbpsa, or any optimizer of nevergrad; pareto: one search of utility and similarity at once, "
+        "from which each --sim_penalty deploys its best",
+    )
+    search.add_argument("--opt_budget", type=cli.natural, default=10, help="candidates the search evaluates")
+    search.add_argument(
+        "--sim_penalty",
+        type=cli.penalty_list,
+        default="0.1",
+        help="weight of resembling the sharers; several, with commas: the whole frontier, on shared evaluations, in "
+        "<output_dir>/penalty-<p>; nll generates nothing to compare, so there it is 0 whatever is given",
+    )
+    search.add_argument(
+        "--penalty",
+        choices=tuple(PENALTIES),
+        default="output",
+        help="what --sim_penalty weighs: resemblance to the sharers' answers (published), how unevenly the weights "
+        "are spread over the sharers (1 - normalised entropy), or their Euclidean norm",
+    )
+    search.add_argument(
+        "--start",
+        choices=STARTS,
+        default="ranked",
+        help="where the search begins: zero (published), the sharers' average, or one weighted by rank of their losses",
+    )
+    search.add_argument(
+        "--step",
+        type=cli.above_zero,
+        default=0.3,
+        help=f"standard deviation of its first candidates around the start (published: {STEP:g})",
+    )
+    search.add_argument("--merge_rule", choices=RULES, default="delta", help="factor is the published rule")
+    search.add_argument(
+        "--keep_rank",
+        type=cli.natural,
+        default=0,
+        help="leading singular directions kept of each module's merged update, of every candidate alike; 0 = all. "
+        "Few of them hold what the sharers have in common and less of what each remembers",
+    )
+    search.add_argument(
+        "--top_share",
+        type=cli.fraction,
+        default=1.0,
+        help="largest share of sum |w| (of each layer's, with --piece_merge) that one sharer may have; candidates are "
+        "cut to it, and a single sharer cannot win; 1 = no limit",
+    )
+    search.add_argument("--piece_merge", action="store_true", help="one weight per sharer and layer")
+    search.add_argument(
+        "--search_only", action="store_true", help="published selection: a single sharer, known beforehand, cannot win"
+    )
+    fitness = parser.add_argument_group("fitness")
+    fitness.add_argument(
+        "--objective",
+        choices=("metric", "nll"),
+        default="metric",
+        help="metric: of generated answers (PriME); nll: cross-entropy of the history's targets plus L1 of the weights "
+        "(LoraHub), which does without the sampling, --num_repeat, --m_reduce, --t_reduce and --train_gen_len",
+    )
+    fitness.add_argument(
+        "--fitness",
+        choices=("history", "query"),
+        default="history",
+        help="what candidates answer: the history's records (published), or its items asked as test queries, which "
+        "differ in citation; there wrong references come from user_base_LLM.json",
+    )
+    fitness.add_argument("--num_repeat", type=cli.positive, default=1, help="sampled decodings per evaluation")
+    fitness.add_argument("--m_reduce", choices=tuple(METRIC_REDUCERS), default="sum", help="of a task's metrics")
+    fitness.add_argument("--t_reduce", choices=tuple(TRIAL_REDUCERS), default="mean", help="of the repeats' losses")
+    fitness.add_argument("--train_sample", type=cli.natural, default=0, help="history records drawn; 0 = all")
+    cli.add_history_decoding(fitness)
+
+
+def check_share(share: float, n: int) -> None:
+    """InputError where n sharers cannot keep to `--top_share`."""
+    if share * n < 1:
+        raise InputError(f"--top_share {share:g}: {n} sharers cannot all have less than 1 / {n} of the weights")
 
 
 class Population:
@@ -99,31 +188,30 @@ class Population:
 
     def _decode(self, weights: Tensor, sampler: Sampler) -> list[list[Tokens]]:
         """Token ids `[c][records]` of each candidate's answers."""
-        self.engine.bank.combine(weights, self.args.merge_rule)
+        self.engine.bank.combine(weights, self.args.merge_rule, self.args.keep_rank)
         pairs = every_pair(range(len(weights)), len(self.prompts))
         tokens = self.engine.answer(self.prompts, pairs, sampler, self.limit, self.drafts, self.progress)
         return [[tokens[place, index] for index in range(len(self.prompts))] for place in range(len(weights))]
 
-    def metric_scorer(self, objective: Objective) -> Scorer:
-        """PriME's objective; the first candidates it sees have to be the base and the sharers."""
+    def trials(self, objective: Objective) -> Measure:
+        """PriME's measurement; the first candidates it sees have to be the base and the sharers."""
         sharers: list[Answers] = []
 
-        def scores(weights: Tensor) -> list[Score]:
+        def measure(weights: Tensor) -> list[list[Trial]]:
             answers = self.answers(weights)
             sharers.extend(answers[1:] if not sharers else [])
-            return [objective(own, sharers) for own in answers]
+            return [objective.trials(own, sharers) for own in answers]
 
-        return scores
+        return measure
 
-    def likelihood_scores(self, weights: Tensor) -> list[Score]:
-        """LoraHub's objective: the targets of all history records under each candidate."""
+    def logprobs(self, weights: Tensor) -> list[list[Tensor]]:
+        """LoraHub's measurement: of each candidate, log-probabilities of the targets of all history records."""
         found = self.journal.call([self.about, weights.tolist()], partial(self._logprobs, weights))
-        tensors = [[torch.tensor(row) for row in rows] for rows in found]
-        return [likelihood_score(own, of_records) for own, of_records in zip(weights, tensors, strict=True)]
+        return [[torch.tensor(row) for row in rows] for rows in found]
 
     def _logprobs(self, weights: Tensor) -> list[list[list[float]]]:
         """`[c][records][target tokens]` log-probabilities under each candidate."""
-        self.engine.bank.combine(weights, self.args.merge_rule)
+        self.engine.bank.combine(weights, self.args.merge_rule, self.args.keep_rank)
         rows = range(len(self.encoded))
         pairs = every_pair(range(len(weights)), len(rows))
         found = score(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
@@ -145,49 +233,138 @@ def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Reco
     return [records[i] for i in sorted(random.Random(seed).sample(range(len(records)), size))]
 
 
-def starting_point(start: str, sharers: Sequence[Evaluation], shape: tuple[int, ...]) -> Tensor:
+def starting_point(start: str, losses: Sequence[float], shape: tuple[int, ...]) -> np.ndarray:
     """Weights of `shape` where the search begins: zero (published), the sharers' average, or their average weighted by
     the rank of each one's own loss, which is known before the search (`prime.search.ranked_weights`).
     """
-    weights = {
-        "zero": torch.zeros(len(sharers)),
-        "uniform": torch.full((len(sharers),), 1 / len(sharers)),
-        "ranked": torch.tensor(ranked_weights([one.loss for one in sharers]), dtype=torch.float32),
-    }[start]
-    return weights.view(-1, *[1] * (len(shape) - 1)).expand(shape).clone()
+    n = len(losses)
+    weights = {"zero": np.zeros(n), "uniform": np.full(n, 1 / n), "ranked": ranked_weights(losses)}[start]
+    exact = weights.astype(np.float32)  # as it is evaluated
+    return np.broadcast_to(exact.reshape(-1, *[1] * (len(shape) - 1)), shape).copy()
 
 
-def evolve(population: Population, objective: Objective | None, seed: int, log: Path) -> list[Evaluation]:
+class Memory:
+    """Measurements by the exact weights: what several searches ask in common is measured once."""
+
+    def __init__(self, measure: Measure, journal: Journal):
+        self.measure, self.journal = measure, journal
+        self.known: dict[bytes, tuple[Any, float]] = {}  # with its seconds
+
+    def learn(self, weights: Tensor) -> None:
+        """Measure those of the candidates `[c, n]` or `[c, n, l]` that are new, together."""
+        new = {key_of(own): own for own in weights if key_of(own) not in self.known}
+        if new:
+            started, spared = time.perf_counter(), self.journal.spared
+            found = self.measure(torch.stack(list(new.values())))
+            seconds = (time.perf_counter() - started + self.journal.spared - spared) / len(new)
+            self.known |= {key: (one, seconds) for key, one in zip(new, found, strict=True)}
+
+    def __getitem__(self, weights: Tensor) -> tuple[Any, float]:
+        return self.known[key_of(weights)]
+
+
+def key_of(weights: Tensor) -> bytes:
+    return weights.numpy().tobytes()
+
+
+class Trace:
+    """The evaluations of one objective in order, a line of `log` each.
+
+    Args:
+        score: makes a score of a measurement and the candidate's weights.
+    """
+
+    def __init__(self, score: Callable[[Any, Tensor], Score], log: Path):
+        self.score, self.log = score, log
+        self.found: list[Evaluation] = []
+
+    def add(self, memory: Memory, weights: Tensor, origins: Sequence[str]) -> list[Evaluation]:
+        """Enter candidates that the memory holds."""
+        new = []
+        for own, origin in zip(weights, origins, strict=True):
+            measured, seconds = memory[own]
+            s = self.score(measured, own)
+            new.append(Evaluation(own, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin, s.cost))
+        self.found += new
+        write_text(self.log, "".join(one.line() for one in self.found))
+        return new
+
+
+def evolve(
+    population: Population, objectives: Sequence[Objective | None], seed: int, logs: Sequence[Path]
+) -> list[list[Evaluation]]:
     """Evaluate the base, the sharers, the starting point and `--opt_budget` candidates of the search.
 
     Args:
-        objective: PriME's; None: LoraHub's.
+        objectives: PriME's at each penalty, which share all else; or one None: LoraHub's.
+        logs: a file for each.
 
     Returns:
-        All evaluations, a line of `log` each: the base, the n sharers, the start unless it is the base, then the
-        search's in order.
+        For each objective all evaluations, a line of its log each: the base, the n sharers, the start unless it is
+        the base, then the search's in order.
     """
-    args = population.args
-    scorer: Scorer = population.likelihood_scores if objective is None else population.metric_scorer(objective)
-    found: list[Evaluation] = []
+    measure = population.logprobs if objectives[0] is None else population.trials(objectives[0])
+    memory = Memory(measure, population.journal)
+    scores = [score_by_likelihood if objective is None else objective.score for objective in objectives]
+    traces = [Trace(score, log) for score, log in zip(scores, logs, strict=True)]
+    known = population.known_points()
+    memory.learn(known)
+    for trace in traces:
+        trace.add(memory, known, ["base"] + ["sharer"] * population.n)
+    search = search_both if population.args.opt_type == PARETO else search_each
+    search(population, memory, traces, seed)
+    return [trace.found for trace in traces]
 
-    def evaluate(weights: Tensor, origins: list[str]) -> list[float]:
-        started, spared = time.perf_counter(), population.journal.spared
-        scores = scorer(weights)
-        seconds = (time.perf_counter() - started + population.journal.spared - spared) / len(weights)
-        found.extend(
-            Evaluation(w, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin)
-            for w, s, origin in zip(weights, scores, origins, strict=True)
-        )
-        write_text(log, "".join(one.line() for one in found))
-        return [one.loss for one in found[-len(weights) :]]
 
-    def evaluate_points(points: list[np.ndarray]) -> list[float]:
-        return evaluate(torch.tensor(np.stack(points), dtype=torch.float32), ["search"] * len(points))
+def search_each(population: Population, memory: Memory, traces: Sequence[Trace], seed: int) -> None:
+    """A search for each trace, the one it would have alone; side by side, so that candidates that several ask are
+    answered once, and all new ones together.
+    """
+    args, shape = population.args, population.shape
 
-    evaluate(population.known_points(), ["base"] + ["sharer"] * population.n)
-    start = starting_point(args.start, found[1:], population.shape)
-    if start.any():
-        evaluate(start[None], ["start"])
-    minimise(start.numpy(), evaluate_points, args.opt_type, args.opt_budget, seed, args.step)
-    return found
+    def evaluate(points: Sequence[Tensor], origin: str) -> list[list[float]]:
+        memory.learn(torch.cat(list(points)))
+        entered = (t.add(memory, own, [origin] * len(own)) for t, own in zip(traces, points, strict=True))
+        return [[one.loss for one in new] for new in entered]
+
+    sharers = [trace.found[1 : 1 + population.n] for trace in traces]
+    starts = [starting_point(args.start, [one.loss for one in own], shape) for own in sharers]
+    evaluate([candidates([start] * bool(start.any()), args.top_share, shape) for start in starts], "start")
+    searches = [Search(start, args.opt_type, args.opt_budget, seed, args.step) for start in starts]
+    lockstep(searches, lambda asked: evaluate([candidates(own, args.top_share, shape) for own in asked], "search"))
+
+
+def search_both(population: Population, memory: Memory, traces: Sequence[Trace], seed: int) -> None:
+    """One search of both objectives at once, without a penalty; each trace scores all its points."""
+    args, shape = population.args, population.shape
+
+    def evaluate(points: Tensor, origin: str) -> list[list[float]]:
+        memory.learn(points)
+        entered = [trace.add(memory, points, [origin] * len(points)) for trace in traces]
+        return [[one.unpenalised, one.cost] for one in entered[0]]
+
+    known = traces[0].found[: 1 + population.n]
+    start = starting_point(args.start, [one.unpenalised for one in known[1:]], shape)
+    evaluate(candidates([start] * bool(start.any()), args.top_share, shape), "start")
+    worst = [max(one.unpenalised for one in known), max(one.cost for one in known)]
+    search = Search(start, args.opt_type, args.opt_budget, seed, args.step, worst)
+    lockstep([search], lambda asked: [evaluate(candidates(asked[0], args.top_share, shape), "search")])
+
+
+def candidates(points: Points, top_share: float, shape: tuple[int, ...]) -> Tensor:
+    """What is evaluated, and maybe deployed, of the points that a search asks: `[c, *shape]`, also where c is 0."""
+    own = [capped(point, top_share) for point in points] if top_share < 1 else points
+    return torch.tensor(np.array(own), dtype=torch.float32).reshape(-1, *shape)
+
+
+def chosen(args: argparse.Namespace, evaluations: Sequence[Evaluation], n: int) -> Evaluation:
+    """What is deployed: the evaluated candidate of lowest loss. No single one of the n sharers, where the options say
+    so, or where they limit a sharer's share.
+    """
+    eligible = [evaluations[0], *evaluations[1 + n :]] if args.search_only or args.top_share < 1 else evaluations
+    return min(eligible, key=lambda one: one.loss)
+
+
+def distinct(*traces: Sequence[Evaluation]) -> int:
+    """How many candidates had to be answered for all these evaluations."""
+    return len({key_of(one.weights) for trace in traces for one in trace})

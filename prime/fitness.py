@@ -10,10 +10,13 @@ LoraHub's objective (Huang et al., 2023), `nll`, asks for no text: the cross-ent
 0.05 times the mean |w|. It knows no sharers to resemble.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from prime.metrics import METRICS, score
@@ -27,6 +30,20 @@ TRIAL_REDUCERS: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "min
 LORAHUB_L1 = 0.05  # weight of the mean |w| in LoraHub's objective (published)
 
 
+class Trial(NamedTuple):
+    """What one decoding of the history shows; it does not depend on any penalty."""
+
+    utility: float
+    similarity: float
+
+
+class Candidate(NamedTuple):
+    """What a penalty may look at: `resemblance` is the similarity, signed so that more of it is more alike."""
+
+    resemblance: float
+    weights: Tensor  # [n] or [n, l]
+
+
 @dataclass(frozen=True)
 class Score:
     """One evaluated candidate: `loss` is minimised; `utility` and `similarity` are means over the repeats."""
@@ -35,6 +52,33 @@ class Score:
     unpenalised: float  # the loss at penalty 0
     utility: float
     similarity: float
+    cost: float = 0.0  # what the penalty weighs; the similarity, where it is the published one
+
+
+def unevenness(weights: Tensor) -> float:
+    """1 - entropy of the shares |w| / sum |w|, over ln n: 0 for equal weights, 1 for a single sharer; 0 for the base.
+
+    Weights `[n, l]` are taken layer by layer, and averaged.
+    """
+    sizes = weights.abs().double().reshape(len(weights), -1)
+    if len(sizes) < 2:
+        return 0.0
+    shares = sizes / sizes.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    entropy = -torch.xlogy(shares, shares).sum(0) / math.log(len(sizes))
+    return float(((1 - entropy) * (sizes.sum(0) > 0)).mean())
+
+
+def size(weights: Tensor) -> float:
+    """Euclidean norm of the weights `[n]`; of `[n, l]` the mean over layers."""
+    return float(weights.double().reshape(len(weights), -1).norm(dim=0).mean())
+
+
+# What `--sim_penalty` is the weight of.
+PENALTIES: dict[str, Callable[[Candidate], float]] = {
+    "output": lambda candidate: candidate.resemblance,  # published: the sharers' own answers
+    "entropy": lambda candidate: unevenness(candidate.weights),
+    "norm": lambda candidate: size(candidate.weights),
+}
 
 
 class Objective:
@@ -46,12 +90,17 @@ class Objective:
         penalty: weight of the similarity (published `--sim_penalty`; 0.1 in the announcement).
         m_reduce: how a task's metrics become one number (published: sum).
         t_reduce: how the losses of repeated decodings (`--num_repeat`) become one.
+        kind: what `penalty` is the weight of, a name of `PENALTIES` (published: output).
     """
 
-    def __init__(self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean"):
+    def __init__(
+        self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean",
+        kind: str = "output",
+    ):  # fmt: skip
         self.task, self.golds, self.penalty = task, golds, penalty
         self.reduce_metrics = METRIC_REDUCERS[m_reduce]
         self.reduce_trials = TRIAL_REDUCERS[t_reduce]
+        self.of_candidate = PENALTIES[kind]
         self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
 
     def agreement(self, answers: Answers, reference: Answers) -> float:
@@ -61,35 +110,38 @@ class Objective:
         values = score(self.task.history_metrics, answers, reference, self.task.history_labels)
         return self.reduce_metrics(list(values.values()))
 
-    def __call__(self, trials: Sequence[Answers], sharers: Sequence[Sequence[Answers]]) -> Score:
-        """Score a candidate.
+    def trials(self, trials: Sequence[Answers], sharers: Sequence[Sequence[Answers]]) -> list[Trial]:
+        """What a candidate's answers show, whatever the penalty.
 
         Args:
             trials: `[repeats]` answers to the history records.
             sharers: `[n][repeats]` the sharers' own answers to the same records, decoded with the same noise.
         """
-        scores = [self._trial(answers, [own[i] for own in sharers]) for i, answers in enumerate(trials)]
+        return [
+            Trial(self.agreement(answers, self.golds), fmean(self.agreement(answers, own[i]) for own in sharers))
+            for i, answers in enumerate(trials)
+        ]
+
+    def score(self, trials: Sequence[Trial], weights: Tensor) -> Score:
+        """Score of the candidate of these weights, `[n]` or `[n, l]`."""
+        # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
+        unpenalised = [self.sign * one.utility for one in trials]
+        costs = [self.of_candidate(Candidate(-self.sign * one.similarity, weights)) for one in trials]
         return Score(
-            self.reduce_trials([one.loss for one in scores]),
-            self.reduce_trials([one.unpenalised for one in scores]),
-            fmean(one.utility for one in scores),
-            fmean(one.similarity for one in scores),
+            self.reduce_trials([loss + self.penalty * cost for loss, cost in zip(unpenalised, costs, strict=True)]),
+            self.reduce_trials(unpenalised),
+            fmean(one.utility for one in trials),
+            fmean(one.similarity for one in trials),
+            self.reduce_trials(costs),
         )
 
-    def _trial(self, answers: Answers, sharers: Sequence[Answers]) -> Score:
-        utility = self.agreement(answers, self.golds)
-        similarity = fmean(self.agreement(answers, own) for own in sharers)
-        # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
-        unpenalised = self.sign * utility
-        return Score(unpenalised - self.sign * self.penalty * similarity, unpenalised, utility, similarity)
 
-
-def likelihood_score(weights: Tensor, logprobs: Sequence[Tensor]) -> Score:
+def score_by_likelihood(logprobs: Sequence[Tensor], weights: Tensor) -> Score:
     """LoraHub's score of a candidate: every record counts alike, by the mean over its target tokens.
 
     Args:
-        weights: `[n]` or `[n, l]`.
         logprobs: log-probabilities of each history record's target tokens under the candidate.
+        weights: `[n]` or `[n, l]`.
     """
     nll = -fmean(float(own.mean()) for own in logprobs) if logprobs else 0.0
     return Score(nll + LORAHUB_L1 * float(weights.abs().mean()), unpenalised=nll, utility=-nll, similarity=0.0)

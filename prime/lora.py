@@ -55,19 +55,37 @@ def layer_of(module: str) -> int:
     return int(found.group(1)) if found else 0
 
 
-def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str) -> Adapter:
+def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: int = 0) -> Adapter:
     """One adapter out of n by weights `[n]` or `[n, l]`.
 
     `factor` (PriME and LoraHub as published): A = sum w_i A_i, B = sum w_i B_i; even and quadratic in w, with
     cross terms B_i A_j. `delta`: dW = sum w_i B_i A_i, exact, held as stacked factors, ranks added up; sharers of
     weight zero are left out, so one-hot weights give that adapter bit for bit under both rules.
 
+    `keep_rank` cuts each module's merged update to that many leading singular directions, see `truncate`; 0: none.
+
     Raises:
         InputError: the adapters hold different modules or shapes.
     """
     check_alike(adapters)
     parts = [adapter.folded().factors for adapter in adapters]
-    return Adapter({name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]})
+    merged = {name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]}
+    return Adapter({name: truncate(a, b, keep_rank) for name, (a, b) in merged.items()} if keep_rank else merged)
+
+
+def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The nearest update of lower rank: B A cut to its `rank` leading singular directions (Eckart and Young, 1936).
+
+    A `[..., r, in]`, B `[..., out, r]` -> `[..., rank, in]`, `[..., out, rank]`; as they are where r is no larger.
+    Both factors are reduced by QR first, so that the decomposed matrix is `[..., r, r]`. What several sharers have in
+    common adds up in the leading directions, while what each keeps of single records lies in many small ones.
+    """
+    if a.shape[-2] <= rank:
+        return a, b
+    a_basis, a_core = torch.linalg.qr(a.mT)  # [..., in, r], [..., r, r]
+    b_basis, b_core = torch.linalg.qr(b)
+    left, sizes, right = torch.linalg.svd(b_core @ a_core.mT)
+    return right[..., :rank, :] @ a_basis.mT, b_basis @ (left[..., :rank] * sizes[..., None, :rank])
 
 
 def concatenate(first: Adapter, second: Adapter) -> Adapter:

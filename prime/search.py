@@ -17,15 +17,19 @@ with warnings.catch_warnings():  # nevergrad and its dependencies warn on import
     import nevergrad as ng
     from nevergrad.optimization import optimizerlib
 
-Evaluate = Callable[[list[np.ndarray]], Sequence[float]]
+Loss = float | list[float]  # a list: one loss per objective
+Points = list[np.ndarray]
+Evaluate = Callable[[Points], Sequence[Loss]]
+EvaluateAll = Callable[[list[Points]], Sequence[Sequence[Loss]]]  # of several searches
 
 BOUND = 1.5  # weights live in [-1.5, 1.5] (published)
 STEP = 1.0  # standard deviation of the first generation (published: nevergrad's default)
-SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA"}
+PARETO = "pareto"  # CMA-ES told two losses, which nevergrad turns into each point's gain in dominated volume
+SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA", PARETO: "CMA"}
 
 
 def optimizer_name(opt_type: str) -> str:
-    """nevergrad's name of `--opt_type`: cma, ngopt, tbpsa, or any name of its registry."""
+    """nevergrad's name of `--opt_type`: cma, ngopt, tbpsa, pareto, or any name of its registry."""
     name = SHORT_NAMES.get(opt_type.lower(), opt_type)
     if name not in ng.optimizers.registry:
         near = [key for key in ng.optimizers.registry if key.lower().startswith(opt_type.lower()[:3])]
@@ -60,29 +64,86 @@ def generation_size(optimizer: ng.optimizers.base.Optimizer) -> int:
     return inner._popsize if isinstance(inner, optimizerlib._CMA) else 1
 
 
-def minimise(
-    start: np.ndarray, evaluate: Evaluate, opt_type: str, budget: int, seed: int, step: float = STEP
-) -> list[tuple[np.ndarray, float]]:
-    """Ask, evaluate, tell until `budget` candidates are evaluated.
+class Search:
+    """One search, a whole generation at a time: `ask` for its points, `tell` their losses, until nothing is `open`.
 
     Args:
         start: weights where the search begins, `[n]` or `[n, l]` (published: zeros).
-        evaluate: losses of a list of weight arrays, to be minimised.
         opt_type: see `optimizer_name`.
         budget: number of evaluations (published: 10).
         seed: of the search's own random state.
         step: standard deviation of the first generation around `start`; optimizers that have none ignore it.
+        worst: with several objectives, the loss of each above which a point is pointless (nevergrad's reference of
+            the dominated volume; without it nevergrad would spend its first 15 points on finding one).
 
-    Returns:
-        All evaluated points in order, `(weights, loss)`. nevergrad drops a tail shorter than a population, so its
-        recommendation can be worse than the best evaluated point; callers take the best of these.
+    `history` holds all told points in order, `(weights, loss)`. nevergrad drops a tail shorter than a population, so
+    its recommendation can be worse than the best evaluated point; callers take the best of these.
     """
-    if budget < 1:
-        return []
+
+    def __init__(
+        self, start: np.ndarray, opt_type: str, budget: int, seed: int, step: float = STEP, worst: Sequence[float] = ()
+    ):
+        self.budget = budget
+        self.history: list[tuple[np.ndarray, Loss]] = []
+        self._asked: list[ng.p.Parameter] = []
+        self._optimizer = make_optimizer(start, opt_type, budget, seed, step) if budget > 0 else None
+        if worst and self._optimizer is not None:
+            self._optimizer.tell(ng.p.MultiobjectiveReference(), list(worst))
+
+    @property
+    def open(self) -> bool:
+        """Whether there is anything left to ask."""
+        return len(self.history) < self.budget
+
+    def ask(self) -> Points:
+        """The points of the next generation; none when the budget is spent."""
+        if self._optimizer is None or not self.open:
+            return []
+        size = min(generation_size(self._optimizer), self.budget - len(self.history))
+        self._asked = [self._optimizer.ask() for _ in range(size)]
+        return [np.array(candidate.value, dtype=np.float64) for candidate in self._asked]
+
+    def tell(self, losses: Sequence[Loss]) -> None:
+        """Losses of the points just asked, in their order; several objectives as one list of losses per point.
+
+        Raises:
+            ValueError: not as many losses as points were asked.
+        """
+        for candidate, loss in zip(self._asked, losses, strict=True):
+            told = [float(one) for one in loss] if isinstance(loss, Sequence) else float(loss)
+            if self._optimizer is not None:
+                self._optimizer.tell(candidate, told)
+            self.history.append((np.array(candidate.value, dtype=np.float64), told))
+        self._asked = []
+
+
+def lockstep(searches: Sequence[Search], evaluate: EvaluateAll) -> None:
+    """Run searches side by side, generation by generation, each to the end of its own budget.
+
+    Args:
+        evaluate: takes the next points of every search (none of one that has ended), returns their losses alike. What
+            searches ask in common can so be evaluated once; each search goes the way it would go alone.
+    """
     with warnings.catch_warnings():
         # Harmless remarks of the optimisers about missing plots and their own tolerances.
         warnings.filterwarnings("ignore", module=r"(cma|scipy)\.")
-        return _loop(make_optimizer(start, opt_type, budget, seed, step), evaluate, budget)
+        # With several objectives, nevergrad's own loss of a dominated point may be infinite; it clips that by itself.
+        warnings.filterwarnings("ignore", "Updating fitness with inf|Clipping very high value inf")
+        while any(search.open for search in searches):
+            points = [search.ask() for search in searches]
+            for search, losses in zip(searches, evaluate(points), strict=True):
+                search.tell(losses)
+
+
+def minimise(
+    start: np.ndarray, evaluate: Evaluate, opt_type: str, budget: int, seed: int, step: float = STEP
+) -> list[tuple[np.ndarray, Loss]]:
+    """One search from beginning to end: all evaluated points in order, `(weights, loss)`. Arguments as of `Search`;
+    `evaluate` gives the losses of a list of points.
+    """
+    search = Search(start, opt_type, budget, seed, step)
+    lockstep([search], lambda points: [evaluate(points[0])])
+    return search.history
 
 
 def ranked_weights(losses: Sequence[float]) -> np.ndarray:
@@ -95,16 +156,16 @@ def ranked_weights(losses: Sequence[float]) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _loop(
-    optimizer: ng.optimizers.base.Optimizer, evaluate: Evaluate, budget: int
-) -> list[tuple[np.ndarray, float]]:
-    history: list[tuple[np.ndarray, float]] = []
-    while len(history) < budget:
-        size = min(generation_size(optimizer), budget - len(history))
-        asked = [optimizer.ask() for _ in range(size)]
-        points = [np.array(candidate.value, dtype=np.float64) for candidate in asked]
-        losses = [float(loss) for loss in evaluate(points)]
-        for candidate, loss in zip(asked, losses, strict=True):
-            optimizer.tell(candidate, loss)
-        history += zip(points, losses, strict=True)
-    return history
+def capped(weights: np.ndarray, share: float) -> np.ndarray:
+    """Weights `[n]` or `[n, l]` with the largest cut until none is more than `share` of sum |w|, in each column.
+
+    The others stay as they are. `share` is at least 1 / n; at 1 / n all end as large as the smallest.
+    """
+    if weights.ndim == 2:
+        return np.stack([capped(column, share) for column in weights.T], axis=1)
+    sizes = np.sort(np.abs(weights))[::-1]
+    for cut, largest in enumerate(sizes):  # the first that fits under the limit when all before it are cut to it
+        limit = share * sizes[cut:].sum() / (1 - share * cut)
+        if largest <= limit * (1 + 1e-12):
+            break
+    return np.clip(weights, -limit, limit)

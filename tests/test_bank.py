@@ -170,6 +170,27 @@ def test_one_weight_per_layer(bank: AdapterBank, rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_candidate_of_lower_rank_is_the_merged_adapter_of_lower_rank(
+    bank: AdapterBank, rule: str, rank: int, by_layer: bool
+) -> None:
+    """What is evaluated is what is deployed, single sharers and the base among them."""
+    weights = torch.cat([torch.zeros(1, 3), torch.eye(3), WEIGHTS])
+    if by_layer:
+        weights = torch.stack([weights, weights.flip(0)], dim=2)
+    bank.combine(weights, rule)
+    whole = routed(bank, list(range(7)), IDS.repeat_interleave(7, 0)[:7])
+    bank.combine(weights, rule, rank)
+    found = [routed(bank, [place]) for place in range(7)]
+    for place, own in enumerate(weights):
+        merged = merge(ADAPTERS, own, rule, rank)
+        expected = tiny.logits(tiny.with_updates(BASE, tiny.dense_updates(merged)), IDS)
+        assert torch.allclose(found[place], expected, **TOLERANCE)
+    assert (routed(bank, list(range(7)), IDS.repeat_interleave(7, 0)[:7]) - whole).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_combining_again_starts_from_the_loaded_adapters(bank: AdapterBank, rule: str) -> None:
     bank.combine(WEIGHTS, rule)
     bank.combine(torch.eye(3), rule)

@@ -31,7 +31,8 @@ def test_announced_command_parses(words: list[str]) -> None:
     given = dict(zip(words[1::2], words[2::2], strict=True))
     for option, text in given.items():
         value = getattr(args, option.removeprefix("--"))
-        assert value == type(value)(text), option
+        expected = tuple(map(float, text.split(","))) if isinstance(value, tuple) else type(value)(text)
+        assert value == expected, option
 
 
 def test_readme_commands_parse() -> None:

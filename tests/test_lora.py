@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from prime.lora import (
     merge,
     pad_rank,
     save_adapter,
+    truncate,
 )
 from tests import tiny
 
@@ -130,6 +132,37 @@ def test_merging_adapters_of_different_ranks(rule: str) -> None:
     expected = tiny.dense_updates(merge([padded, large], w, rule))
     for name, update in tiny.dense_updates(merge([small, large], w, rule)).items():
         assert torch.allclose(update, expected[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_keep_rank_is_the_best_update_of_that_rank(rule: str, rank: int) -> None:
+    """Against numpy's SVD of the dense update: no other update of that rank is nearer (Eckart and Young)."""
+    weights = torch.tensor([0.8, -0.5, 0.4])
+    whole, kept = merge(ADAPTERS, weights, rule), merge(ADAPTERS, weights, rule, keep_rank=rank)
+    assert kept.rank == min(rank, whole.rank)
+    for name, dense in tiny.dense_updates(whole).items():
+        left, sizes, right = np.linalg.svd(dense.numpy(), full_matrices=False)
+        nearest = (left[:, :rank] * sizes[:rank]) @ right[:rank]
+        assert np.allclose(tiny.dense_updates(kept)[name].numpy(), nearest, atol=2e-6)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rank_that_leaves_nothing_out_changes_nothing(rule: str) -> None:
+    weights = torch.tensor([0.8, -0.5, 0.4])
+    whole = merge(ADAPTERS, weights, rule)
+    assert_same(merge(ADAPTERS, weights, rule, keep_rank=whole.rank), whole)
+    for update in tiny.dense_updates(merge(ADAPTERS, torch.zeros(3), rule, keep_rank=1)).values():
+        assert (update == 0).all()
+
+
+def test_truncation_of_a_stack_is_that_of_each() -> None:
+    stream = torch.Generator().manual_seed(0)
+    a, b = torch.randn(5, 6, 20, generator=stream), torch.randn(5, 12, 6, generator=stream)
+    stacked = truncate(a, b, 2)
+    for place in range(5):
+        one = truncate(a[place], b[place], 2)
+        assert torch.allclose(stacked[1][place] @ stacked[0][place], one[1] @ one[0], atol=1e-5)
 
 
 def test_merging_does_not_change_the_parts() -> None:

@@ -396,3 +396,31 @@ def test_the_other_tasks_run_too(task: str, tmp_path: Path, monkeypatch: pytest.
         world.run([*named, *(["--k", "4"] if words[0] == "history_anchor.py" else [])])
     summary = world.read(tmp_path / f"output/{task}/summary.json")
     assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
+
+
+def test_several_penalties_in_one_run_are_lone_runs_bit_for_bit(inside: Path) -> None:
+    """penalty-0.1 of a frontier is the announced run: results, adapters, evaluations and settings; mia.py takes it."""
+    words = command("lora_composition_evo.py")
+    words[words.index("--sim_penalty") + 1] = "0,0.1,1"
+    words[words.index("--output_dir") + 1] = f"./output/{TASK}/Frontier/evo"
+    world.run(words)
+    own = Path(f"./output/{TASK}/Frontier/evo/penalty-0.1")
+    assert results(own) == results(EVO)
+    settings = {"penalty-0": 0.0, "penalty-0.1": 0.1, "penalty-1": 1.0}
+    assert sorted(path.name for path in own.parent.iterdir()) == sorted(settings)
+    assert world.read(own / "settings.json") == world.read(Path(EVO) / "settings.json")
+    for name, penalty in settings.items():
+        assert world.read(own.parent / name / "settings.json")["settings"]["sim_penalty"] == penalty
+    for user_id in results(EVO):
+        folder = Path("users") / user_dirname(user_id)
+        logs = [(root / folder / "evaluations.jsonl").read_text().splitlines() for root in (own, Path(EVO))]
+        one, other = ([{**json.loads(line), "seconds": 0} for line in log] for log in logs)
+        assert one == other
+        adapters = [root / folder / "adapter" / "adapter_model.safetensors" for root in (own, Path(EVO))]
+        assert [a.read_bytes() if a.exists() else b"" for a in adapters[:1]] == [
+            a.read_bytes() if a.exists() else b"" for a in adapters[1:]
+        ]
+    attack = quick(next(words for words in world.announcement() if words[0] == "mia.py"))
+    attack[attack.index("--exp_dir") + 1] = str(own)
+    world.run(attack)
+    assert world.read(own / "mia_summary.json")["attacks"] == world.read(Path(EVO) / "mia_summary.json")["attacks"]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from prime.errors import InputError
-from prime.search import BOUND, generation_size, make_optimizer, minimise, optimizer_name, ranked_weights
+from prime.search import BOUND, capped, generation_size, make_optimizer, minimise, optimizer_name, ranked_weights
 
 
 def loss(weights: np.ndarray) -> float:
@@ -170,3 +170,25 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(shape: tuple[int, ...
     small, large = (minimise(np.zeros(shape), losses, "cma", budget, seed=7) for budget in (10, 30))
     for (point, loss), (other, other_loss) in zip(small, large, strict=False):
         assert np.array_equal(point, other) and loss == other_loss
+
+
+@pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 0.9])
+def test_capped_cuts_only_the_largest_and_no_more_than_needed(share: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        before = rng.normal(size=4) * rng.choice([0.1, 1.0, 1.5], size=4)
+        after = capped(before, share)
+        sizes, total = np.abs(after), np.abs(after).sum()
+        assert (sizes <= share * total * (1 + 1e-9)).all()
+        assert (np.sign(after) == np.sign(before)).all()
+        cut = ~np.isclose(after, before)
+        assert np.allclose(sizes[cut], sizes.max())  # all that are cut end at the limit ...
+        assert not cut.any() or np.isclose(sizes.max(), share * total)  # ... which is the highest that holds
+
+
+def test_capped_by_hand_and_column_by_column() -> None:
+    assert capped(np.array([1.0, 0.2, -0.2]), 0.5) == pytest.approx([0.4, 0.2, -0.2])
+    assert capped(np.array([1.0, -0.5]), 0.5) == pytest.approx([0.5, -0.5])
+    assert np.array_equal(capped(np.zeros(3), 0.4), np.zeros(3))
+    both = np.array([[1.0, 0.1], [0.2, 0.1], [0.2, 0.1]])
+    assert capped(both, 0.5) == pytest.approx(np.array([[0.4, 0.1], [0.2, 0.1], [0.2, 0.1]]))

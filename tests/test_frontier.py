@@ -1,0 +1,165 @@
+"""Several penalties in one run: each search goes the way it would go alone, and what they share is answered once."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from prime.evolution import Evaluation, chosen, distinct, evolve
+from prime.fitness import Objective, Trial
+from prime.journal import Journal
+from prime.search import Search, lockstep, minimise
+from prime.tasks import TASKS
+
+MOVIE, RATING = TASKS["movie_tagging"], TASKS["product_rating"]
+PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def options(**given: object) -> argparse.Namespace:
+    search = {"start": "ranked", "step": 0.3, "opt_type": "cma", "opt_budget": 10}
+    return argparse.Namespace(**search | {"search_only": False, "top_share": 1.0} | given)
+
+
+class Hills:
+    """Stands in for a `Population`: utility and similarity are rough functions of the weights, without any model."""
+
+    def __init__(self, n: int = 3, layers: int = 0, **given: object):
+        self.args = options(**given)
+        self.n, self.shape = n, (n, layers) if layers else (n,)
+        self.batches: list[int] = []
+        self.journal = Journal(Path("/nonexistent"))
+
+    def known_points(self) -> Tensor:
+        points = torch.cat([torch.zeros(1, self.n), torch.eye(self.n)])
+        return points[:, :, None].expand(-1, -1, self.shape[1]).clone() if len(self.shape) == 2 else points
+
+    def trials(self, objective: Objective):
+        def measure(weights: Tensor) -> list[list[Trial]]:
+            self.batches.append(len(weights))
+            return [[Trial(self.utility(own), self.similarity(own))] for own in weights]
+
+        return measure
+
+    def utility(self, own: Tensor) -> float:
+        """Whole thirtieths, as an accuracy over thirty records is."""
+        flat = own.double().flatten()
+        near = 1 - (flat - torch.linspace(0.2, 0.6, len(flat))).abs().mean()
+        return round(30 * float(near + 0.1 * (7 * flat).sin().mean())) / 30
+
+    def similarity(self, own: Tensor) -> float:
+        return round(30 * float(own.double().abs().sum(0).clamp(max=1.2).mean() / 1.2)) / 30
+
+
+def objectives(penalties: Sequence[float] = PENALTIES, task=MOVIE) -> list[Objective]:
+    return [Objective(task, ["comedy"], penalty) for penalty in penalties]
+
+
+def run(hills: Hills, penalties: Sequence[float], folder: Path, seed: int = 3, task=MOVIE) -> list[list[Evaluation]]:
+    logs = [folder / f"{penalty:g}.jsonl" for penalty in penalties]
+    return evolve(hills, objectives(penalties, task), seed, logs)
+
+
+def lines(path: Path) -> list[dict]:
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in one.items() if key != "seconds"} for one in found]
+
+
+@pytest.mark.parametrize("layers", [0, 4])
+@pytest.mark.parametrize("opt_type", ["cma", "OnePlusOne"])
+@pytest.mark.parametrize("task", [MOVIE, RATING], ids=lambda task: task.name)
+def test_each_penalty_finds_what_it_finds_alone(tmp_path: Path, layers: int, opt_type: str, task) -> None:
+    together = run(Hills(layers=layers, opt_type=opt_type), PENALTIES, tmp_path / "together", task=task)
+    for penalty, found in zip(PENALTIES, together, strict=True):
+        (alone,) = run(Hills(layers=layers, opt_type=opt_type), [penalty], tmp_path / "alone", task=task)
+        name = f"{penalty:g}.jsonl"
+        assert lines(tmp_path / "together" / name) == lines(tmp_path / "alone" / name)
+        assert all(torch.equal(one.weights, own.weights) for one, own in zip(found, alone, strict=True))
+
+
+def test_what_is_asked_twice_is_answered_once_and_new_points_together(tmp_path: Path) -> None:
+    hills = Hills()
+    together = run(hills, PENALTIES, tmp_path)
+    different = {one.weights.numpy().tobytes() for found in together for one in found}
+    assert sum(hills.batches) == len(different) == distinct(*together) < sum(map(len, together))
+    assert hills.batches[0] == 4 and len(hills.batches) <= 4  # the known, the starts, two generations
+
+
+def test_penalties_that_rank_alike_cost_nothing(tmp_path: Path) -> None:
+    hills = Hills()
+    run(hills, [0.0, 1e-9, 1e-8], tmp_path)
+    assert hills.batches == [4, 1, 5, 5]
+
+
+def test_searches_of_unlike_length_end_each_at_its_own() -> None:
+    def loss(points: list[np.ndarray]) -> list[float]:
+        return [float(np.abs(point - 0.4).sum()) for point in points]
+
+    budgets = (0, 7, 23)
+    searches = [Search(np.zeros(3), "cma", budget, seed=5) for budget in budgets]
+    lockstep(searches, lambda asked: [loss(points) for points in asked])
+    for search, budget in zip(searches, budgets, strict=True):
+        alone = minimise(np.zeros(3), loss, "cma", budget, seed=5)
+        assert len(search.history) == budget
+        assert all(np.array_equal(x, y) and a == b for (x, a), (y, b) in zip(search.history, alone, strict=True))
+
+
+def dominated(one: Evaluation, others: Sequence[Evaluation]) -> bool:
+    return any(
+        other.unpenalised <= one.unpenalised and other.cost <= one.cost
+        and (other.unpenalised, other.cost) != (one.unpenalised, one.cost)
+        for other in others
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", [MOVIE, RATING], ids=lambda task: task.name)
+def test_pareto_is_one_search_whose_deployed_points_nobody_dominates(tmp_path: Path, task) -> None:
+    hills = Hills(opt_type="pareto", opt_budget=30)
+    together = run(hills, PENALTIES, tmp_path, task=task)
+    assert sum(hills.batches) == 4 + 1 + 30
+    for penalty, found in zip(PENALTIES, together, strict=True):
+        assert [one.weights.tolist() for one in found] == [one.weights.tolist() for one in together[0]]
+        assert all(one.loss == pytest.approx(one.unpenalised + penalty * one.cost) for one in found)
+        best = chosen(options(), found, 3)
+        assert best.loss == min(one["loss"] for one in lines(tmp_path / f"{penalty:g}.jsonl"))
+        assert penalty == 0 or not dominated(best, found)
+
+
+def volume(found: Sequence[Evaluation]) -> float:
+    """Area that the evaluations dominate below (0, 1), as (unpenalised, cost)."""
+    area, lowest = 0.0, 1.0
+    for loss, cost in sorted((one.unpenalised, one.cost) for one in found):
+        area += max(0.0, -loss) * max(0.0, lowest - cost)
+        lowest = min(lowest, cost)
+    return area
+
+
+def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path: Path) -> None:
+    def mean_volume(opt_type: str) -> float:
+        hills = [Hills(opt_type=opt_type, opt_budget=40) for _ in range(5)]
+        return float(np.mean([volume(run(one, [0.0], tmp_path, seed)[0]) for seed, one in enumerate(hills)]))
+
+    assert mean_volume("pareto") > mean_volume("cma")
+
+
+def test_search_only_deploys_no_single_sharer(tmp_path: Path) -> None:
+    (found,) = run(Hills(opt_budget=0, start="zero"), [0.0], tmp_path)
+    assert chosen(options(), found, 3).origin == "sharer"
+    assert chosen(options(search_only=True), found, 3) is found[0]
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_with_a_top_share_every_searched_candidate_keeps_to_it_and_no_single_sharer_wins(
+    tmp_path: Path, layers: int
+) -> None:
+    own = options(top_share=0.5)
+    (found,) = run(Hills(layers=layers, top_share=0.5), [0.0], tmp_path)
+    for one in found[4:]:
+        sizes = one.weights.double().abs().reshape(3, -1)
+        assert (sizes <= 0.5 * sizes.sum(0) + 1e-6).all()
+    assert chosen(own, found, 3).origin in ("base", "start", "search")
+    assert chosen(own, found, 3).loss == min(one.loss for one in [found[0], *found[4:]])
