@@ -38,13 +38,17 @@ def trained(task: str, seed: int, output_dir: Path | str) -> Path:
     return folder
 
 
-def stage_args(task: str, seed: int, folder: Path) -> argparse.Namespace:
+def stage_words(task: str, seed: int, folder: Path) -> list[str]:
     """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
     words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
     words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
     words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
     words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
-    return stage.build_parser().parse_args(words)
+    return words
+
+
+def stage_args(task: str, seed: int, folder: Path) -> argparse.Namespace:
+    return stage.build_parser().parse_args(stage_words(task, seed, folder))
 
 
 @dataclass

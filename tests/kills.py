@@ -79,16 +79,17 @@ class Stage:
     before: Path  # the world, in which the stage has not run
     whole: dict[str, bytes]  # its files when left alone
     seconds: float
-    operations: int
+    operations: int  # of files, when left alone
 
 
 @dataclass
 class Outcome:
-    """What became of an interrupted run."""
+    """What became of a run that was interrupted and started again."""
 
-    kills: int
+    stage: str
+    kills: int  # that came before the stage was through
     differing: list[str]
-    again: list[str]  # users who were finished at the kill, and computed or written again
+    again: list[str]  # users finished at a kill, and computed or written again
 
     def __bool__(self) -> bool:
         return not self.differing and not self.again
@@ -120,22 +121,66 @@ def copy(source: Path, target: Path) -> None:
             (target / path.name).symlink_to(path.resolve())
 
 
-def interrupt(forks: Forks, stage: Stage, folder: Path, stream: random.Random, at_operation: bool) -> Outcome:
-    """Kill the stage once, at a random file operation or moment, start it again, and look at what is there."""
-    copy(stage.before, folder)
-    log, words, out = folder / "log", command(stage.name), folder / "out" / output(stage.name)
+def killed(forks: Forks, stage: Stage, folder: Path, log: Path, stream: random.Random) -> bool:
+    """Start a stage and kill it at a random file operation or moment; False where it was through before that."""
+    at_operation = stream.random() < 0.5
     kill_at = stream.randint(1, stage.operations) if at_operation else 0
-    pid = forks.start(words, folder, log, kill_at=kill_at)
+    pid = forks.start(command(stage.name), folder, log, kill_at=kill_at)
     if not at_operation:
         time.sleep(stream.uniform(0.0, stage.seconds))
         os.kill(pid, signal.SIGKILL)
     code = forks.wait(pid)
-    done = finished(out)
-    users = users_of(out, done)
-    again = folder / "again.log"
-    assert forks.run(words, folder, again) == 0, again.read_text()
-    after = finished(out)
-    rewritten = [name for name in done if done[name] != after.get(name)]
-    work = folder / "again.log.work"
-    computed = users & set(work.read_text().split()) if work.exists() else set()
-    return Outcome(int(code == -signal.SIGKILL), differing(files(out), stage.whole), sorted({*rewritten, *computed}))
+    assert code in (0, -signal.SIGKILL), log.read_text()
+    return code != 0
+
+
+def interrupt(forks: Forks, stage: Stage, folder: Path, stream: random.Random, kills: int = 1) -> Outcome:
+    """Kill a stage up to `kills` times, each time starting it again, let it finish, and look at what is there."""
+    copy(stage.before, folder)
+    out = folder / "out" / output(stage.name)
+    outcome = Outcome(stage.name, 0, [], [])
+    done: dict[str, tuple[int, int]] = {}
+    for attempt in range(kills + 1):
+        log = folder / f"{attempt}.log"
+        users = users_of(out, done)
+        if attempt < kills:
+            outcome.kills += killed(forks, stage, folder, log, stream)
+        else:
+            assert forks.run(command(stage.name), folder, log) == 0, log.read_text()
+        work = Path(f"{log}.work")
+        computed = users & set(work.read_text().split()) if work.exists() else set()
+        after = finished(out)
+        outcome.again += sorted({*computed, *(name for name in done if done[name] != after.get(name))})
+        done = after
+    outcome.differing = differing(files(out), stage.whole)
+    return outcome
+
+
+def together(forks: Forks, stage: Stage, folder: Path, size: int = 2, lose: bool = False) -> Outcome:
+    """Run a stage by several processes at once, as torchrun does; `lose`: the last of them is killed midway."""
+    copy(stage.before, folder)
+    pids = []
+    for rank in range(size):
+        env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+        pids.append(forks.start(command(stage.name), folder, folder / f"{rank}.log", env=env))
+    if lose:
+        time.sleep(stage.seconds / 2)
+        os.kill(pids[-1], signal.SIGKILL)
+    codes = [forks.wait(pid) for pid in pids]
+    told = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
+    assert codes[:-1] == [0] * (size - 1) and codes[-1] in ((0, -signal.SIGKILL) if lose else (0,)), told
+    done_by = [path.read_text().split() for path in folder.glob("*.log.work")]
+    twice = [] if lose else sorted({user for own in done_by for user in own if sum(user in o for o in done_by) > 1})
+    out = folder / "out" / output(stage.name)
+    return Outcome(stage.name, int(codes[-1] != 0), differing(files(out), stage.whole), twice)
+
+
+def fill_disk(forks: Forks, stage: Stage, folder: Path, stream: random.Random) -> tuple[Outcome, str]:
+    """Let the disk be full from a random file operation on, start again with room; also what the first run said."""
+    copy(stage.before, folder)
+    log = folder / "full.log"
+    code = forks.run(command(stage.name), folder, log, full_at=stream.randint(1, stage.operations - 1))
+    assert code in (0, 2), log.read_text()  # 0: only removing was left to do
+    assert forks.run(command(stage.name), folder, folder / "again.log") == 0
+    out = folder / "out" / output(stage.name)
+    return Outcome(stage.name, code // 2, differing(files(out), stage.whole), []), log.read_text()
