@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)
         work = partial(work_on, args, texts, engine, runs, pool)
-        cli.for_each(cli.share_users(args, runs[-1], todo), len(todo), work)
+        cli.for_each(cli.share_users(args, runs[-1], todo, runs[:-1]), len(todo), work)
     if args.export_full:
         for place, run in enumerate(runs):
             export_full(alone(args, place), run, users)

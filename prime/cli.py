@@ -294,10 +294,12 @@ def open_groups(users: Sequence[WithId], size: int, done: Callable[[str], bool])
     return [group for group in groups if not all(done(user.user_id) for user in group)]
 
 
-def share_users(args: argparse.Namespace, run: Run, todo: Sequence[tuple[int, User]]) -> Iterator[tuple[int, User]]:
+def share_users(
+    args: argparse.Namespace, run: Run, todo: Sequence[tuple[int, User]], others: Sequence[Run] = ()
+) -> Iterator[tuple[int, User]]:
     """Those of `todo` that no other process does, each claimed while it is worked on."""
     recent_k = getattr(args, "recent_k", 0)
-    return share(run, todo, lambda unit: [unit[1].user_id], lambda unit: user_cost(unit[1], recent_k))
+    return share(run, todo, lambda unit: [unit[1].user_id], lambda unit: user_cost(unit[1], recent_k), others)
 
 
 def share_groups(args: argparse.Namespace, run: Run, groups: Sequence[Sequence[User]]) -> Iterator[Sequence[User]]:

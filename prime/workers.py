@@ -100,8 +100,9 @@ def order_of(costs: Sequence[int], rank: int, size: int) -> list[int]:
 
 
 def share(
-    run: Run, units: Sequence[Unit], ids: Callable[[Unit], Sequence[str]], cost: Callable[[Unit], int]
-) -> Iterator[Unit]:
+    run: Run, units: Sequence[Unit], ids: Callable[[Unit], Sequence[str]], cost: Callable[[Unit], int],
+    others: Sequence[Run] = (),
+) -> Iterator[Unit]:  # fmt: skip
     """Units of work, each claimed as long as the caller works on it, until the users of all are finished.
 
     Units that others work on are waited for at the end, and taken over if these die.
@@ -110,6 +111,7 @@ def share(
         units: of which every process gives the same ones in the same order.
         ids: of the users that a unit finishes.
         cost: estimate of its work, in any measure.
+        others: further runs in which the same work finishes the users.
     """
     here = world()
     waiting = [units[place] for place in order_of([cost(unit) for unit in units], here.rank, here.size)]
@@ -118,14 +120,14 @@ def share(
         held: list[Unit] = []
         for unit in waiting:
             names = ids(unit)
-            if _finished(run, names):
+            if _finished([run, *others], names):
                 continue
             with run.claim(names) as mine:
                 if not mine:
                     held.append(unit)
                     continue
                 run.recover(names)
-                if not _finished(run, names):
+                if not _finished([run, *others], names):
                     yield unit
         if len(held) == len(waiting):
             idle += 1
@@ -135,8 +137,8 @@ def share(
         waiting = held
 
 
-def _finished(run: Run, names: Sequence[str]) -> bool:
-    return all(run.done(name) for name in names)
+def _finished(runs: Sequence[Run], names: Sequence[str]) -> bool:
+    return all(run.done(name) for run in runs for name in names)
 
 
 def _tell(run: Run, names: Sequence[str]) -> None:

@@ -202,6 +202,18 @@ def test_a_group_whose_results_were_cut_off_is_finished_and_not_done_again(
     assert runs.read_results(tmp_path) == results and not (tmp_path / "working").exists()
 
 
+def test_users_finished_in_one_of_several_runs_are_still_to_do(tmp_path: Path) -> None:
+    first, last = (Run(tmp_path / name, "stage", "method", {}) for name in ("first", "last"))
+    last.finish("a", {"user_id": "a", "index": 0})
+    for run in (first, last):
+        run.finish("b", {"user_id": "b", "index": 1})
+    found = []
+    for user in workers.share(last, ["a", "b"], lambda user: [user], len, [first]):
+        found.append(user)
+        first.finish(user, {"user_id": user, "index": 0})
+    assert found == ["a"]
+
+
 def test_what_is_left_of_finished_users_is_removed(tmp_path: Path) -> None:
     run = Run(tmp_path, "stage", "method", {})
     for name in ("A/7", "8"):
