@@ -130,7 +130,7 @@ def pairs(gains: Sequence[float], pair: Mapping[str, Any], metric: str, ours: st
     sides = (ours, baseline) if higher else (baseline, ours)
     _label(axes, "test users, sorted", f"{metric}\n{plain(sides[0])} − {plain(sides[1])}")
     axes.set_xlim(0.2, len(gain) + 0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="best", frameon=False, fontsize=8)
     return made, pair_sentence(pair, metric, ours)
 
@@ -142,8 +142,8 @@ def pair_sentence(pair: Mapping[str, Any], metric: str, ours: str) -> str:
     verdict = "holds 0: no difference is shown" if holds_zero(flipped) else "leaves out 0"
     return (
         f"Against {pair['method']}, {ours} is better for {people(pair['worse'], users)}, as good for {pair['equal']}, "
-        f"worse for {pair['better']}; over all of them its {metric} differs by {value_text(flipped, '+')}, an interval "
-        f"that {verdict}."
+        f"worse for {pair['better']}; over all of them its {metric} ({_better(metric)}) differs by "
+        f"{value_text(flipped, '+')}, an interval that {verdict}."
     )
 
 
@@ -190,13 +190,13 @@ def traces(searches: Sequence[Sequence[Mapping[str, Any]]], search_only: bool) -
     if begins is not None:
         axes.axvline(begins + 0.5, color=COLOURS[0], linestyle=":", linewidth=1.2, label="the search begins")
     _label(axes, "candidates evaluated", "best loss so far − loss of the base\n(lower is better)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     made.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=3)
     quarter = max(1, length // 4)
     late = int(np.sum(padded[:, -1] < padded[:, length - 1 - quarter] - 1e-12)) if length > quarter else 0
     won = listed([f"{what} for {n}" for what, n in _winners(searches, search_only).items()])
     return made, (
-        f"In the median the best loss ends {-median[-1]:.3f} below the base's. Of {people(len(runs))}, what is "
+        f"In the median the best loss ends {abs(median[-1]):.3f} below the base's. Of {people(len(runs))}, what is "
         f"deployed is {won}. The last {quarter} of {length} evaluations still improved {people(late, len(runs))}."
     )
 
@@ -212,11 +212,11 @@ def sharer_weights(results: Sequence[Mapping[str, Any]]) -> np.ndarray:
 
 
 def weights(results: Sequence[Mapping[str, Any]]) -> Drawn:
-    """Heat map of each user's weights: columns are the user's sharers, most similar first, by id in the cells."""
+    """Heat map of each user's weights: columns are the user's sharers, most similar first."""
     table = sharer_weights(results)
     users, width = table.shape
     numbered = users <= NUMBERED_USERS and width <= NUMBERED_SHARERS
-    made, axes = figure(WIDTH, 1.1 + users * (0.19 if numbered else 0.07))
+    made, axes = figure(WIDTH, max(2.2, 1.1 + users * (0.19 if numbered else 0.07)))
     edge = max(1.0, float(np.nanmax(np.abs(table)))) if np.isfinite(table).any() else 1.0
     image = axes.imshow(table, cmap="cividis", vmin=-edge, vmax=edge, aspect="auto", interpolation="nearest")
     made.colorbar(image, ax=axes, label="weight (dark: negative)")
@@ -228,21 +228,24 @@ def weights(results: Sequence[Mapping[str, Any]]) -> Drawn:
         _cells(axes, table, results, edge)
     _label(axes, "sharers of the user, most similar first", "test user" + ("" if numbered else f"s ({users})"))
     used = table[np.isfinite(table)]
-    first = np.nanargmax(np.where(np.isnan(table), -np.inf, np.abs(table)), axis=1) == 0
-    negative = np.mean(used < 0) if len(used) else 0.0
+    merged = table[np.nansum(np.abs(table), axis=1) > 0]  # the others deploy the base
+    if not len(merged):
+        return made, f"Nobody's adapter is merged: all of {people(users)} deploy the base."
+    first = np.argmax(np.nan_to_num(np.abs(merged)), axis=1) == 0
     return made, (
-        f"The most similar sharer has the largest weight in size for {people(int(first.sum()), users)}; "
-        f"{negative:.0%} of the weights are negative; a user's weights add up to "
-        f"{np.median(np.nansum(table, axis=1)):.2f} in the median."
+        f"Of {people(len(merged))} who merge, {int(first.sum())} give the most similar sharer the weight largest in "
+        f"size; {np.mean(used < 0):.0%} of all weights are negative; a user's weights add up to "
+        f"{np.median(np.nansum(merged, axis=1)):.2f} in the median."
     )
 
 
 def _cells(axes: Axes, table: np.ndarray, results: Sequence[Mapping[str, Any]], edge: float) -> None:
-    """The sharer's id and weight in each cell, light on dark."""
+    """The weight in each cell, light on dark, and the sharer's id where there is room."""
+    room = 48 // table.shape[1] - 7  # characters beside the weight
     for row, result in enumerate(results):
         for column, sharer in enumerate(result["sharers"]):
             if np.isfinite(value := table[row, column]):
-                text = f"{plain(sharer, 8)}: {value:+.2f}"
+                text = (f"{plain(sharer, room)}: " if room > 3 else "") + f"{value:+.2f}"
                 colour = "white" if value < -0.05 * edge else "black"
                 axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour, in_layout=False)
 

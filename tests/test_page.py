@@ -142,7 +142,7 @@ def test_sentences_are_computed_from_the_run(written: Path) -> None:
     assert "Against task_lora, prime is better for 11 of 11 users, as good for 0, worse for 0" in text
     assert "a candidate of the search for 12" in text  # the best of odd users is the search's last, -1.4
     assert "The last 2 of 10 evaluations still improved 6 of 12 users" in text
-    assert "The most similar sharer has the largest weight in size for 12 of 12 users; 33% of the weights" in text
+    assert "Of 12 users who merge, 12 give the most similar sharer the weight largest in size; 33% of all" in text
 
 
 def test_what_failed_and_what_was_not_run_is_told(written: Path) -> None:
