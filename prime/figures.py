@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from prime import plots
+from prime.membership import PUBLISHED_ATTACK
 from prime.metrics import METRICS
 from prime.plots import COLOURS, MARKERS, figure
 
@@ -296,6 +298,18 @@ def trade(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
 
     ends = f"Best utility: {told(best)}; least leakage: {told(least)}"
     return made, ends + ("." if own in (best, least) else f"; {told(own)} lies between.")
+
+
+def roc(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], attacked: str) -> Drawn:
+    """ROC curves on log scales, {attack: (false positive rates, true positive rates)}."""
+    made = plots.roc({"": curves})
+    made.set_size_inches(WIDTH, 3.8)
+    caught = {name: max(t for f, t in zip(*rates, strict=True) if f <= 0.01) for name, rates in curves.items()}
+    best = max(caught, key=lambda name: caught[name])
+    told = f"the published attack catches {caught[PUBLISHED_ATTACK]:.1%} of the members"
+    if best != PUBLISHED_ATTACK:
+        told += f", attack {best} most, {caught[best]:.1%}"
+    return made, f"{attacked}: where 1 % of non-members are called members, {told} (a guess: 1 %, the dotted line)."
 
 
 # --- across tasks ----------------------------------------------------------------------------------

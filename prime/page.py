@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from prime import figures, membership, metrics, plots, report
+from prime import figures, leakage, membership, metrics, plots, report
 from prime.errors import InputError
 from prime.report import Cell, Predictions
 from prime.runs import read_json, read_results, read_settings, write_text
@@ -181,24 +181,43 @@ def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def attacked_sets(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Attacks by what was attacked: each method, then the sharers' own adapters as they were before any merge."""
-    sets = {method: summary["attacks"] for method, summary in found.items()}
-    unmerged = [summary["sharers"]["attacks"] for summary in found.values() if summary["sharers"]["attacks"]]
-    return sets | ({"sharers, unmerged": unmerged[0]} if unmerged else {})
+def attacked_sets(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Attacks by set and by what was attacked: each method, then the sharers' own adapters before any merge."""
+    parts = [(method, summary) for method, summary in found.items()]
+    parts += [("sharers, unmerged", s["sharers"]) for s in found.values() if s["sharers"]["attacks"]][:1]
+    sets: dict[str, dict[str, Any]] = {}
+    for attacked, part in parts:
+        for name, one in part.get("sets", {}).items():
+            sets.setdefault(name, {})[attacked] = one["attacks"]
+    return {name: sets[name] for name in membership.SETS if name in sets}
 
 
-def leakage_table(sets: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """A row per attacked set and attack: AUROC beside its blind baseline."""
-    rates = [str(fpr) for fpr in membership.FPRS]
-    rows = [["attacked", "attack", "AUROC", "blind baseline", "above blind", *(f"TPR at {r} FPR" for r in rates)]]
-    for attacked, by_attack in sets.items():
-        for name, one in by_attack.items():
-            caught = [one.get("tpr_at_fpr", {}).get(rate) for rate in rates]
-            values = [report.cell_text(one.get(key)) for key in ("auroc", "blind_auroc")]
-            above = report.cell_text(one.get("auroc_above_blind"), "+")
-            rows.append([attacked, name, *values, above, *(report.cell_text(c) for c in caught)])
-    return rows
+def leakage_table(attacked: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each attack on each method of a set: AUROC and true positive rates, each beside its blind baseline."""
+    rates = [title for rate in leakage.RATES.values() for title in (f"TPR at {rate} FPR", "blind")]
+    rows = [["attacked", "attack", "AUROC", "blind baseline", *rates]]
+    return rows + [[who, name, *leakage.figures(one)] for who, by in attacked.items() for name, one in by.items()]
+
+
+def strongest(attacked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each method the published attack, and the one with the largest AUROC."""
+    return {
+        who: {name: by[name] for name in (membership.PUBLISHED_ATTACK, max(by, key=lambda n: by[n]["auroc"]["mean"]))}
+        for who, by in attacked.items()
+    }
+
+
+def leakage_parts(content: Content, folder: Path) -> list[dict[str, Any]]:
+    """Of each set of members and non-members: its figures, its table in short and in full."""
+    sets = attacked_sets(attacks(content.sources))
+    return [
+        {
+            "name": name, "title": leakage.SET_TITLES[name],
+            "figures": [set_figure(name, attacked, folder), *roc_figures(content, name, folder)],
+            "short": leakage_table(strongest(attacked)), "table": leakage_table(attacked),
+        }
+        for name, attacked in sets.items()
+    ]  # fmt: skip
 
 
 # --- figures ---------------------------------------------------------------------------------------
@@ -253,17 +272,33 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     return shown
 
 
-def leakage_figures(content: Content, sets: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
+def set_figure(name: str, attacked: Mapping[str, Mapping[str, Any]], folder: Path) -> Shown:
     attack = membership.PUBLISHED_ATTACK
-    rows = [(name, one[attack]["auroc"], one[attack]["blind_auroc"]) for name, one in sets.items() if attack in one]
-    shown = []
-    if rows:
-        shown.append(show(folder, "leakage", "Who shared? The published attack", figures.leakage(rows, attack)))
+    rows = [(who, by[attack]["auroc"], by[attack]["blind_auroc"]) for who, by in attacked.items()]
+    return show(folder, f"leakage-{name}", f"The published attack, {name} set", figures.leakage(rows, attack))
+
+
+def roc_figures(content: Content, name: str, folder: Path) -> list[Shown]:
+    """ROC curves of all attacks on PriME in one set, or on the first attacked method where PriME is not."""
+    order = sorted(content.sources, key=lambda method: (method != OURS, Cell(method, 0, False).order()))
+    path = next((p for m in order if (p := content.sources[m] / "mia_roc.json").is_file()), None)
+    if path is None:
+        return []
+    found = read_json(path)
+    curves = {
+        curve["attack"]: (curve["fpr"], curve["tpr"])
+        for curve in found["curves"] if (curve["set"], curve["model"]) == (name, "deployed")
+    }  # fmt: skip
+    title = f"ROC of all attacks on {found['method']}, {name} set"
+    return [show(folder, f"roc-{name}", title, figures.roc(curves, found["method"]))] if curves else []
+
+
+def trade_figures(content: Content, folder: Path) -> list[Shown]:
     both = [row for row in leading(content.summary) if row["auroc"]]
-    if len(both) > 1:
-        drawn = figures.trade(both, content.task.metrics[0], OURS)
-        shown.append(show(folder, "utility-leakage", "Utility against leakage", drawn))
-    return shown
+    if len(both) < 2:
+        return []
+    drawn = figures.trade(both, content.task.metrics[0], OURS)
+    return [show(folder, "utility-leakage", "Utility against leakage", drawn)]
 
 
 # --- words -----------------------------------------------------------------------------------------
@@ -381,7 +416,6 @@ def render(template: str, **values: Any) -> str:
 def write_run_page(content: Content) -> Path:
     """<output>/<task>/report.html and the files in figures/ beside it."""
     folder = content.root / "figures"
-    sets = attacked_sets(attacks(content.sources))
     folders = stage_folders(content.root, content.task)
     path = content.root / "report.html"
     write_text(path, render(
@@ -396,8 +430,8 @@ def write_run_page(content: Content) -> Path:
         notes=report.notes(content.summary).splitlines(),
         utility=utility_figures(content, folder),
         search=search_figures(content, folder),
-        leakage=leakage_figures(content, sets, folder),
-        leakage_table=leakage_table(sets) if sets else [],
+        trade=trade_figures(content, folder),
+        leakage=leakage_parts(content, folder),
         examples=examples(content),
         per_user=per_user(content),
         folders=folders,

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime import figures, page
+from prime import figures, leakage, page
 from prime.errors import InputError
-from prime.membership import attack_table
 from prime.runs import Run, read_json, user_dirname
 from prime.tasks import TASKS
 
@@ -64,14 +63,25 @@ def write_search(root: Path) -> None:
 
 
 def write_attack(root: Path) -> None:
+    """Members score higher, by 1 under loss and by 3 under calibrated."""
     noise = np.random.default_rng(0)
+    sizes = {"member": [10, 10], "non_member": [20, 20], "held_out": [5, 5]}
+
+    def scores(**shifts: float) -> dict:
+        return {
+            attack: {side: list(noise.normal(shift * (side == "member"), 1, sum(n))) for side, n in sizes.items()}
+            for attack, shift in shifts.items()
+        }
+
     results = [
-        {key: {"loss": {"member": list(noise.normal(shift, 1, 20)), "non_member": list(noise.normal(0, 1, 40))}}
-         for key, shift in (("scores", 1.0), ("blind", 0.0))} for _ in HOSTILE
+        {"user_id": user, "on_base": False}
+        | {"scores": scores(loss=1, calibrated=3), "blind": scores(loss=0, calibrated=0)}
+        | {f"{side}_num_samples": n for side, n in sizes.items()}
+        | {f"{side}_{what}": [] for side in sizes for what in ("ids", "loss")} for user in HOSTILE
     ]  # fmt: skip
-    table = attack_table(results, n=50)
-    content = {"method": "prime", "attacks": table, "sharers": {"users": 2, "attacks": table}}
-    (root / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
+    folder = root / "LoRA-Composition-evo"
+    (folder / "mia_summary.json").write_text(json.dumps(leakage.summarise("prime", results, results[:2], 0)))
+    leakage.write_roc(folder, "prime", results, results[:2])
 
 
 def write_run(output: Path) -> list[str]:
@@ -160,11 +170,24 @@ def test_what_was_run_is_told(written: Path) -> None:
 
 
 def test_leakage_stands_beside_its_blind_baseline(written: Path) -> None:
-    text = run_page(written).text
-    found = read_json(written / TASK.name / "LoRA-Composition-evo" / "mia_summary.json")["attacks"]["loss"]
-    for key in ("auroc", "blind_auroc"):
-        assert f"{found[key]['mean']:.3f} [{found[key]['low']:.3f}, {found[key]['high']:.3f}]" in text
+    text = " ".join(run_page(written).text.split())
+    sets = read_json(written / TASK.name / "LoRA-Composition-evo" / "mia_summary.json")["sets"]
+    assert set(sets) == {"published", "controlled", "user"}
+    for found in (one["attacks"][attack] for one in sets.values() for attack in ("loss", "calibrated")):
+        for key in ("auroc", "blind_auroc"):
+            assert f"{found[key]['mean']:.3f} [{found[key]['low']:.3f}, {found[key]['high']:.3f}]" in text
     assert "sharers, unmerged" in text
+    sentence = re.search(r"the published attack catches ([\d.]+)% of .*?, attack calibrated most, ([\d.]+)%", text)
+    assert sentence and float(sentence[1]) < float(sentence[2])
+
+
+def test_the_strongest_attack_stands_beside_the_published_one() -> None:
+    def attack(auroc: float) -> dict:
+        return {"auroc": {"mean": auroc}}
+
+    both = {"loss": attack(0.6), "zlib": attack(0.5), "rmia": attack(0.7)}
+    chosen = page.strongest({"prime": both, "oppu": {"loss": attack(0.9), "zlib": attack(0.8)}})
+    assert {who: list(by) for who, by in chosen.items()} == {"prime": ["loss", "rmia"], "oppu": ["loss"]}
 
 
 def test_ten_examples_evenly_spaced(written: Path) -> None:
@@ -180,7 +203,8 @@ def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Pa
     images = [attrs for tag, attrs in reader.tags if tag == "img"]
     stems = {path.stem for path in folder.iterdir()}
     assert {"scores-accuracy", "scores-f1", "paired-base", "paired-best_sharer", "search-prime", "weights-prime",
-            "leakage", "utility-leakage"} <= stems  # fmt: skip
+            "leakage-published", "leakage-controlled", "roc-published", "roc-user",
+            "utility-leakage"} <= stems  # fmt: skip
     assert len(images) == len(stems) and "search-best_sharer" not in stems
     assert all((folder / f"{stem}.png").read_bytes()[:4] == b"\x89PNG" for stem in stems)
     assert all(image["src"].startswith("data:image/svg+xml;base64,") and len(image["alt"]) > 40 for image in images)
@@ -225,6 +249,7 @@ def test_hostile_text_stays_text(written: Path) -> None:
     assert "alert(1)" not in re.sub(r"&lt;.*?&gt;", "", (written / TASK.name / "figures/weights-prime.svg").read_text())
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(written: Path, tmp_path: Path) -> None:
     root = tmp_path / TASK.name
     shutil.copytree(written / TASK.name, root, ignore=shutil.ignore_patterns("report.html", "figures", "summary.*"))
