@@ -20,7 +20,7 @@ import torch
 
 from prime.errors import InputError
 from prime.runs import write_bytes
-from prime.tensors import FLOATS, check_plain, kind_of, load_pickled
+from prime.tensors import FLOATS, check_hub_dir, check_plain, kind_of, load_pickled, shown_error
 
 MAX_TOKENS = 512
 ROWS = 4096  # of embeddings, checked at a time
@@ -44,12 +44,14 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     """Any Hugging Face encoder or causal LM without its head (`AutoModel`), in float32."""
     from transformers import AutoModel, AutoTokenizer, logging
 
+    if Path(name).is_dir():
+        check_hub_dir(Path(name))
     logging.set_verbosity_error()  # a causal LM's unused head is no news
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"--encoder {name}: no encoder could be loaded: {error}") from error
+    except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
+        raise InputError(f"--encoder {name}: no encoder could be loaded: {shown_error(error)}") from error
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     limit = min(MAX_TOKENS, tokenizer.model_max_length, positions)

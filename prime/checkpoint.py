@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -19,6 +18,7 @@ from prime.lora import Adapter
 from prime.meta import MetaCheckpoint, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.published import open_adapter
+from prime.tensors import check_hub_dir, shown_error
 from prime.workers import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -74,8 +74,8 @@ def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn
             path, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
         model, info = loaded
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be loaded as a causal language model: {error}") from None
+    except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
+        raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
@@ -109,6 +109,7 @@ def check_model_dir(path: str) -> None:
         raise InputError(
             f"{path}: no config.json there, and no params.json; a Hugging Face or a Meta model directory is expected"
         )
+    check_hub_dir(Path(path))
 
 
 def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
@@ -140,8 +141,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return load_meta_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{path}: cannot be loaded as a tokenizer: {error}") from None
+    except Exception as error:  # as for a model
+        raise InputError(f"{path}: cannot be loaded as a tokenizer: {shown_error(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
     return tokenizer

@@ -6,7 +6,9 @@ Everything is checked once, here; all problems of a file are told together, with
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +20,10 @@ from prime.errors import InputError
 from prime.tasks import Task, extract
 
 Path_ = str | os.PathLike[str]
+
+# Parsed, JSON takes five to twenty times its size in memory.
+DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
+JSON_BYTES = 256 << 20  # of any other JSON file
 
 
 @dataclass(frozen=True)
@@ -44,22 +50,22 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
     `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
     `need_golds`: each query must tell its gold answer (training).
     """
-    rows = read_json(path)
+    rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of users, found {_kind(rows)}")
+        raise InputError(f"{path}: expected a list of users, found {kind_of(rows)}")
     check = _Checker(str(path), task, need_queries, need_golds)
     users = [check.user(row, position) for position, row in enumerate(rows)]
     if check.problems:
         raise InputError.many(check.problems)
-    check.warn_unmarked()
+    check.warn()
     return [user for user in users if user is not None]
 
 
 def load_profiles(path: Path_) -> dict[str, str]:
     """`profile-id2text.json`: the textual profile of each user, by user id."""
-    rows = read_json(path)
+    rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, dict):
-        raise InputError(f"{path}: expected an object of user id to text, found {_kind(rows)}")
+        raise InputError(f"{path}: expected an object of user id to text, found {kind_of(rows)}")
     problems: list[str] = []
     texts = {key: _text(value, f"{path}: user {key}: the text", problems) for key, value in rows.items()}
     if problems:
@@ -69,7 +75,7 @@ def load_profiles(path: Path_) -> dict[str, str]:
 
 def load_labels(path: Path_) -> dict[str, str]:
     """`user_test_100_label.json`: the gold answer of each query, by query id."""
-    data = read_json(path)
+    data = read_json(path, DATA_BYTES)
     rows = data.get("golds") if isinstance(data, dict) else None
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected an object with a list under 'golds'")
@@ -78,7 +84,7 @@ def load_labels(path: Path_) -> dict[str, str]:
     for position, row in enumerate(rows):
         where = f"{path}: gold {position}"
         if not isinstance(row, dict):
-            problems.append(f"{where}: expected an object, found {_kind(row)}")
+            problems.append(f"{where}: expected an object, found {kind_of(row)}")
             continue
         key, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
         if key in golds and golds[key] != gold:
@@ -122,12 +128,13 @@ class _Checker:
         self.path, self.task, self.need_queries, self.need_golds = path, task, need_queries, need_golds
         self.problems: list[str] = []
         self.unmarked: list[str] = []  # queries without the task's marker
+        self.repeated: list[str] = []  # items whose id an earlier one of the same user has
         self.seen: dict[str, int] = {}
 
     def user(self, row: Any, position: int) -> User | None:
         nameless = f"{self.path}: user at position {position}"
         if not isinstance(row, dict):
-            self.problems.append(f"{nameless}: expected an object, found {_kind(row)}")
+            self.problems.append(f"{nameless}: expected an object, found {kind_of(row)}")
             return None
         user_id = self._user_id(row, position, nameless)
         where = f"{self.path}: user {user_id}" if user_id else nameless
@@ -136,12 +143,14 @@ class _Checker:
         profile = [self._item(item, f"{where}: item {i}") for i, item in enumerate(items)]
         parsed = [self._query(query, f"{where}: query {i}", user_id) for i, query in enumerate(queries)]
         self._check_unique([query.id for query in parsed if query], where)
+        times = Counter(item["id"] for item in profile if "id" in item)
+        self.repeated += [f"user {user_id} item id {key}" for key, count in times.items() if count > 1]
         return User(user_id, tuple(profile), tuple(query for query in parsed if query))
 
     def _user_id(self, row: dict[str, Any], position: int, where: str) -> str:
         value = row.get("user_id")
         if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-            kind = "is empty" if isinstance(value, str) else f"is {_kind(value)}"
+            kind = "is empty" if isinstance(value, str) else f"is {kind_of(value)}"
             told = kind if "user_id" in row else "is missing"
             self.problems.append(f"{where}: field 'user_id' {told}, expected an integer or a text")
             return ""
@@ -159,18 +168,18 @@ class _Checker:
         value = row[name]
         if isinstance(value, list):
             return value
-        self.problems.append(f"{where}: field '{name}' is {_kind(value)}, expected a list")
+        self.problems.append(f"{where}: field '{name}' is {kind_of(value)}, expected a list")
         return []
 
     def _item(self, item: Any, where: str) -> dict[str, str]:
         if not isinstance(item, dict):
-            self.problems.append(f"{where}: expected an object, found {_kind(item)}")
+            self.problems.append(f"{where}: expected an object, found {kind_of(item)}")
             return {}
         return {name: _field(item, name, where, self.problems) for name in self.task.fields}
 
     def _query(self, query: Any, where: str, user_id: str) -> Query | None:
         if not isinstance(query, dict):
-            self.problems.append(f"{where}: expected an object, found {_kind(query)}")
+            self.problems.append(f"{where}: expected an object, found {kind_of(query)}")
             return None
         before = len(self.problems)
         key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
@@ -192,22 +201,26 @@ class _Checker:
             if times > 1:
                 self.problems.append(f"{where}: query id {key} is used more than once")
 
-    def warn_unmarked(self) -> None:
-        """Real files hold such queries: they are used whole, and told once per file."""
-        if not self.unmarked:
-            return
-        named = ", ".join(self.unmarked[:5]) + (", ..." if len(self.unmarked) > 5 else "")
-        warnings.warn(
-            f"{self.path}: {len(self.unmarked)} queries do not hold '{self.task.marker.strip()}', "
-            f"their whole input is taken as the text: {named}",
-            stacklevel=3,
-        )
+    def warn(self) -> None:
+        """Real files hold such things: they are used as they are, and told once per file."""
+        marker = (self.task.marker or "").strip()
+        self._warn(self.unmarked, f"queries do not hold '{marker}', their whole input is taken as the text")
+        self._warn(self.repeated, "item ids are used more than once in a history, all of those items are used")
+
+    def _warn(self, found: list[str], what: str) -> None:
+        if found:
+            named = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            warnings.warn(f"{self.path}: {len(found)} {what}: {named}", stacklevel=4)
 
 
-def read_json(path: Path_) -> Any:
-    """The content of a JSON file; whatever is wrong with it is an InputError that names the file."""
+def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
+    """The content of a JSON file; whatever is wrong with it is an InputError that names the file.
+
+    Wrong are, beside broken JSON, a file of more than `limit` bytes, NaN and infinity (no JSON), and an object that
+    holds a key twice (the second would silently win).
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        return json.loads(_text_of(Path(path), limit), parse_constant=_no_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
@@ -215,10 +228,47 @@ def read_json(path: Path_) -> Any:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, a key given twice, NaN
         raise InputError(f"{path}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _text_of(path: Path, limit: int) -> str:
+    """The text of a regular file of at most `limit` bytes; a pipe or device could be read for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a regular file")
+    if found.st_size > limit:
+        raise ValueError(f"{found.st_size:,} bytes, above the limit of {limit:,} for such a file")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"not JSON: {name}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"an object holds the key {twice[:80]!r} more than once")
+    return found
+
+
+def _text(value: Any, what: str, problems: list[str]) -> str:
+    """A text or number as text; the empty text is fine, real files hold it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        problems.append(f"{what} is {kind_of(value)}, expected a text or a number")
+        return ""
+    text = str(value)
+    if isinstance(value, float) and not math.isfinite(value):  # 1e999
+        problems.append(f"{what} is beyond the largest number")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # no tokenizer takes it, no file can hold it
+        problems.append(f"{what} is not valid Unicode (half of a surrogate pair)")
+    return text
 
 
 def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> str:
@@ -228,24 +278,11 @@ def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> s
     return _text(row[name], f"{where}: field '{name}'", problems)
 
 
-def _text(value: Any, what: str, problems: list[str]) -> str:
-    """A text or number as text; the empty text is fine, real files hold it."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        problems.append(f"{what} is {_kind(value)}, expected a text or a number")
-        return ""
-    text = str(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # no tokenizer takes it, no file can hold it
-        problems.append(f"{what} is not valid Unicode (half of a surrogate pair)")
-    return text
-
-
 def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """A value's JSON type, for messages."""
     return _KINDS.get(type(value), "null")
 

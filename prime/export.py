@@ -12,6 +12,7 @@ from typing import Any
 
 from prime import cli
 from prime.data import User, read_json
+from prime.forms import read_form
 from prime.lora import Adapter, concatenate, load_adapter, save_adapter, write_card
 from prime.published import open_adapter
 from prime.runs import Run, library_versions
@@ -60,7 +61,7 @@ def _export_user(args: argparse.Namespace, run: Run, user_id: str, task: Adapter
 def add_attacks(exp_dir: Path, by_user: Mapping[str, Mapping[str, Any]]) -> None:
     """Write each user's attack result (AUROC of every attack, and on the base) into the user's cards."""
     for path in sorted(exp_dir.glob("users/*/*/card.json")):
-        card = read_json(path)
+        card = read_form(path, {})
         attack = by_user.get(card.get("user_id"))
         if attack is not None and card.get("attack") != attack:
             write_card(path.parent, card | {"attack": attack})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prime.data import read_json
 from prime.errors import InputError
+from prime.forms import read_form
 from prime.runs import write_bytes, write_json, write_text
 from prime.tensors import finite_problem, read_safetensors, shown
 
@@ -170,7 +171,8 @@ def load_adapter(path: Path | str) -> Adapter:
     problems += factor_problems(factors, scale)
     if problems:
         raise InputError.many([f"{file}: {problem}" for problem in problems])
-    return Adapter(factors, scale, _read_card(folder / "card.json"))
+    card = folder / "card.json"
+    return Adapter(factors, scale, read_form(card, {}) if card.exists() else {})
 
 
 def named_halves(
@@ -237,13 +239,6 @@ def _read_config(path: Path) -> tuple[int, float]:
         raise InputError.many(problems)
     rank = config["r"]
     return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def _read_card(path: Path) -> dict:
-    card = read_json(path) if path.exists() else {}
-    if not isinstance(card, dict):
-        raise InputError(f"{path}: expected an object")
-    return card
 
 
 def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Mapping | None = None) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from prime import figures, leakage, membership, metrics, plots, report
 from prime.errors import InputError
+from prime.forms import MIA_SUMMARY, read_form
 from prime.report import Cell, Predictions
 from prime.runs import read_json, read_results, read_settings, write_text
 from prime.tasks import Task, extract
@@ -137,9 +138,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number}: not JSON ({error.msg})") from error
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number}: not an object")
+        found.append(row)
     return found
 
 
@@ -176,7 +180,8 @@ def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """mia_summary.json of every attacked method."""
     found = {}
     for method, folder in sorted(sources.items(), key=lambda one: Cell(one[0], 0, False).order()):
-        if (path := folder / "mia_summary.json").is_file() and (summary := read_json(path))["method"] == method:
+        path = folder / "mia_summary.json"
+        if path.is_file() and (summary := read_form(path, MIA_SUMMARY))["method"] == method:
             found[method] = summary
     return found
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from prime import membership, metrics
 from prime.errors import InputError
-from prime.runs import read_json, read_results, read_settings, user_dirname, write_json, write_text
+from prime.forms import MIA_SUMMARY, read_form
+from prime.runs import read_results, read_settings, user_dirname, write_json, write_text
 from prime.tables import markdown
 from prime.tasks import Task
 
@@ -174,10 +175,10 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         path = source[method] / "mia_summary.json"
         if not path.is_file():
             continue
-        summary = read_json(path)
-        if summary["method"] != method:
+        summary = read_form(path, MIA_SUMMARY)
+        attack = summary["attacks"].get(membership.PUBLISHED_ATTACK)
+        if summary["method"] != method or attack is None:
             continue
-        attack = summary["attacks"][membership.PUBLISHED_ATTACK]
         found[method] = {"auroc": attack["auroc"], "blind_auroc": attack["blind_auroc"]}
         for row in BLIND_ROWS:
             found.setdefault(row, {"auroc": attack["blind_auroc"]})

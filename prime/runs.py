@@ -24,6 +24,7 @@ from typing import Any
 
 from prime.data import read_json
 from prime.errors import InputError
+from prime.forms import RESULT, SETTINGS, read_form
 from prime.locks import claim, grab, remove_abandoned, turn
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
@@ -38,7 +39,7 @@ def user_dirname(user_id: str) -> str:
     """
     if PLAIN_ID.fullmatch(user_id):
         return f"user_{user_id}"
-    digest = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    digest = hashlib.sha256(user_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]  # 16 could be made to meet
     readable = re.sub(r"[^a-z0-9]+", "-", user_id.lower())[:32].strip("-")
     return f"user.{readable}.{digest}"
 
@@ -272,14 +273,28 @@ class Run:
 
 
 def read_result(path: Path) -> dict:
-    """A user's result with its `seconds`, where they are known."""
+    """A user's result with its `seconds`, where they are known.
+
+    Raises:
+        InputError: no result of a stage, or another user's than the folder is named after.
+    """
+    result = read_form(path, RESULT)
+    if user_dirname(result["user_id"]) != path.parent.name:
+        raise InputError(f"{path}: the result of user {result['user_id']}, in another user's folder")
     seconds = path.with_name("seconds.json")
-    return read_json(path) | ({"seconds": read_json(seconds)} if seconds.exists() else {})
+    return result | ({"seconds": read_form(seconds, RESULT["seconds?"])} if seconds.exists() else {})
 
 
 def read_results(root: Path | str) -> list[dict]:
-    """Results of all finished users of a run directory, in the order of the users' index."""
-    results = [read_result(path) for path in sorted(Path(root).glob("users/*/result.json"))]
+    """Results of all finished users of a run directory, in the order of the users' index; all problems at once."""
+    results, problems = [], []
+    for path in sorted(Path(root).glob("users/*/result.json")):
+        try:
+            results.append(read_result(path))
+        except InputError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise InputError.many(problems)
     return sorted(results, key=lambda result: result["index"])
 
 
@@ -288,7 +303,4 @@ def read_settings(root: Path | str) -> dict:
     path = Path(root) / "settings.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; {root} is not the output directory of a stage")
-    found = read_json(path)
-    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict) or "stage" not in found:
-        raise InputError(f"{path}: not the settings of a run (stage, method, settings)")
-    return found
+    return read_form(path, SETTINGS)

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prime.data import read_json
 from prime.errors import InputError
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -62,6 +63,29 @@ def check_pickled(path: Path) -> None:
     claimed, size = sum(part.file_size for part in parts), path.stat().st_size
     if claimed > size:
         raise InputError(f"{path}: claims {claimed:,} bytes inside a file of {size:,}")
+
+
+def check_hub_dir(folder: Path) -> None:
+    """InputError for a model directory that would have transformers read something else than its own files.
+
+    An adapter_config.json in it names another model to load instead; an index names files by path; a `.bin` is a
+    pickle in an archive. (Code beside the weights is never run: `trust_remote_code` is off everywhere.)
+    """
+    problems = []
+    if (folder / "adapter_config.json").is_file():
+        problems.append(f"{folder}: adapter_config.json is there; this is an adapter, not a model")
+    for index in sorted(folder.glob("*.index.json")):
+        found = read_json(index)
+        names = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            problems.append(f"{index}: no weight_map of tensors to files")
+            continue
+        outside = sorted({name for name in names.values() if Path(name).name != name})
+        problems += [f"{index}: {shown(repr(name))} is no file of this folder" for name in outside]
+    if problems:
+        raise InputError.many(problems)
+    for file in sorted(folder.glob("*.bin")):
+        check_pickled(file)
 
 
 def check_file(path: Path) -> None:
@@ -122,6 +146,11 @@ def finite_problem(tensor: Tensor) -> str:
 
 def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def shown_error(error: BaseException) -> str:
+    """An error of a library in a few lines; one without a text by its type."""
+    return "\n".join(str(error).strip().splitlines()[:4]) or type(error).__name__
 
 
 def kind_of(value: Any) -> str:

@@ -156,7 +156,7 @@ def test_not_a_file_of_users(write, text: str, told: str) -> None:
 
 def test_unreadable_files(tmp_path) -> None:
     assert problems(tmp_path / "none.json") == ["No such file or directory"]
-    assert problems(tmp_path) == ["Is a directory"]
+    assert problems(tmp_path) == ["not a regular file"]
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     assert problems(tmp_path / "latin.json") == ["not UTF-8 text (byte 2)"]
 

@@ -114,10 +114,13 @@ def test_the_named_stage_wins_over_another_with_the_same_method(output):
     assert row(summary_of(output, "task-base_LLM")["rows"], "prime")["accuracy"]["mean"] == pytest.approx(16 / 24)
 
 
+SUMMARY = {"sharers": {"users": 0, "attacks": {}}}  # of mia_summary.json
+
+
 def test_auroc_of_the_published_attack_and_its_blind_baseline(output):
     assert all(r["auroc"] is None for r in summary_of(output)["rows"])
     values = {name: {"mean": m, "low": m - 0.1, "high": m + 0.1} for name, m in (("auroc", 0.7), ("blind_auroc", 0.6))}
-    content = {"method": "prime", "attacks": {"loss": values, "calibrated": {}}}
+    content = SUMMARY | {"method": "prime", "attacks": {"loss": values, "calibrated": values}}
     (output / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
     summary = summary_of(output)
     assert row(summary["rows"], "prime")["auroc"] == values["auroc"]
@@ -139,7 +142,8 @@ def test_every_method_has_its_row_attack_and_pair(output):
     values = {name: {"mean": m, "low": m, "high": m} for name, m in (("auroc", 0.7), ("blind_auroc", 0.6))}
     for right, (method, folder) in enumerate(METHOD_FOLDERS.items()):
         write_stage(output / folder, "stage", method, lambda u, m=method, r=right: {m: {"k0": answers(u, r)}})
-        content = {"method": method, "attacks": {"loss": values | {"auroc": {"mean": right / 10}}}}
+        auroc = {"mean": right / 10, "low": 0.0, "high": 1.0}
+        content = SUMMARY | {"method": method, "attacks": {"loss": values | {"auroc": auroc}}}
         (output / folder / "mia_summary.json").write_text(json.dumps(content))
     summary = summary_of(output)
     at_k0 = [r["method"] for r in summary["rows"] if r["k"] == 0]
