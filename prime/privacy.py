@@ -41,6 +41,7 @@ from prime.errors import InputError
 UNIT = "history item, added or removed"
 KEY_FILE = "noise.key"
 KEY_BYTES = 32
+PRV_LIMIT = 200  # the memory of Opacus' prv accountant grows with epsilon: gigabytes at 10^4
 
 T = TypeVar("T")
 Spent = tuple[float, float, int]  # what an accountant counts: sigma, sampling rate, steps
@@ -173,7 +174,13 @@ def terms_of(args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]
 
 
 def spent_epsilon(history: Sequence[Spent], delta: float, accountant: str) -> float:
-    """Epsilon at delta of all these trainings together, by Opacus' `rdp` or `prv` accountant."""
+    """Epsilon at delta of all these trainings together, by Opacus' `rdp` or `prv` accountant.
+
+    Raises:
+        InputError: a budget beyond what `prv` counts.
+    """
+    if accountant == "prv":
+        _check_countable(spent_epsilon(history, delta, "rdp"))
     with _opacus() as accountants:
         found = accountants.create_accountant(mechanism=accountant)
         found.history = list(history)
@@ -186,11 +193,20 @@ def sigma_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
 
     Raises:
         ValueError: no noise does, by this accountant.
+        InputError: a budget beyond what `prv` counts.
     """
+    if accountant == "prv":
+        _check_countable(epsilon)
     with _opacus() as accountants:
         return accountants.utils.get_noise_multiplier(
             target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
         )
+
+
+def _check_countable(epsilon: float) -> None:
+    if epsilon > PRV_LIMIT:
+        told = f"--accountant prv counts budgets up to epsilon {PRV_LIMIT}, this one is about {epsilon:.0f}"
+        raise InputError(f"{told}; take --accountant rdp")
 
 
 @contextmanager

@@ -352,6 +352,13 @@ def test_impossible_terms_name_the_learner(tmp_path: Path) -> None:
         terms(tmp_path, epsilon=0.01, sigma=None).mechanism("anchor 7", 1, records(20, 1), 6, 3)
 
 
+def test_a_budget_that_would_not_fit_into_memory_is_refused() -> None:
+    assert spent_epsilon([(0.01, 1.0, 20)], 1e-5, "rdp") > 1e5
+    for count in (lambda: spent_epsilon([(0.01, 1.0, 20)], 1e-5, "prv"), lambda: sigma_for(1e4, 1e-5, 1.0, 20, "prv")):
+        with pytest.raises(InputError, match="--accountant prv counts budgets up to epsilon 200"):
+            count()
+
+
 def options(**changes: object) -> Namespace:
     given = {
         "enable_dp": True, "epsilon": None, "sigma": None, "delta": 1e-5, "max_per_sample_grad_norm": 1.0,

@@ -1,0 +1,116 @@
+"""Training settings for adapters under differential privacy, chosen on held-out thirds of anchors' own histories.
+
+Reads   the embedded demo; stages 1 and 2 of the task and seed are run first, by reproduce.sh
+Writes  <output_dir>/seed<seed>/<task>/dp_tuning.json   scores of every setting measured so far
+        prints one table, and the same as one JSON line
+Takes   about 20 seconds per setting on one core; resumes by setting
+
+Every third item of an anchor is held out; neither a merge nor a test user is looked at. The choice itself costs privacy
+that no epsilon here counts (docs/privacy.md). The noise's key is the file `noise.key` beside the result.
+
+    python benchmarks/dp_tuning.py --epsilons 1,8 --settings "1:3e-3:20,1:1e-2:20,8:3e-3:20"
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import train_anchor_peft as stage  # noqa: E402
+from benchmarks import demo_runs  # noqa: E402
+from prime import cli  # noqa: E402
+from prime.data import User  # noqa: E402
+from prime.decode import score  # noqa: E402
+from prime.engine import Engine, load_engine  # noqa: E402
+from prime.privacy import terms_of  # noqa: E402
+from prime.prompts import history_records  # noqa: E402
+from prime.runs import read_json, write_json  # noqa: E402
+from prime.sharers import anchor_users  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--task", default="movie_tagging", help="task of the demo")
+    parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
+    parser.add_argument("--epsilons", default="8", help="budgets, with commas; 0 = plain training, for comparison")
+    parser.add_argument("--settings", default="1:1e-2:20", help="rank:lr:epochs of each setting, with commas")
+    parser.add_argument("--batch_size", type=cli.positive, default=50, help="items of a step in expectation")
+    parser.add_argument("--max_norm", type=cli.above_zero, default=0.5, help="norm of an item's gradient at most")
+    parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results of stages 1 and 2")
+    return parser
+
+
+def stage_args(args: argparse.Namespace, folder: Path, epsilon: float, setting: str) -> argparse.Namespace:
+    """Options of stage 3."""
+    rank, lr, epochs = setting.split(":")
+    words = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
+    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--train_gen_len", "48"]
+    words += ["--lora_r", rank, "--lora_alpha", rank, "--lr", lr, "--epochs", epochs]
+    if epsilon:
+        words += ["--batch_size", str(args.batch_size), "--max_per_sample_grad_norm", str(args.max_norm)]
+        words += ["--enable_dp", "--epsilon", str(epsilon), "--noise_key", str(folder / "noise.key")]
+    return stage.build_parser().parse_args(words)
+
+
+def split(user: User) -> tuple[User, User]:
+    """The user with two thirds of the history, and with every third item."""
+    kept = [item for place, item in enumerate(user.profile) if place % 3 != 2]
+    return replace(user, profile=tuple(kept)), replace(user, profile=tuple(user.profile[2::3]))
+
+
+def measure(own: argparse.Namespace, texts: cli.Texts, engine: Engine, users: Sequence[User], folder: Path) -> dict:
+    """Mean token loss and accuracy on held-out items, means over anchors, by the base and by their adapters."""
+    terms = terms_of(own, folder, cli.settings_of(own))
+    anchors = [stage.Anchor(split(user)[0], own, texts, engine, terms) for user in users]
+    stage.train_group(own, engine, anchors)
+    for anchor, user in zip(anchors, users, strict=True):
+        anchor.records = history_records(split(user)[1], texts.task, texts.templates, None, own.recent_k, quoting=False)
+    with torch.inference_mode():
+        reports = stage.history_scores(own, texts, engine, anchors)
+    found = {"loss": held_out_loss(engine, anchors, range(len(anchors)))}
+    found["base_loss"] = held_out_loss(engine, anchors, [-1] * len(anchors))
+    for when in ("before", "after"):
+        found[when] = {name: fmean(report[when][name] for report in reports) for name in reports[0][when]}
+    return found
+
+
+def held_out_loss(engine: Engine, anchors: Sequence[stage.Anchor], places: Sequence[int]) -> float:
+    """Mean over all records of the mean over a record's target tokens; places[i] is anchor i's adapter in the bank."""
+    encoded = [[engine.encoder.record(r.id, r.input, r.target) for r in anchor.records] for anchor in anchors]
+    flat = [record for own in encoded for record in own]
+    pairs = [(place, index) for index, place in enumerate(p for p, own in zip(places, encoded, strict=True) for _ in own)]
+    scored = score(engine.bank, flat, pairs, engine.max_batch_tokens)
+    return fmean(-float(scored[pair].mean()) for pair in pairs)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="history_anchor")
+    path = folder / "dp_tuning.json"
+    known = read_json(path) if path.exists() else {}
+    engine = None
+    for epsilon in map(float, args.epsilons.split(",")):
+        for setting in args.settings.split(","):
+            name = f"epsilon {epsilon:g}, batch {args.batch_size}, clip {args.max_norm:g}, rank:lr:epochs {setting}"
+            if name not in known:
+                own = stage_args(args, folder, epsilon, setting)
+                texts = cli.load_texts(own)
+                engine = engine or load_engine(own, task_adapter=own.lora_ckpt)
+                users = anchor_users(own, cli.load_candidates(own, texts.task))
+                known[name] = measure(own, texts, engine, users, folder)
+                write_json(path, known)
+            print(f"{name}: loss {known[name]['base_loss']:.3f} -> {known[name]['loss']:.3f}, {known[name]['before']} -> {known[name]['after']}", flush=True)
+    print(json.dumps(known))
+
+
+if __name__ == "__main__":
+    cli.run(main)
