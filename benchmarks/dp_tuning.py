@@ -87,9 +87,15 @@ def held_out_loss(engine: Engine, anchors: Sequence[stage.Anchor], places: Seque
     """Mean over all records of the mean over a record's target tokens; places[i] is anchor i's adapter in the bank."""
     encoded = [[engine.encoder.record(r.id, r.input, r.target) for r in anchor.records] for anchor in anchors]
     flat = [record for own in encoded for record in own]
-    pairs = [(place, index) for index, place in enumerate(p for p, own in zip(places, encoded, strict=True) for _ in own)]
+    owner = [place for place, own in zip(places, encoded, strict=True) for _ in own]
+    pairs = list(zip(owner, range(len(flat)), strict=True))
     scored = score(engine.bank, flat, pairs, engine.max_batch_tokens)
     return fmean(-float(scored[pair].mean()) for pair in pairs)
+
+
+def line(name: str, found: dict) -> str:
+    metrics = [f"{m} {value:.3f} -> {found['after'][m]:.3f}" for m, value in found["before"].items()]
+    return f"{name}: loss {found['base_loss']:.3f} -> {found['loss']:.3f}, {', '.join(metrics)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -108,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
                 users = anchor_users(own, cli.load_candidates(own, texts.task))
                 known[name] = measure(own, texts, engine, users, folder)
                 write_json(path, known)
-            print(f"{name}: loss {known[name]['base_loss']:.3f} -> {known[name]['loss']:.3f}, {known[name]['before']} -> {known[name]['after']}", flush=True)
+            print(line(name, known[name]), flush=True)
     print(json.dumps(known))
 
 

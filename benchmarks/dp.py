@@ -1,0 +1,168 @@
+"""Sharers' adapters under differential privacy: what merges of them are worth, and what attacks find in them.
+
+Reads   the embedded demo; stages 1 and 2 of the task and seed are run first, by reproduce.sh
+Writes  <output_dir>/seed<seed>/<task>/dp/<arm>/   stages 3, 4 and 5 of every arm
+        <output_dir>/seed<seed>/<task>/dp/frontier.png, .svg
+        prints one table over the arms, and the same as one JSON line
+Takes   2 to 4 minutes per arm on one core; resumes by stage and user
+
+Arms: `plain`, reproduce.sh's training, two records per item; `clipped`, the private training with next to no noise
+(epsilon infinity), one record per item; and the private training at each epsilon. All hold a fifth of the items out, so
+that the controlled attack has non-members. The settings of the private arms were chosen on anchors' held-out items
+(benchmarks/dp_tuning.py), never on merges or test users.
+
+    python benchmarks/dp.py --epsilons 8,4,1 --users 12
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora_composition_evo  # noqa: E402
+import mia  # noqa: E402
+import train_anchor_peft  # noqa: E402
+from benchmarks import demo_runs  # noqa: E402
+from prime import cli, plots  # noqa: E402
+from prime.data import load_labels  # noqa: E402
+from prime.metrics import METRICS  # noqa: E402
+from prime.report import predictions_of, scores, setting_of, stack, user_stats  # noqa: E402
+from prime.runs import read_json, read_results  # noqa: E402
+from prime.tasks import Task, get_task  # noqa: E402
+
+PLAIN = ["--lr", "1e-2", "--epochs", "5"]  # as reproduce.sh trains anchors
+NO_NOISE = 0.01  # a noise multiplier whose noise is lost in the gradients
+ATTACK = "calibrated"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--task", default="movie_tagging", help="task of the demo")
+    parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
+    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 4, 1), help="budgets, with commas")
+    parser.add_argument("--users", type=cli.positive, default=12, help="test users, the first ones")
+    parser.add_argument("--lora_r", type=cli.positive, default=1, help="rank of the private adapters")
+    parser.add_argument("--lr", default="3e-2", help="learning rate of the private training")
+    parser.add_argument("--epochs", type=cli.positive, default=10, help="its steps: each takes all items")
+    parser.add_argument("--max_norm", default="0.5", help="clip norm of an item's gradient")
+    parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results")
+    return parser
+
+
+def arms(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Training options of every arm."""
+    private = ["--enable_dp", "--batch_size", "50", "--max_per_sample_grad_norm", args.max_norm, "--lr", args.lr]
+    private += ["--epochs", str(args.epochs), "--lora_r", str(args.lora_r), "--lora_alpha", str(args.lora_r)]
+    found = {"plain": PLAIN, "clipped": [*private, "--sigma", str(NO_NOISE)]}
+    return found | {f"epsilon{epsilon}": [*private, "--epsilon", str(epsilon)] for epsilon in args.epsilons}
+
+
+def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str]) -> Path:
+    """Stages 3 to 5 of one arm; its folder."""
+    here = folder / "dp" / arm
+    lora, merged = str(here / "LoRA"), str(here / "LoRA-Composition-evo")
+    model = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
+    model += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    selection = ["--anchor_selection_dir", str(folder / "anchor_selection")]
+    train_anchor_peft.main(
+        [*model, *selection, *training, "--holdout", "0.2", "--train_gen_len", "48", "--output_dir", lora]
+    )
+    search = ["--n_sim", "3", "--opt_type", "cma", "--opt_budget", "10", "--sim_penalty", "0.1", "--k_list", ""]
+    lengths = ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}"]
+    lora_composition_evo.main(
+        [*model, *selection, "--anchor_dir", lora, *search, *lengths, "--output_dir", merged]
+    )
+    mia.main([*model, "--anchor_dir", lora, "--n_sim", "3", "--max_records", "40", "--exp_dir", merged])
+    return here
+
+
+def utility(task: Task, golds: dict[str, str], folder: Path, users: list[str] | None = None) -> dict[str, dict]:
+    """By method at k = 0, the first metric with its interval over users."""
+    found = {}
+    for cell, by_user in predictions_of(read_results(folder)).items():
+        if setting_of(cell) == "k0":
+            stats = user_stats(task, by_user, golds)
+            chosen = [user for user in stats if users is None or user in users]
+            found[cell.method] = scores(task, stack(stats, chosen))[task.metrics[0]]
+    return found
+
+
+def told(args: argparse.Namespace, task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
+    """Everything the table shows of one arm."""
+    merged = here / "LoRA-Composition-evo"
+    summary = read_json(merged / "mia_summary.json")
+    anchors = read_results(here / "LoRA")
+    spent = [anchor["privacy"]["epsilon"] for anchor in anchors if "privacy" in anchor]
+    sigmas = [anchor["privacy"]["sigma"] for anchor in anchors if "privacy" in anchor]
+    parts = {"merged": summary["sets"], "sharers": summary["sharers"]["sets"]}
+    attacked = {
+        f"{whose} {name}": sets[name]["attacks"][ATTACK]["auroc"]
+        for whose, sets in parts.items()
+        for name in ("published", "controlled")
+    }
+    own = {when: fmean(a["history"][when][task.history_metrics[0]] for a in anchors) for when in ("before", "after")}
+    about = {"epsilon": max(spent, default=None), "sigma": fmean(sigmas) if sigmas else None, "own_history": own}
+    return about | {"utility": utility(task, golds, merged), "auroc": attacked}
+
+
+def table(task: Task, base: dict, rows: dict[str, dict[str, Any]]) -> str:
+    def cell(found: dict[str, float]) -> str:
+        return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+    methods, attacks = ("prime", "best_sharer", "uniform"), list(next(iter(rows.values()))["auroc"])
+    names = [f"{task.metrics[0]}, {method}" for method in methods] + [f"AUROC, {name}" for name in attacks]
+    lines = ["| arm | sigma | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines.append(f"| task_lora | - | {cell(base)} |" + " - |" * (len(names) - 1))
+    for arm, row in rows.items():
+        sigma = "-" if row["sigma"] is None else f"{row['sigma']:.2f}"
+        cells = [cell(row["utility"][method]) for method in methods] + [cell(row["auroc"][name]) for name in attacks]
+        lines.append(f"| {arm} | {sigma} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(task: Task, base: dict, rows: dict[str, dict[str, Any]], stem: Path) -> None:
+    """Utility of the merged adapters against the controlled and the published AUROC."""
+    made, axes = plots.figure()
+    for place, name in enumerate(("merged controlled", "merged published")):
+        points = [(row["auroc"][name], row["utility"]["prime"]) for row in rows.values()]
+        x = [auroc["mean"] for auroc, _ in points]
+        y = [value["mean"] for _, value in points]
+        spans = [
+            [[one["mean"] - one["low"] for one in side], [one["high"] - one["mean"] for one in side]]
+            for side in zip(*points, strict=True)
+        ]
+        axes.errorbar(
+            x, y, xerr=spans[0], yerr=spans[1], color=plots.COLOURS[4 + place], marker=plots.MARKERS[place],
+            linestyle=plots.LINES[place], linewidth=1, elinewidth=0.4, label=name,
+        )  # fmt: skip
+        for arm, left, up in zip(rows, x, y, strict=True):
+            axes.annotate(arm, (left, up), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    axes.axhline(base["mean"], color=plots.COLOURS[7], linestyle=":", label="task_lora, no sharer")
+    axes.axvline(0.5, color=plots.COLOURS[7], linewidth=0.5)
+    better = "higher" if METRICS[task.metrics[0]].higher_is_better else "lower"
+    axes.set(xlabel=f"AUROC, {ATTACK} attack", ylabel=f"{task.metrics[0]} ({better} is better)")
+    axes.legend(frameon=False, fontsize=7)
+    plots.save(made, stem)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    task = get_task(args.task)
+    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="history_anchor")
+    golds = load_labels(ROOT / "data/demo" / args.task / "test_100" / "user_test_100_label.json")
+    rows = {arm: told(args, task, golds, run_arm(args, folder, arm, words)) for arm, words in arms(args).items()}
+    users = [result["user_id"] for result in read_results(folder / "dp" / "plain" / "LoRA-Composition-evo")]
+    base = utility(task, golds, folder / "task-base_LLM", users)["task_lora"]
+    plot(task, base, rows, folder / "dp" / "frontier")
+    print(f"{args.task}, seed {args.seed}, {len(users)} users, k = 0; {ATTACK} attack; 95 % intervals over users")
+    print(table(task, base, rows))
+    print(json.dumps({"task_lora": base, **rows}))
+
+
+if __name__ == "__main__":
+    cli.run(main)
