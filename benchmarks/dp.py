@@ -44,12 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
-    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 4, 1), help="budgets, with commas")
+    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 1, 4), help="budgets, with commas")
     parser.add_argument("--users", type=cli.positive, default=12, help="test users, the first ones")
     parser.add_argument("--lora_r", type=cli.positive, default=1, help="rank of the private adapters")
-    parser.add_argument("--lr", default="3e-2", help="learning rate of the private training")
+    parser.add_argument("--lr", default="1e-2", help="learning rate of the private training")
     parser.add_argument("--epochs", type=cli.positive, default=10, help="its steps: each takes all items")
-    parser.add_argument("--max_norm", default="0.5", help="clip norm of an item's gradient")
+    parser.add_argument("--max_norm", default="0.1", help="clip norm of an item's gradient")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results")
     return parser
 
@@ -58,13 +58,13 @@ def arms(args: argparse.Namespace) -> dict[str, list[str]]:
     """Training options of every arm."""
     private = ["--enable_dp", "--batch_size", "50", "--max_per_sample_grad_norm", args.max_norm, "--lr", args.lr]
     private += ["--epochs", str(args.epochs), "--lora_r", str(args.lora_r), "--lora_alpha", str(args.lora_r)]
-    found = {"plain": PLAIN, "clipped": [*private, "--sigma", str(NO_NOISE)]}
-    return found | {f"epsilon{epsilon}": [*private, "--epsilon", str(epsilon)] for epsilon in args.epsilons}
+    found = {"plain": PLAIN} | {f"epsilon {e}": [*private, "--epsilon", str(e)] for e in args.epsilons}
+    return found | {"clipped": [*private, "--sigma", str(NO_NOISE)]}
 
 
 def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str]) -> Path:
     """Stages 3 to 5 of one arm; its folder."""
-    here = folder / "dp" / arm
+    here = folder / "dp" / arm.replace(" ", "")
     lora, merged = str(here / "LoRA"), str(here / "LoRA-Composition-evo")
     model = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
     model += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
@@ -77,7 +77,9 @@ def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str
     lora_composition_evo.main(
         [*model, *selection, "--anchor_dir", lora, *search, *lengths, "--output_dir", merged]
     )
-    mia.main([*model, "--anchor_dir", lora, "--n_sim", "3", "--max_records", "40", "--exp_dir", merged])
+    mia.main(
+        [*model, "--anchor_dir", lora, "--n_sim", "3", "--max_records", "20", "--references", "0", "--exp_dir", merged]
+    )
     return here
 
 
@@ -92,7 +94,7 @@ def utility(task: Task, golds: dict[str, str], folder: Path, users: list[str] | 
     return found
 
 
-def told(args: argparse.Namespace, task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
+def told(task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
     """Everything the table shows of one arm."""
     merged = here / "LoRA-Composition-evo"
     summary = read_json(merged / "mia_summary.json")
@@ -155,7 +157,10 @@ def main(argv: list[str] | None = None) -> None:
     task = get_task(args.task)
     folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="history_anchor")
     golds = load_labels(ROOT / "data/demo" / args.task / "test_100" / "user_test_100_label.json")
-    rows = {arm: told(args, task, golds, run_arm(args, folder, arm, words)) for arm, words in arms(args).items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for arm, words in arms(args).items():
+        rows[arm] = told(task, golds, run_arm(args, folder, arm, words))
+        print(f"{arm}: {json.dumps(rows[arm])}", file=sys.stderr)
     users = [result["user_id"] for result in read_results(folder / "dp" / "plain" / "LoRA-Composition-evo")]
     base = utility(task, golds, folder / "task-base_LLM", users)["task_lora"]
     plot(task, base, rows, folder / "dp" / "frontier")
