@@ -2,12 +2,26 @@
 
 import json
 import math
+from pathlib import Path
 from statistics import median
 
 import pytest
 
-from benchmarks import draft_shares, measuring, membership, merge, shapes, sharer_search, time_to_quality, train_anchors
+import train_anchor_peft
+from benchmarks import (
+    dp,
+    dp_tuning,
+    draft_shares,
+    measuring,
+    membership,
+    merge,
+    shapes,
+    sharer_search,
+    time_to_quality,
+    train_anchors,
+)
 from benchmarks.shapes import Shares
+from prime.data import User
 from prime.tasks import get_task
 
 RATIOS = {  # name: (over, under)
@@ -128,3 +142,41 @@ def test_sharer_search(capsys: pytest.CaptureFixture) -> None:
     found = last_line(capsys)
     assert found["same_as_sorting_fp64"] == found["checked"] == 30
     assert found["search_over_product"] > 0 and found["peak_mb_of_the_process"] > found["embeddings_mb"] > 0
+
+
+def test_every_arm_of_the_privacy_benchmark_trains_under_its_own_options() -> None:
+    args = dp.build_parser().parse_args(["--epsilons", "8,1"])
+    model = ["--task_name", "movie_tagging", "--llama_model_path", "m", "--lora_ckpt", "t"]
+    parser = train_anchor_peft.build_parser()
+    parsed = {arm: parser.parse_args([*model, *words]) for arm, words in dp.arms(args).items()}
+    assert [(arm, own.enable_dp, own.epsilon) for arm, own in parsed.items()] == [
+        ("plain", False, None), ("epsilon 8", True, 8.0), ("epsilon 1", True, 1.0), ("clipped", True, None),
+    ]  # fmt: skip
+    assert parsed["clipped"].sigma == dp.NO_NOISE and parsed["plain"].lora_r == 8
+
+
+def test_the_privacy_benchmark_shows_every_arm_with_its_noise(tmp_path: Path) -> None:
+    def span(mean: float) -> dict[str, float]:
+        return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+    names = [f"{whose} {name}" for whose in ("merged", "sharers") for name in ("published", "controlled")]
+    rows = {
+        arm: {
+            "sigma": sigma, "utility": {name: span(0.5) for name in ("prime", "best_sharer", "uniform")},
+            "auroc": {name: span(0.6) for name in names},
+        }
+        for arm, sigma in (("plain", None), ("epsilon 8", 2.0))
+    }  # fmt: skip
+    task = get_task("movie_tagging")
+    lines = dp.table(task, span(0.4), rows).splitlines()
+    assert {line.count("|") for line in lines} == {10}
+    assert "| task_lora | - | 0.400 [0.300, 0.500] |" in lines[2] and lines[4].startswith("| epsilon 8 | 2.00 | 0.500")
+    dp.plot(task, span(0.4), rows, tmp_path / "frontier")
+    assert (tmp_path / "frontier.png").stat().st_size > 5000 and (tmp_path / "frontier.svg").is_file()
+
+
+def test_tuning_under_privacy_holds_out_every_third_item() -> None:
+    user = User("u", tuple({"id": str(place)} for place in range(8)), ())
+    kept, out = dp_tuning.split(user)
+    assert [item["id"] for item in kept.profile] == ["0", "1", "3", "4", "6", "7"]
+    assert [item["id"] for item in out.profile] == ["2", "5"]
