@@ -300,16 +300,29 @@ def trade(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
     return made, ends + ("." if own in (best, least) else f"; {told(own)} lies between.")
 
 
-def roc(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], attacked: str) -> Drawn:
-    """ROC curves on log scales, {attack: (false positive rates, true positive rates)}."""
+def roc(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    caught: Mapping[str, Mapping[str, Any]],
+    attacked: str,
+) -> Drawn:
+    """ROC curves on log scales.
+
+    Args:
+        curves: {attack: (false positive rates, true positive rates)}.
+        caught: {attack: {false positive rate: true positive rate with its interval, None with too few non-members}}.
+    """
     made = plots.roc({"": curves})
     made.set_size_inches(WIDTH, 3.8)
-    caught = {name: max(t for f, t in zip(*rates, strict=True) if f <= 0.01) for name, rates in curves.items()}
-    best = max(caught, key=lambda name: caught[name])
-    told = f"the published attack catches {caught[PUBLISHED_ATTACK]:.1%} of the members"
+    rate = "0.01" if all(of["0.01"] for of in caught.values()) else "0.1"
+    found = {attack: of[rate]["mean"] for attack, of in caught.items() if of[rate]}
+    if not found:
+        return made, f"{attacked}: there are too few non-members to tell a rate."
+    best = max(found, key=lambda name: found[name])
+    told = f"the published attack catches {found[PUBLISHED_ATTACK]:.1%} of the members"
     if best != PUBLISHED_ATTACK:
-        told += f", attack {best} most, {caught[best]:.1%}"
-    return made, f"{attacked}: where 1 % of non-members are called members, {told} (a guess: 1 %, the dotted line)."
+        told += f", attack {best} most, {found[best]:.1%}"
+    at = f"where {float(rate):.0%} of non-members are called members"
+    return made, f"{attacked}: {at}, {told} (a guess: {float(rate):.0%}, the dotted line)."
 
 
 # --- across tasks ----------------------------------------------------------------------------------

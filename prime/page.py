@@ -218,7 +218,7 @@ def leakage_parts(content: Content, folder: Path) -> list[dict[str, Any]]:
     return [
         {
             "name": name, "title": leakage.SET_TITLES[name],
-            "figures": [set_figure(name, attacked, folder), *roc_figures(content, name, folder)],
+            "figures": [set_figure(name, attacked, folder), *roc_figures(content, name, attacked, folder)],
             "short": leakage_table(strongest(attacked)), "table": leakage_table(attacked),
         }
         for name, attacked in sets.items()
@@ -283,19 +283,19 @@ def set_figure(name: str, attacked: Mapping[str, Mapping[str, Any]], folder: Pat
     return show(folder, f"leakage-{name}", f"The published attack, {name} set", figures.leakage(rows, attack))
 
 
-def roc_figures(content: Content, name: str, folder: Path) -> list[Shown]:
+def roc_figures(content: Content, name: str, attacked: Mapping[str, Any], folder: Path) -> list[Shown]:
     """ROC curves of all attacks on PriME in one set, or on the first attacked method where PriME is not."""
-    order = sorted(content.sources, key=lambda method: (method != OURS, Cell(method, 0, False).order()))
-    path = next((p for m in order if (p := content.sources[m] / "mia_roc.json").is_file()), None)
-    if path is None:
+    method = OURS if OURS in attacked else next(iter(attacked))
+    path = content.sources.get(method, content.root) / "mia_roc.json"
+    if not path.is_file():
         return []
-    found = read_json(path)
     curves = {
         curve["attack"]: (curve["fpr"], curve["tpr"])
-        for curve in found["curves"] if (curve["set"], curve["model"]) == (name, "deployed")
+        for curve in read_json(path)["curves"] if (curve["set"], curve["model"]) == (name, "deployed")
     }  # fmt: skip
-    title = f"ROC of all attacks on {found['method']}, {name} set"
-    return [show(folder, f"roc-{name}", title, figures.roc(curves, found["method"]))] if curves else []
+    caught = {attack: one["tpr_at_fpr"] for attack, one in attacked[method].items()}
+    drawn = figures.roc(curves, caught, method)
+    return [show(folder, f"roc-{name}", f"ROC of all attacks on {method}, {name} set", drawn)]
 
 
 def trade_figures(content: Content, folder: Path) -> list[Shown]:

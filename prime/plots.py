@@ -52,7 +52,8 @@ def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]
         panel.plot([lowest, 1], [lowest, 1], color="#999999", linestyle=":", linewidth=1)
         for label, (fpr, tpr) in curves.items():
             place = labels.index(label)
-            panel.plot(fpr, tpr, COLOURS[place % 7], linestyle=LINES[place % 4], linewidth=1.2, label=label)
+            marks: Any = {"marker": MARKERS[place % 8], "markersize": 3.5, "markevery": (0.02 * (place % 8), 0.16)}
+            panel.plot(fpr, tpr, COLOURS[place % 7], linestyle=LINES[place % 4], linewidth=1.2, label=label, **marks)
         panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1), title=title)
         panel.set_xlabel("false positive rate")
     axes[0][0].set_ylabel("true positive rate")
