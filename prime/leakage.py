@@ -14,9 +14,9 @@ from prime.tables import aligned
 
 PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
 SET_TITLES = {
-    "published": "published: sharers' records, other anchors'",
-    "controlled": "controlled: trained, held-out records",
-    "user": "user: sharers, other anchors",
+    "published": "published: records of sharers and of others",
+    "controlled": "controlled: trained and held-out records",
+    "user": "user: sharers and others",
 }
 RATES = {0.1: "10 %", 0.01: "1 %", 0.001: "0.1 %"}
 
@@ -95,39 +95,44 @@ def rounded(rates: np.ndarray) -> list[float]:
 
 
 def attack_table(summary: Mapping[str, Any]) -> str:
-    """A line per set, attacked adapters and attack; every figure beside its blind baseline."""
-    rates = [title for rate in RATES.values() for title in (f"TPR at {rate}", "blind")]
-    rows = [["set", "attacked", "attack", "AUROC", "blind", *rates]]
+    """A table per set and attacked adapters, a line per attack; every figure beside its blind baseline."""
     parts = {summary["method"]: summary["sets"], "sharers, unmerged": summary["sharers"]["sets"]}
-    for name in membership.SETS:
-        for attacked, sets in parts.items():
-            for attack, found in sets.get(name, {"attacks": {}})["attacks"].items():
-                rows.append([name, attacked, attack, *figures(found)])
-    return f"{aligned(rows)}\n{notes(summary)}"
-
-
-def figures(found: Mapping[str, Any]) -> list[str]:
-    """AUROC and true positive rates of an attack, each with its blind baseline behind it."""
-    cells = [cell_text(found["auroc"]), cell_text(found["blind_auroc"])]
-    for fpr in RATES:
-        own, blind = (found[key][str(fpr)] for key in ("tpr_at_fpr", "blind_tpr_at_fpr"))
-        cells += ["n/a", "n/a"] if own is None else [cell_text(own), cell_text(blind)]
-    return cells
-
-
-def notes(summary: Mapping[str, Any]) -> str:
-    """What the reader has to know beside the table."""
-    lines = [
-        f"{summary['users']} users ({summary['on_base']} deployed the base), {summary['sharers']['users']} sharers. "
-        "blind: the same attack on the task-adapted base, before any merge.",
-        "Brackets: 95 % intervals from resampling users. TPR at x %: members caught where x % of non-members are "
-        "called members; n/a: too few non-members to show that rate.",
+    tables = [
+        f"{SET_TITLES[name]} | attacked: {attacked} ({told(sets[name])})\n{aligned(set_rows(sets[name]))}"
+        for name in membership.SETS
+        for attacked, sets in parts.items()
+        if name in sets
     ]
-    lines += [f"{SET_TITLES[name]}: {told(found)}." for name, found in summary["sets"].items()]
-    if "controlled" not in summary["sets"]:
-        lines.append("controlled: none, nothing was held out (--holdout of the stage that trained the adapters).")
-    return "\n".join(lines)
+    return "\n\n".join([*tables, notes(summary)])
 
 
 def told(found: Mapping[str, Any]) -> str:
     return f"{found['members']} members, {found['non_members']} non-members of {found['users']} users"
+
+
+def set_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """Header and body of one set: AUROC and true positive rates of each attack, with its blind baseline behind them."""
+    rows = [["attack", "AUROC", "blind", *(f"TPR at {rate} / blind" for rate in RATES.values())]]
+    for attack, own in found["attacks"].items():
+        rates = [rate_text(own["tpr_at_fpr"][str(fpr)], own["blind_tpr_at_fpr"][str(fpr)]) for fpr in RATES]
+        rows.append([attack, cell_text(own["auroc"]), cell_text(own["blind_auroc"]), *rates])
+    return rows
+
+
+def rate_text(own: Mapping[str, float] | None, blind: Mapping[str, float] | None) -> str:
+    """A rate with its interval, and the blind one without."""
+    return "n/a" if own is None or blind is None else f"{cell_text(own)} / {blind['mean']:.3f}"
+
+
+def notes(summary: Mapping[str, Any]) -> str:
+    """What the reader has to know beside the tables."""
+    lines = [
+        f"{summary['users']} users ({summary['on_base']} deployed the base), {summary['sharers']['users']} sharers. "
+        "blind: the same attack on the task-adapted base, before any merge.",
+        "Brackets: 95 % intervals from resampling users. TPR at x %: members caught where x % of non-members are "
+        "called members;",
+        "n/a: too few non-members to show that rate.",
+    ]
+    if "controlled" not in summary["sets"]:
+        lines.append("controlled: none, nothing was held out (--holdout of the stage that trained the adapters).")
+    return "\n".join(lines)

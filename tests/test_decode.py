@@ -381,6 +381,25 @@ def test_scores_of_the_plain_base(banks: dict) -> None:
         assert torch.allclose(own.double(), naive_score(BASE, record), atol=1e-5)
 
 
+def test_moments_are_those_of_tokens_drawn_from_the_model(banks: dict) -> None:
+    """Against torch's own distributions; asked for or not, the scores are the same."""
+    moments: dict = {}
+    pairs = every_pair(CANDIDATES, len(RECORDS))
+    found = score(banks["delta"], RECORDS, pairs, moments=moments)
+    plain = score(banks["delta"], RECORDS, pairs)
+    assert all(torch.equal(found[pair], plain[pair]) for pair in pairs) and set(moments) == set(pairs)
+    for candidate in (0, 3):
+        model = oracle("delta", candidate)
+        for index, record in enumerate(RECORDS[:4]):
+            ids = torch.tensor([record.ids + record.target[:-1]])
+            logits = tiny.logits(model, ids)[0, len(record.ids) - 1 :].double()
+            next_token = torch.distributions.Categorical(logits=logits)
+            mean = -next_token.entropy()
+            variance = (next_token.probs * next_token.logits**2).sum(1) - mean**2
+            expected = torch.stack([mean, variance.sqrt()])
+            assert torch.allclose(moments[candidate, index].double(), expected, atol=1e-4)
+
+
 def test_scores_do_not_depend_on_the_company(banks: dict) -> None:
     together = scores(banks["delta"], RECORDS, CANDIDATES)
     for i in (0, 5):
