@@ -119,6 +119,13 @@ def set_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def figures(found: Mapping[str, Any]) -> list[str]:
+    """AUROC and true positive rates of an attack, each with its blind baseline and both intervals behind it."""
+    pairs = [(found["auroc"], found["blind_auroc"])]
+    pairs += [(found["tpr_at_fpr"][str(fpr)], found["blind_tpr_at_fpr"][str(fpr)]) for fpr in RATES]
+    return [cell for own, blind in pairs for cell in ("n/a" if one is None else cell_text(one) for one in (own, blind))]
+
+
 def rate_text(own: Mapping[str, float] | None, blind: Mapping[str, float] | None) -> str:
     """A rate with its interval, and the blind one without."""
     return "n/a" if own is None or blind is None else f"{cell_text(own)} / {blind['mean']:.3f}"
