@@ -5,12 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 import mia
 from prime import attacks, cli
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.holdout import Split, trained_records
+from prime.holdout import Split, records_of, trained_records
 from prime.runs import Run
 
 TASK_NAME, RECORDS = "movie_tagging", 7  # four trained items, and a second record for all but the first of them
@@ -116,7 +117,15 @@ def test_results_have_the_published_shape(world):
 
 def reference_losses(argv, adapter, anchor):
     """Summed losses of an anchor's records by PEFT, one record at a time."""
-    import torch
+    return [loss for loss, _ in losses_and_lengths(argv, adapter, anchor)]
+
+
+def reference_means(argv, adapter, anchor):
+    """Geometric mean of the token probabilities of all of an anchor's records, held-out ones too."""
+    return np.exp([-loss / length for loss, length in losses_and_lengths(argv, adapter, anchor, held_out=True)])
+
+
+def losses_and_lengths(argv, adapter, anchor, held_out=False):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -129,12 +138,13 @@ def reference_losses(argv, adapter, anchor):
     texts = cli.load_texts(args)
     user = next(u for u in cli.load_candidates(args, texts.task) if u.user_id == anchor)
     losses = []
-    for record in trained_records(texts, user, 50, HOLDOUT):
+    for record in (records_of if held_out else trained_records)(texts, user, 50, HOLDOUT):
         own = encoder.record(record.id, record.input, record.target)
         ids = torch.tensor([[*own.ids, *own.target]])
         labels = torch.tensor([[-100] * len(own.ids) + list(own.target)])
         with torch.no_grad():
-            losses.append(float(model(input_ids=ids, labels=labels).loss) * len(own.target))
+            loss = float(model(input_ids=ids, labels=labels).loss) * len(own.target)
+        losses.append((loss, len(own.target)))
     return losses
 
 
@@ -207,3 +217,73 @@ def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tm
         attacks.check_members([subject], ["a", "b", "d"])
 
 
+
+
+def write_random_adapters(folder, anchor_dir):
+    """Test users with adapters that nobody trained, as large as the sharers'; two sharers each."""
+    from prime.lora import Adapter, load_adapter, save_adapter
+
+    stream = torch.Generator().manual_seed(0)
+    like = load_adapter(anchor_dir / "users" / "user_10" / "adapter")
+    run = Run(folder, "lora_composition_evo", "prime", {"task_name": TASK_NAME})
+    names = ["10", "11", "12", "13"]
+    for index in range(8):
+        user_id, chosen = f"r{index}", [names[index % 4], names[(index + 1) % 4]]
+        noise = {
+            module: tuple(torch.randn(part.shape, generator=stream) * part.std() for part in pair)
+            for module, pair in like.factors.items()
+        }
+        save_adapter(Adapter(noise), run.user_dir(user_id) / "adapter", "tiny")
+        own = {"user_id": user_id, "index": index, "deployed": "merge", "sharers": chosen, "weights": [0.5, 0.5]}
+        run.finish(user_id, own)
+
+
+def test_a_random_adapter_is_not_caught_and_a_memorising_one_is(world, tmp_path):
+    """Trained and held-out records of the same sharers, under adapters without and with memory of them."""
+    argv, exp_dir = world
+    write_random_adapters(tmp_path / "random", exp_dir.parent / "LoRA")
+    mia.main([*argv, "--exp_dir", str(tmp_path / "random"), "--skip_sharers"])
+    innocent = json.loads((tmp_path / "random" / "mia_summary.json").read_text())["sets"]["controlled"]
+    caught = json.loads((exp_dir / "mia_summary.json").read_text())["sharers"]["sets"]["controlled"]
+    assert (innocent["users"], innocent["members"]) == (8, 8 * 2 * RECORDS)
+    for attack in ("calibrated", "rmia"):
+        assert innocent["attacks"][attack]["auroc"]["low"] < 0.5 < innocent["attacks"][attack]["auroc"]["high"]
+        assert caught["attacks"][attack]["auroc"]["mean"] > 0.9
+
+
+def test_references_are_other_peoples_and_as_many_for_every_record():
+    owners = ["a", "b", "c", "d", "e", "f"]
+    subject = attacks.Subject("1", 0, None, ["b"], ["d"])
+    for seed in range(5):
+        drawn = attacks.References.draw(owners, 2, seed)
+        assert drawn == attacks.References.draw(owners[::-1], 2, seed)
+        for owner in owners:
+            chosen = drawn.of(subject, owner)
+            assert len(set(chosen)) == 2 and not {owner, "b", "d"} & set(chosen)
+    few = attacks.References.draw(["a", "b"], 2, 0)  # nobody is left beside the record's owner
+    assert few.of(attacks.Subject("1", 0, None, ["b"]), "a") == []
+    assert attacks.References.draw(owners, 0, 0).pool(subject) == []
+
+
+def test_rmia_of_a_result_is_the_definition_record_by_record(world):
+    """From log-probabilities by PEFT: user 1's members under sharer 10, the one reference a record has."""
+    argv, exp_dir = world
+    result = json.loads((exp_dir / "mia" / "users" / "user_1" / "result.json").read_text())
+    args = mia.build_parser().parse_args(argv)
+    anchors = exp_dir.parent / "LoRA" / "users"
+    order = attacks.References.draw(["10", "11", "12", "13"], args.references, args.seed)
+    subject = attacks.Subject("1", 0, None, ["10"], ["11"])
+    deployed = exp_dir / "users" / "user_1" / "adapter"
+
+    def ratios(owner):
+        (reference,) = order.of(subject, owner)
+        own, other = (reference_means(argv, path, owner) for path in (deployed, anchors / f"user_{reference}/adapter"))
+        return own / ((1.3 * other + 0.7) / 2)
+
+    others = np.concatenate([ratios(owner) for owner in ("12", "13")])
+    expected = np.array([np.mean(ratio / others >= 2) for ratio in ratios("10")])
+    texts = cli.load_texts(args)
+    user = next(u for u in cli.load_candidates(args, texts.task) if u.user_id == "10")
+    out = np.array([record.held_out for record in records_of(texts, user, 50, HOLDOUT)])
+    assert result["scores"]["rmia"]["member"] == pytest.approx(expected[~out])
+    assert result["scores"]["rmia"]["held_out"] == pytest.approx(expected[out])

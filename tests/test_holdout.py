@@ -109,5 +109,6 @@ def test_other_records_than_the_trained_ones_are_refused(tmp_path: Path) -> None
 
 def test_adapters_from_elsewhere_held_nothing_out(tmp_path: Path) -> None:
     assert trained_split(tmp_path) == Split()
-    world.write(tmp_path / "settings.json", {"stage": "s", "method": "m", "settings": {"holdout": 0.2, "seed": 3, "recent_k": 50}})
+    settings = {"holdout": 0.2, "seed": 3, "recent_k": 50}
+    world.write(tmp_path / "settings.json", {"stage": "s", "method": "m", "settings": settings})
     assert trained_split(tmp_path) == Split(0.2, 3, 50)
