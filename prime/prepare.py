@@ -260,7 +260,7 @@ def _make_users(
             made.update(1)
     if not users.index:
         raise InputError(nobody(reader))
-    return histories, {"split": "time" if by_time else "user", "people": len(people), "gathered": dict(gathered)}
+    return histories, {"split": "time" if by_time else "user", "people": len(people), "gathered": dict(+gathered)}
 
 
 def ordered_by_time(split: str, tally: Tally) -> bool:

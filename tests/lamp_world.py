@@ -117,3 +117,14 @@ def time_split(task: str, people: int = 12, seed: int = 0, ids: bool = True) -> 
             target, shown = own[-ahead], own[:-ahead]
             made.ask(part, f"{person}{ahead}", *asked(task, target, dice), dice.sample(shown, len(shown)), **more)
     return made
+
+
+def of_the_demo(task: str, source: Path, people: int = 16, items: int = 12) -> Files:
+    """People of the embedded demo as official files of the user split: their last two items are asked."""
+    made, dice, number = Files(task), random.Random(0), 1
+    for user in json.loads((source / "user_anchor_candidate.json").read_text())[:people]:
+        own = [{name: value for name, value in one.items() if name != "id"} for one in user["profile"]]
+        for target in own[-2:]:
+            made.ask("train" if number % 3 else "dev", str(number), *asked(task, target, dice), own[-2 - items : -2])
+            number += 1
+    return made

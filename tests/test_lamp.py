@@ -171,6 +171,39 @@ def test_two_known_users_with_the_same_profile_stay_two(tmp_path: Path) -> None:
     assert of["901"] == {"901"}, "a question that could be of either is of neither"
 
 
+def test_questions_near_two_known_users_are_of_neither_and_similar_known_users_stay_two(tmp_path: Path) -> None:
+    task, dice = "news_headline", random.Random(7)
+    made = user_split(task)
+    shared = [item(task, dice) for _ in range(8)]
+    for name, own, more in (
+        ("700", shared, {"user_id": "a"}), ("701", shared, {"user_id": "b"}), ("702", shared[:7], {}),
+        ("710", [*shared[::-1], item(task, dice)], {"user_id": "c"}), ("711", shared[1:], {"user_id": "d"}),
+    ):  # fmt: skip
+        made.ask("dev", name, *asked(task, item(task, dice), dice), own, **more)
+    of = {name: group for group in grouped(convert(made, tmp_path)) for name in group}
+    assert of["700"] == {"700"} and of["701"] == {"701"}
+    assert len(of["702"]) <= 2 and {"a", "b", "c", "d"} <= users_of(tmp_path / "data").keys()
+
+
+def test_a_short_history_within_a_long_one_is_another_persons(tmp_path: Path) -> None:
+    """A student all of whose papers are the professor's, too."""
+    task, dice = "scholarly_title", random.Random(8)
+    made = user_split(task)
+    papers = [item(task, dice) for _ in range(20)]
+    for name, own in (("700", papers[:5]), ("701", papers)):
+        made.ask("train", name, *asked(task, item(task, dice), dice), own)
+    assert {frozenset({"700"}), frozenset({"701"})} <= grouped(convert(made, tmp_path))
+
+
+def test_profiles_alike_in_what_everybody_shows_are_of_different_people(tmp_path: Path) -> None:
+    """Four well-known films and one of one's own: 4 of 6 are the same, by chance."""
+    task, dice = "movie_tagging", random.Random(9)
+    made, films = Files(task), [item("movie_tagging", dice) for _ in range(4)]
+    for name in range(20):
+        made.ask("train", str(name), *asked(task, item(task, dice), dice), [*films, item(task, dice)])
+    assert grouped(convert(made, tmp_path)) == {frozenset({str(name)}) for name in range(20)}
+
+
 def test_people_who_share_popular_items_are_not_one(tmp_path: Path) -> None:
     """Everybody has seen the same six films and tagged them alike; four to fifteen others tell them apart."""
     made, dice = user_split("movie_tagging", people=12, ids=True), random.Random(3)

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import lamp_world
 import pytest
 import torch
 import world
@@ -424,3 +427,23 @@ def test_several_penalties_in_one_run_are_lone_runs_bit_for_bit(inside: Path) ->
     attack[attack.index("--exp_dir") + 1] = str(own)
     world.run(attack)
     assert world.read(own / "mia_summary.json")["attacks"] == world.read(Path(EVO) / "mia_summary.json")["attacks"]
+
+
+@pytest.mark.slow
+def test_official_lamp_files_run_through_every_stage_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a download to the table: prepare_data.py, gen_profile.py, then the announcement's commands."""
+    lamp_world.of_the_demo(TASK, world.DEMO / TASK).write(tmp_path / "lamp" / "LaMP_2")
+    shutil.copytree(world.DEMO / "model", tmp_path / world.CHECKPOINT)
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        world.run(["prepare_data.py", "--task_name", TASK, "--lamp_dir", "./lamp/LaMP_2", "--test_users", "3"])
+        world.run(["gen_profile.py", "--task_name", TASK, "--rule"])
+        for words in world.announcement():
+            world.run([*quick(words), *(["--k", "4"] if words[0] == "history_anchor.py" else [])])
+    assert capsys.readouterr().err == ""
+    summary = world.read(tmp_path / f"output/{TASK}/summary.json")
+    assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime", "per_pcs"}
+    assert all(counts == {"present": 3, "expected": 3} for counts in summary["users"].values())
