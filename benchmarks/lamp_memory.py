@@ -2,7 +2,7 @@
 
 Reads   nothing
 Writes  <folder>: the official-format files it makes and what they become; removed at the end unless --keep
-Takes   about 3 minutes per GB
+Takes   about a minute of CPU time per GB
 
 Half of the bytes are people with one question and a history of their own (as LaMP-3), half are people with twenty
 questions that each show nearly the whole history again (as LaMP-4), all without user_id. So the index on disk, the

@@ -13,6 +13,7 @@ import pytest
 from lamp_world import Files, asked, item, time_split, user_split
 
 import prepare_data
+from benchmarks import lamp_memory
 from prime import prepare as prepare_module
 from prime.data import load_labels, load_users
 from prime.errors import InputError
@@ -571,3 +572,10 @@ def test_dates_compare_only_as_far_as_both_are_known() -> None:
 
 def test_ids_sort_as_people_count() -> None:
     assert sorted(["10", "9", "a", "100", "-"], key=id_order) == ["9", "10", "100", "-", "a"]
+
+
+def test_memory_benchmark_at_a_tiny_shape(capfd: pytest.CaptureFixture) -> None:
+    lamp_memory.main(["--megabytes", "1", "--items", "10", "--longest", "100", "--test_users", "5"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["people_right"] and found["items_right"] and found["within_2_gb"]
+    assert found["megabytes"] >= 1 and found["peak_mb"] > 10 and found["items"] > found["distinct_items"] > 100
