@@ -54,7 +54,8 @@ def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]
             place = labels.index(label)
             marks: Any = {"marker": MARKERS[place % 8], "markersize": 3.5, "markevery": (0.02 * (place % 8), 0.16)}
             panel.plot(fpr, tpr, COLOURS[place % 7], linestyle=LINES[place % 4], linewidth=1.2, label=label, **marks)
-        panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1), title=title)
+        panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1))
+        panel.set_title(title, fontsize=9)
         panel.set_xlabel("false positive rate")
     axes[0][0].set_ylabel("true positive rate")
     axes[0][-1].legend(loc="lower right", frameon=False, fontsize=7)
