@@ -40,13 +40,13 @@ from prime.export import export_full, save_personal
 from prime.fitness import Objective
 from prime.journal import Journal
 from prime.lora import merge
+from prime.penalties import penalty_folder, shared_evaluations, sharing_text
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
 from prime.search import optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
 NAMES = {"metric": "prime", "nll": "lorahub"}
-PENALTY_DIR = "penalty-"  # <p>, a run directory, where there are several penalties
 FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub"}
 
 
@@ -172,7 +172,7 @@ def open_runs(args: argparse.Namespace) -> list[Run]:
     """A run directory for each penalty: the output directory itself, or penalty-<p> in it where there are several."""
     folder = Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}")
     several = len(args.sim_penalty) > 1
-    folders = [folder / f"{PENALTY_DIR}{penalty:g}" if several else folder for penalty in args.sim_penalty]
+    folders = [folder / penalty_folder(penalty) if several else folder for penalty in args.sim_penalty]
     return [
         Run(root, "lora_composition_evo", args.name, cli.settings_of(alone(args, place)))
         for place, root in enumerate(folders)
@@ -197,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         engine = load_engine(args, task_adapter=args.lora_ckpt)
         work = partial(work_on, args, texts, engine, runs, pool)
         cli.for_each(cli.share_users(args, runs[-1], todo, runs[:-1]), len(todo), work)
+    if len(runs) > 1:
+        print(sharing_text(shared_evaluations([run.root for run in runs])))
     if args.export_full:
         for place, run in enumerate(runs):
             export_full(alone(args, place), run, users)

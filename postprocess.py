@@ -7,6 +7,8 @@ Writes  <output_dir>/output-k{k}.json, output-k{k}-profile.json   predictions in
         <output_dir>/../summary.json, summary.md                  rows per method, of all stages found there
         <output_dir>/../report.html, figures/                     the same as a page to read, its figures as PNG and SVG
         <output_dir>/../../report.html, figures/                  across tasks, where folders are <output>/<task>/
+        <output_dir>/frontier.json, .png, .svg                    in place of tables and page, where it holds runs of
+                                                                  several penalties (penalty-<p>/)
 Takes   seconds. Runs on what is there: a partial stage gives partial scores, and the table says so.
 
     python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
@@ -17,6 +19,8 @@ from pathlib import Path
 
 from prime import cli, page, report
 from prime.data import load_labels, load_users
+from prime.frontier import frontier_table, write_frontier
+from prime.penalties import penalty_runs
 from prime.tables import aligned
 from prime.tasks import get_task
 
@@ -30,11 +34,18 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     task, stage_dir = get_task(args.task_name), Path(args.output_dir)
-    report.check_stage(stage_dir, task)
+    runs = penalty_runs(stage_dir)
+    for run in runs or [stage_dir]:
+        report.check_stage(run, task)
     test = cli.data_dir(args) / "test_100"
     tested = load_users(test / "user_test_100.json", task)
     users = [user.user_id for user in tested]
     golds = load_labels(test / "user_test_100_label.json")
+    if runs:
+        for run in runs:
+            report.write_stage_files(run, task, golds)
+        print(frontier_table(write_frontier(stage_dir, task, golds)))
+        return
     predictions, sources = report.gather(stage_dir, task)
     report.check_users(predictions, users, test / "user_test_100.json")
     report.check_golds(predictions, golds, test / "user_test_100_label.json")

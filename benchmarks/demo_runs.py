@@ -8,6 +8,7 @@ Takes   2 to 4 minutes per task and seed on one core
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,15 @@ def add_options(parser: argparse.ArgumentParser, users: int) -> None:
     parser.add_argument("--output_dir", default=DEFAULT_DIR, help="results of stages 1 to 3")
 
 
-def trained(task: str, seed: int, output_dir: Path | str, until: str = "train_anchor_peft") -> Path:
-    """Stages 1 to 3 of the demo (or up to an earlier one), run unless finished; their folder."""
+def trained(
+    task: str, seed: int, output_dir: Path | str, until: str = "train_anchor_peft", options: Sequence[str] = ()
+) -> Path:
+    """Stages 1 to 3 of the demo (or up to an earlier one), run unless finished, with further options of reproduce.sh;
+    their folder.
+    """
     folder = Path(output_dir) / f"seed{seed}" / task
     command = ["bash", str(ROOT / "reproduce.sh"), "--tasks", task, "--seed", str(seed)]
-    command += ["--output_dir", str(folder.parent), "--until", until]
+    command += ["--output_dir", str(folder.parent), "--until", until, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder
 

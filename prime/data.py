@@ -271,6 +271,20 @@ def _text(value: Any, what: str, problems: list[str]) -> str:
     return text
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object per line; InputError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number}: not an object")
+        found.append(row)
+    return found
+
+
 def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> str:
     if name not in row:
         problems.append(f"{where}: field '{name}' is missing")

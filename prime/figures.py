@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from prime import plots
 from prime.membership import PUBLISHED_ATTACK
 from prime.metrics import METRICS
-from prime.plots import COLOURS, MARKERS, figure
+from prime.plots import COLOURS, MARKERS, figure, side_by_side
 
 Drawn = tuple[Figure, str]
 Interval = Mapping[str, float]
@@ -85,6 +85,13 @@ def _better(metric: str) -> str:
 def _label(axes: Axes, x: str, y: str = "") -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+
+
+def _cross(axes: Axes, x: Interval, y: Interval, colour: str, marker: str, label: str, size: int = 6) -> None:
+    """A point with its intervals both ways."""
+    axes.hlines(y["mean"], x["low"], x["high"], color=colour, linewidth=0.8)
+    axes.vlines(x["mean"], y["low"], y["high"], color=colour, linewidth=0.8)
+    axes.plot([x["mean"]], [y["mean"]], marker, color=colour, markersize=size, label=label)
 
 
 # --- utility ---------------------------------------------------------------------------------------
@@ -280,12 +287,8 @@ def trade(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
     """Utility against leakage: rows of summary.json that have an AUROC."""
     made, axes = figure(WIDTH, 3.4)
     for place, row in enumerate(rows):
-        x, y = row["auroc"], row[metric]
-        colour = COLOURS[place % len(COLOURS)]
-        axes.hlines(y["mean"], x["low"], x["high"], color=colour, linewidth=0.8)
-        axes.vlines(x["mean"], y["low"], y["high"], color=colour, linewidth=0.8)
-        size, marker = 8 if row["method"] == ours else 6, MARKERS[place % len(MARKERS)]
-        axes.plot([x["mean"]], [y["mean"]], marker, color=colour, markersize=size, label=plain(row["method"]))
+        size, colour, marker = 8 if row["method"] == ours else 6, COLOURS[place % 8], MARKERS[place % 8]
+        _cross(axes, row["auroc"], row[metric], colour, marker, plain(row["method"]), size)
     _label(axes, "AUROC of the published attack (left: less leakage)", f"{metric} ({_better(metric)})")
     made.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=3)
     sign = 1 if METRICS[metric].higher_is_better else -1
@@ -323,6 +326,42 @@ def roc(
         told += f", attack {best} most, {found[best]:.1%}"
     at = f"where {float(rate):.0%} of non-members are called members"
     return made, f"{attacked}: {at}, {told} (a guess: {float(rate):.0%}, the dotted line)."
+
+
+TRADED = {
+    "auroc": "AUROC, published sets",
+    "controlled_auroc": "AUROC, controlled sets",
+    "similarity": "similarity to the sharers",
+}
+
+
+def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> Drawn:
+    """Utility against leakage and against similarity: points of frontier.json, those of the penalties joined."""
+    shown = {key: title for key, title in TRADED.items() if any(one.get(key) for one in points)}
+    made, axes = side_by_side(max(1, len(shown)))
+    for panel, (key, title) in zip(axes, shown.items(), strict=False):
+        own = [one for one in points if one.get(key)]
+        for place, one in enumerate(points):
+            if one.get(key):
+                _cross(panel, one[key], one[metric], COLOURS[place % 8], MARKERS[place % 8], plain(one["label"], 24))
+        joined = [one for one in own if one["penalty"] is not None]
+        xs, ys = ([one[name]["mean"] for one in joined] for name in (key, metric))
+        panel.plot(xs, ys, color=COLOURS[7], linewidth=0.8, zorder=0)
+        _label(panel, title)
+    axes[0].set_ylabel(f"{metric} ({_better(metric)})")
+    pairs = [pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
+    known = {label: handle for handle, label in pairs}
+    made.legend(known.values(), known.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    return made, frontier_sentence(points, metric)
+
+
+def frontier_sentence(points: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """From the lowest to the highest penalty: what it costs and what it buys."""
+    own = [one for one in points if one["penalty"] is not None]
+    keys = [metric, *(key for key in TRADED if own[0].get(key) and own[-1].get(key))]
+    titles = {metric: metric} | TRADED
+    told = [f"{titles[key]} {own[0][key]['mean']:.3f} to {own[-1][key]['mean']:.3f}" for key in keys]
+    return f"From penalty {own[0]['penalty']:g} to {own[-1]['penalty']:g}: {listed(told)}."
 
 
 # --- across tasks ----------------------------------------------------------------------------------

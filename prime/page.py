@@ -7,7 +7,6 @@ page's own policy (Content-Security-Policy) forbids scripts and the network.
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import jinja2
 import numpy as np
 
 from prime import figures, leakage, membership, metrics, plots, report
-from prime.errors import InputError
+from prime.data import read_lines
 from prime.forms import MIA_SUMMARY, read_form
 from prime.report import Cell, Predictions
 from prime.runs import read_json, read_results, read_settings, write_text
@@ -131,20 +130,6 @@ def _folder(root: Path, path: Path) -> Folder:
         path.relative_to(root).as_posix(), found["stage"], str(found.get("method", "")), found["settings"],
         found.get("versions", {}), str(found.get("device", "")), len(results), begun, seconds,
     )  # fmt: skip
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object per line; InputError naming the line that is none."""
-    found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number}: not an object")
-        found.append(row)
-    return found
 
 
 def searches_of(folder: Path) -> list[list[dict[str, Any]]]:

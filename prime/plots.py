@@ -27,6 +27,15 @@ def figure(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Axes]:
     return made, cast(Axes, axes)
 
 
+def side_by_side(n: int, width: float = 3.2, height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure of n pairs of axes side by side, sizes of one in inches; they share the vertical axis."""
+    with plt.rc_context(STYLE):
+        made, axes = plt.subplots(
+            1, n, figsize=(0.6 + width * n, height), layout="constrained", sharey=True, squeeze=False
+        )
+    return made, list(axes[0])
+
+
 def save(made: Figure, stem: Path) -> list[Path]:
     """Write <stem>.png and <stem>.svg and close the figure; returns the paths. No date goes into the files."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
@@ -43,12 +52,9 @@ def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]
 
     `lowest` is where the axes begin: the lowest false positive rate of interest.
     """
-    with plt.rc_context(STYLE):
-        made, axes = plt.subplots(
-            1, len(panels), figsize=(0.6 + 3.2 * len(panels), 3.6), layout="constrained", sharey=True, squeeze=False
-        )
+    made, axes = side_by_side(len(panels))
     labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
-    for panel, (title, curves) in zip(axes[0], panels.items(), strict=True):
+    for panel, (title, curves) in zip(axes, panels.items(), strict=True):
         panel.plot([lowest, 1], [lowest, 1], color="#999999", linestyle=":", linewidth=1)
         for label, (fpr, tpr) in curves.items():
             place = labels.index(label)
@@ -57,6 +63,6 @@ def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]
         panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1))
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("false positive rate")
-    axes[0][0].set_ylabel("true positive rate")
-    axes[0][-1].legend(loc="lower right", frameon=False, fontsize=7)
-    return cast(Figure, made)
+    axes[0].set_ylabel("true positive rate")
+    axes[-1].legend(loc="lower right", frameon=False, fontsize=7)
+    return made

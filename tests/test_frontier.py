@@ -12,7 +12,10 @@ from torch import Tensor
 
 from prime.evolution import Evaluation, chosen, distinct, evolve
 from prime.fitness import Objective, Trial
+from prime.frontier import frontier_table, write_frontier
 from prime.journal import Journal
+from prime.penalties import penalty_runs, sharing_text
+from prime.runs import write_json
 from prime.search import Search, lockstep, minimise
 from prime.tasks import TASKS
 
@@ -163,3 +166,59 @@ def test_with_a_top_share_every_searched_candidate_keeps_to_it_and_no_single_sha
         assert (sizes <= 0.5 * sizes.sum(0) + 1e-6).all()
     assert chosen(own, found, 3).origin in ("base", "start", "search")
     assert chosen(own, found, 3).loss == min(one.loss for one in [found[0], *found[4:]])
+
+
+# -- frontier.json --------------------------------------------------------------------------------------------------
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1}
+
+
+def made_up_run(folder: Path, penalty: float, weights: Sequence[list[float]], attacked: bool) -> None:
+    """One finished user, who asked these candidates and deployed the last, with one right answer of two."""
+    settings = {"stage": "lora_composition_evo", "method": "prime"}
+    write_json(folder / "settings.json", settings | {"settings": {"task_name": MOVIE.name, "sim_penalty": penalty}})
+    asked = [{"weights": own, "similarity": 0.1 * place} for place, own in enumerate(weights)]
+    (folder / "users" / "user_7").mkdir(parents=True)
+    lines = "".join(json.dumps(one) + "\n" for one in asked)
+    (folder / "users" / "user_7" / "evaluations.jsonl").write_text(lines)
+    right, wrong = ({"id": name, "output": "comedy"} for name in ("q1", "q2"))
+    best = [right, {"id": "q2", "output": "action"}]
+    predictions = {"prime": [right, wrong], "best_sharer": best, "uniform": [right, wrong]}
+    result = {"user_id": "7", "index": 0, "sharers": ["a", "b"], "best_sharer": "b", "similarity": 0.7}
+    told = {method: {"k0": answers} for method, answers in predictions.items()}
+    write_json(folder / "users" / "user_7" / "result.json", result | {"predictions": told})
+    if attacked:
+        sets = {
+            name: {"attacks": {"calibrated": {"auroc": interval(auroc), "blind_auroc": interval(0.5)}}}
+            for name, auroc in (("published", 0.8), ("controlled", 0.6))
+        }
+        write_json(folder / "mia_summary.json", {"method": "prime", "sets": sets, "sharers": {"sets": {}}})
+
+
+def test_frontier_json_has_a_point_for_each_penalty_and_baseline(tmp_path: Path) -> None:
+    known = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    made_up_run(tmp_path / "evo" / "penalty-0.5", 0.5, [*known, [0.5, 0.5]], attacked=False)
+    made_up_run(tmp_path / "evo" / "penalty-0", 0.0, [*known, [0.6, 0.4]], attacked=True)
+    assert [path.name for path in penalty_runs(tmp_path / "evo")] == ["penalty-0", "penalty-0.5"]
+    found = write_frontier(tmp_path / "evo", MOVIE, {"q1": "comedy", "q2": "action"})
+    points = {one["label"]: one for one in found["points"]}
+    assert list(points) == ["penalty 0", "penalty 0.5", "best sharer, unmerged", "uniform average"]
+    free, dear, best, uniform = points.values()
+    assert free["accuracy"]["mean"] == dear["accuracy"]["mean"] == 0.5 and best["accuracy"]["mean"] == 1.0
+    assert (free["auroc"], free["controlled_auroc"]) == (interval(0.8), interval(0.6)) and dear["auroc"] is None
+    assert free["similarity"]["mean"] == pytest.approx(0.7) and best["similarity"]["mean"] == pytest.approx(0.2)
+    assert free["settings"]["sim_penalty"] == free["penalty"] == 0.0 and uniform["penalty"] is None
+    assert found["evaluations"] == {"asked": 8, "shared": 3, "decoded": 5, "alone": 4}
+    assert sharing_text(found["evaluations"]).endswith("1.25 times those of one penalty")
+    assert "penalty 0.5" in frontier_table(found) and "0.600 [0.500, 0.700]" in frontier_table(found)
+    stored = json.loads((tmp_path / "evo" / "frontier.json").read_text())
+    assert stored["points"] == found["points"]
+    assert stored["sentence"].startswith("From penalty 0 to 0.5: accuracy 0.500")
+    assert (tmp_path / "evo" / "frontier.png").stat().st_size > 0 and (tmp_path / "evo" / "frontier.svg").exists()
+
+
+def test_a_run_of_one_penalty_is_no_frontier(tmp_path: Path) -> None:
+    made_up_run(tmp_path / "evo", 0.1, [[0.0, 0.0]], attacked=False)
+    assert penalty_runs(tmp_path / "evo") == []

@@ -405,9 +405,9 @@ def test_several_penalties_in_one_run_are_lone_runs_bit_for_bit(inside: Path) ->
     """penalty-0.1 of a frontier is the announced run: results, adapters, evaluations and settings; mia.py takes it."""
     words = command("lora_composition_evo.py")
     words[words.index("--sim_penalty") + 1] = "0,0.1,1"
-    words[words.index("--output_dir") + 1] = f"./output/{TASK}/Frontier/evo"
+    words[words.index("--output_dir") + 1] = f"./output/{TASK}/Frontier"
     world.run(words)
-    own = Path(f"./output/{TASK}/Frontier/evo/penalty-0.1")
+    own = Path(f"./output/{TASK}/Frontier/penalty-0.1")
     assert results(own) == results(EVO)
     settings = {"penalty-0": 0.0, "penalty-0.1": 0.1, "penalty-1": 1.0}
     assert sorted(path.name for path in own.parent.iterdir()) == sorted(settings)
@@ -427,6 +427,11 @@ def test_several_penalties_in_one_run_are_lone_runs_bit_for_bit(inside: Path) ->
     attack[attack.index("--exp_dir") + 1] = str(own)
     world.run(attack)
     assert world.read(own / "mia_summary.json")["attacks"] == world.read(Path(EVO) / "mia_summary.json")["attacks"]
+    world.run(["postprocess.py", "--task_name", TASK, "--output_dir", str(own.parent)])
+    points = {one["label"]: one for one in world.read(own.parent / "frontier.json")["points"]}
+    lone = next(row for row in world.read(f"output/{TASK}/summary.json")["rows"] if row["method"] == "prime")
+    assert points["penalty 0.1"]["accuracy"] == lone["accuracy"] and points["penalty 0.1"]["auroc"]
+    assert {"Per-Pcs", "uniform average", "best sharer, unmerged", "base"} <= points.keys()
 
 
 @pytest.mark.slow

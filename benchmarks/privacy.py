@@ -1,0 +1,207 @@
+"""What protects the sharers, and at which cost in utility? The output penalty and other mechanisms, on the demo.
+
+Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first by reproduce.sh, with a fifth of each
+        anchor's history held out
+Writes  <output_dir>/seed<seed>/<task>/privacy/<mechanism>/   what stages 4 and 5 write; finished users are skipped
+        <output_dir>/privacy.json                             the figures of the printed tables
+Takes   about 4 CPU minutes per task and seed for stages 1 to 3, then 1 to 2 per mechanism with 8 users
+
+Utility is at k = 0 without profile. The published attack tells records of merged sharers from other anchors', the
+controlled one from held-out records of the same sharers; both by base-calibrated loss. Intervals are from resampling
+test users, those of several seeds together; the change in utility is paired by user and relative to `penalty 0`.
+
+    python benchmarks/privacy.py --tasks movie_tagging,news_headline,product_rating --seeds 0,1,2
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora_composition_evo  # noqa: E402
+import mia  # noqa: E402
+from benchmarks import demo_runs  # noqa: E402
+from prime import cli, membership, report  # noqa: E402
+from prime.data import load_labels  # noqa: E402
+from prime.metrics import METRICS, bootstrap  # noqa: E402
+from prime.report import Cell  # noqa: E402
+from prime.runs import read_results, write_json  # noqa: E402
+from prime.tables import markdown  # noqa: E402
+from prime.tasks import Task, get_task  # noqa: E402
+
+HOLDOUT = "0.2"
+ATTACK = "calibrated"
+
+
+FREE = ("--sim_penalty", "0")
+PENALTIES = "0,0.1,0.5,1"
+REFERENCE = "penalty 0"
+MECHANISMS: dict[str, tuple[str, ...]] = {  # name of a row -> options of stage 4
+    "penalty": ("--sim_penalty", PENALTIES),  # one run, a row for each
+    "keep_rank 1": (*FREE, "--keep_rank", "1"),
+    "keep_rank 1, top_share 0.4": (*FREE, "--keep_rank", "1", "--top_share", "0.4"),
+    "5 sharers, keep_rank 1, top_share 0.3": (*FREE, "--n_sim", "5", "--keep_rank", "1", "--top_share", "0.3"),
+    "top_share 0.4": (*FREE, "--top_share", "0.4"),
+    "uniform": (*FREE, "--opt_budget", "0", "--start", "uniform", "--search_only"),
+    "entropy 0.5": ("--sim_penalty", "0.5", "--penalty", "entropy"),
+    "norm 0.2": ("--sim_penalty", "0.2", "--penalty", "norm"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--tasks", default="movie_tagging,news_headline,product_rating", help="tasks, with commas")
+    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
+    parser.add_argument("--mechanisms", default="all", help=f"with ;, of: {'; '.join(MECHANISMS)}")
+    parser.add_argument("--max_records", type=cli.natural, default=20, help="records of an anchor attacked; 0 = all")
+    parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "privacy"), help="runs, results")
+    parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
+    return parser
+
+
+# -- running --------------------------------------------------------------------------------------------------------
+
+
+def folder_name(mechanism: str) -> str:
+    return mechanism.replace(", ", "-").replace(" ", "_")
+
+
+def rows_of(mechanism: str, folder: Path) -> dict[str, Path]:
+    """The run directories of a mechanism by the name of their row."""
+    own = folder / "privacy" / folder_name(mechanism)
+    if mechanism != "penalty":
+        return {mechanism: own}
+    return {f"penalty {penalty}": own / f"penalty-{penalty}" for penalty in PENALTIES.split(",")}
+
+
+def shared_words(task: str, seed: int, folder: Path) -> list[str]:
+    words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
+    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    return words
+
+
+def run(args: argparse.Namespace, task: str, seed: int, folder: Path, name: str) -> None:
+    """Stage 4 by one mechanism for the first users, and the attack on what it deployed."""
+    shared = [*shared_words(task, seed, folder), "--anchor_dir", str(folder / "Anchor_PEFT/LoRA")]
+    words = [*shared, "--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
+    words += ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}", *MECHANISMS[name]]
+    lora_composition_evo.main([*words, "--output_dir", str(folder / "privacy" / folder_name(name))])
+    for own in rows_of(name, folder).values():
+        attack = [*shared, "--exp_dir", str(own), "--skip_sharers", "--references", "0"]
+        mia.main([*attack, "--max_records", str(args.max_records)])
+
+
+# -- figures --------------------------------------------------------------------------------------------------------
+
+
+def users_of(task: Task, seed: int, own: Path, golds: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Of each user finished and attacked in a run: statistics of the metric, similarity, and the attack's scores."""
+    cell = Cell("prime", 0, False)
+    predictions = report.predictions_of(read_results(own)).get(cell, {})
+    stats = report.user_stats(task, predictions, golds)
+    attacks = {result["user_id"]: result for result in read_results(own / "mia")}
+    return [
+        {
+            "user": (seed, result["user_id"]),
+            "stats": stats[result["user_id"]][task.metrics[0]],
+            "similarity": result["similarity"],
+            "deployed": result["origin"],
+            "attack": attacks[result["user_id"]],
+        }
+        for result in read_results(own)
+        if result["user_id"] in attacks and result["user_id"] in stats
+    ]
+
+
+def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One row: utility, its loss relative to the reference (above 0: worse), similarity, AUROC of both sets."""
+    metric = METRICS[task.metrics[0]]
+    known = {one["user"]: one["stats"] for one in reference}
+    own = np.stack([one["stats"] for one in users])
+    both = np.stack([np.concatenate([one["stats"], known[one["user"]]]) for one in users if one["user"] in known])
+    half, sign = own.shape[1], -1 if metric.higher_is_better else 1
+
+    def loss(sums: np.ndarray) -> np.ndarray:
+        before = metric.finish(sums[..., half:])
+        return sign * (metric.finish(sums[..., :half]) - before) / before
+
+    attacks = [one["attack"] for one in users]
+    sets = {name: membership.set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
+    similarity = np.array([[one["similarity"], 1.0] for one in users])
+    return {
+        task.metrics[0]: named(bootstrap(own, metric.finish)),
+        "relative_loss": named(bootstrap(both, loss)),
+        "similarity": named(bootstrap(similarity, lambda sums: sums[..., 0] / sums[..., 1])),
+        **{name: found["auroc"] for name, found in sets.items()},
+        "seeds": sorted({one["user"][0] for one in users}),
+        "users": len(users),
+        "single_sharer": fmean(one["deployed"] == "sharer" for one in users),
+    }
+
+
+def named(values: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip(("mean", "low", "high"), map(float, values), strict=True))
+
+
+def compare_task(args: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
+    """Figures of all rows that have a user finished and attacked, seeds together."""
+    golds = load_labels(ROOT / "data/demo" / task.name / "test_100" / "user_test_100_label.json")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in args.seeds:
+        folder = Path(args.output_dir) / f"seed{seed}" / task.name
+        for mechanism in MECHANISMS:
+            for row, own in rows_of(mechanism, folder).items():
+                found.setdefault(row, []).extend(users_of(task, seed, own, golds))
+    reference = found[REFERENCE]
+    return {row: figures(task, users, reference) for row, users in found.items() if users and reference}
+
+
+def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
+    metric = task.metrics[0]
+    direction = "higher" if METRICS[metric].higher_is_better else "lower"
+    header = [task.name, f"{metric} ({direction} is better)", "relative loss", "similarity", "AUROC, published"]
+    header += ["AUROC, controlled", "deploys a single sharer", "seeds x users"]
+    body = [
+        [
+            name,
+            report.cell_text(row[metric]),
+            report.cell_text(row["relative_loss"], sign="+"),
+            *(report.cell_text(row[key]) for key in ("similarity", "published", "controlled")),
+            f"{row['single_sharer']:.0%}",
+            f"{len(row['seeds'])}, {row['users']} in all",
+        ]
+        for name, row in rows.items()
+    ]
+    return markdown([header, *body])
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    tasks = [get_task(name) for name in args.tasks.split(",")]
+    chosen = list(MECHANISMS) if args.mechanisms == "all" else [name.strip() for name in args.mechanisms.split(";")]
+    for seed in () if args.only_table else args.seeds:
+        for task in tasks:
+            with open(os.devnull, "w", encoding="utf-8") as silent, contextlib.redirect_stdout(silent):
+                folder = demo_runs.trained(task.name, seed, args.output_dir, options=["--holdout", HOLDOUT])
+                for name in chosen:
+                    run(args, task.name, seed, folder, name)
+    found = {task.name: compare_task(args, task) for task in tasks}
+    for task in tasks:
+        print(f"{table(task, found[task.name])}\n" if found[task.name] else f"{task.name}: nothing finished\n")
+    write_json(Path(args.output_dir) / "privacy.json", found)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,144 @@
+"""The trade between utility and privacy over several penalties: frontier.json, its table and its figure.
+
+A run of `lora_composition_evo.py` with several penalties leaves a run directory for each, `penalty-<p>/`. Each becomes
+a point, with Per-Pcs, the sharers, their average and the base beside it where those stages have run.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prime import figures, plots, report
+from prime.data import read_json
+from prime.metrics import METRICS, bootstrap
+from prime.penalties import penalty_runs, read_evaluations, shared_evaluations, sharing_text
+from prime.report import Cell
+from prime.runs import read_results, read_settings, write_json
+from prime.tables import aligned
+from prime.tasks import Task
+
+ATTACK = "calibrated"
+# Row -> how it is told; the sharers' own adapters are attacked as they were before any merge.
+BESIDE = {
+    "base": "base",
+    "task_lora": "task-adapted base",
+    "best_sharer": "best sharer, unmerged",
+    "uniform": "uniform average",
+    "per_pcs": "Per-Pcs",
+}
+
+Interval = dict[str, float]
+
+
+def write_frontier(folder: Path, task: Task, golds: Mapping[str, str]) -> dict[str, Any]:
+    """frontier.json and frontier.png and .svg of the penalty runs in `folder`; the content of the former."""
+    runs = penalty_runs(folder)
+    found: dict[str, Any] = {
+        "task": task.name,
+        "metric": task.metrics[0],
+        "attack": ATTACK,
+        "evaluations": shared_evaluations(runs),
+        "points": [*(penalty_point(run, task, golds) for run in runs), *points_beside(folder, runs, task, golds)],
+    }
+    made, sentence = figures.frontier(found["points"], task.metrics[0])
+    plots.save(made, folder / "frontier")
+    found["sentence"] = sentence
+    write_json(folder / "frontier.json", found)
+    return found
+
+
+# --- points ----------------------------------------------------------------------------------------
+
+
+def point(
+    method: str, label: str, predictions: report.Predictions, task: Task, golds: Mapping[str, str], **told: Any
+) -> dict[str, Any] | None:
+    """A point of the frontier at k = 0 without profile; None where there are no predictions."""
+    stats = report.user_stats(task, predictions.get(Cell(method, 0, False), {}), golds)
+    if not stats:
+        return None
+    scores = report.scores(task, report.stack(stats, list(stats)))
+    unknown = dict.fromkeys(("penalty", "similarity", "auroc", "controlled_auroc"))
+    return {"method": method, "label": label, "users": len(stats), **scores, **unknown, "settings": {}, **told}
+
+
+def penalty_point(run: Path, task: Task, golds: Mapping[str, str]) -> dict[str, Any]:
+    """What was deployed at one penalty."""
+    stage, results = read_settings(run), read_results(run)
+    method, penalty = stage["method"], stage["settings"]["sim_penalty"]
+    found = point(
+        method, f"penalty {penalty:g}", report.predictions_of(results), task, golds, penalty=penalty,
+        similarity=mean_of([result["similarity"] for result in results]), **aurocs(run), settings=stage["settings"],
+    )  # fmt: skip
+    return found or {"method": method, "label": f"penalty {penalty:g}", "penalty": penalty}
+
+
+def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The baselines: those that the searches predict, and those of the stages beside `folder`."""
+    own = report.predictions_of(read_results(runs[0]))
+    predictions, sources = report.gather(folder, task)
+    known = known_points(runs[0])
+    blind, sharers = (first([aurocs(run, part) for run in runs]) for part in ("blind", "sharers"))
+    told: dict[str, dict[str, Any]] = {
+        "base": blind,
+        "task_lora": {**blind, "similarity": known["task_lora"]},
+        "best_sharer": {**sharers, "similarity": known["best_sharer"]},
+        "uniform": {},
+        "per_pcs": per_pcs(sources["per_pcs"]) if "per_pcs" in sources else {},
+    }
+    found = (point(name, BESIDE[name], predictions | own, task, golds, **told[name]) for name in BESIDE)
+    return [one for one in found if one is not None]
+
+
+def per_pcs(folder: Path) -> dict[str, Any]:
+    return {**aurocs(folder), "similarity": mean_of([result["similarity"] for result in read_results(folder)])}
+
+
+def known_points(run: Path) -> dict[str, Interval | None]:
+    """Similarity of what every search evaluates first: the task-adapted base, and the best single sharer."""
+    base, best = [], []
+    for result in read_results(run):
+        lines = read_evaluations(run, result)
+        base.append(lines[0]["similarity"])
+        best.append(lines[1 + result["sharers"].index(result["best_sharer"])]["similarity"])
+    return {"task_lora": mean_of(base), "best_sharer": mean_of(best)}
+
+
+def aurocs(run: Path, part: str = "") -> dict[str, Interval | None]:
+    """AUROC of both sets on what a run deployed; part "sharers": on the unmerged sharers, "blind": on the base."""
+    path = run / "mia_summary.json"
+    summary = read_json(path) if path.is_file() else {}
+    sets = (summary.get("sharers", {}) if part == "sharers" else summary).get("sets", {})
+    key = "blind_auroc" if part == "blind" else "auroc"
+    names = {"auroc": "published", "controlled_auroc": "controlled"}
+    return {told: sets.get(name, {}).get("attacks", {}).get(ATTACK, {}).get(key) for told, name in names.items()}
+
+
+def first(found: Sequence[dict[str, Interval | None]]) -> dict[str, Interval | None]:
+    """The first that is known; the penalties share sharers and base."""
+    return next((one for one in found if one["auroc"]), found[0])
+
+
+def mean_of(values: Sequence[float]) -> Interval | None:
+    """Mean over users with the interval from resampling them."""
+    if not values:
+        return None
+    rows = np.array([[value, 1.0] for value in values])
+    three = bootstrap(rows, lambda sums: sums[..., 0] / sums[..., 1])
+    return dict(zip(("mean", "low", "high"), map(float, three), strict=True))
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+def frontier_table(found: Mapping[str, Any]) -> str:
+    metric = found["metric"]
+    better = "higher" if METRICS[metric].higher_is_better else "lower"
+    header = ["", f"{metric} ({better} is better)", "similarity", "AUROC", "AUROC, controlled"]
+    body = [
+        [one["label"], *(report.cell_text(one.get(key)) for key in (metric, "similarity", "auroc", "controlled_auroc"))]
+        for one in found["points"]
+    ]
+    return f"{aligned([header, *body])}\n{sharing_text(found['evaluations'])}"
