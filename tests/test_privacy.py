@@ -18,13 +18,16 @@ from torch import Tensor
 from prime.anchors import ANCHOR_IDX
 from prime.bank import AdapterBank
 from prime.checkpoint import load_model
+from prime.data import User
 from prime.decode import EncodedRecord
 from prime.errors import InputError
 from prime.gates import Gates
 from prime.lora import Adapter, load_adapter, save_adapter
 from prime.privacy import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
+from prime.prompts import TEMPLATES, history_records
 from prime.runs import read_results
 from prime.sharers import adapter_folder
+from prime.tasks import get_task
 from prime.train import Learner, TrainSettings, _accumulate_clipped, _Passes, _Row, row_losses, train
 from tests import tiny
 
@@ -135,6 +138,42 @@ def test_what_is_summed_is_clipped_item_by_item() -> None:
         for row, grads, size in zip(rows, own, norms, strict=True):
             expected[row.place] += grads[number] * min(1.0, limits[row.learner] / size)
         assert torch.allclose(stack.grad, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_item_more_moves_the_sum_by_the_clip_norm_at_most(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the accountant counts on, with dropout, padding and micro-batches; the longest item is the one more."""
+    seen: list[list[Tensor]] = []
+
+    def keep(parameters: list[Tensor], limit: float) -> Tensor:
+        seen.append([parameter.grad.clone() for parameter in parameters])
+        return torch.zeros(1)
+
+    monkeypatch.setattr("prime.train.clip_by_adapter", keep)
+    settings = replace(SETTINGS, dropout=0.3, gradient_checkpointing=checkpointing)
+    items = sorted(records(7, 4), key=lambda record: len(record.ids) + len(record.target))
+    limit = 0.02  # below every item's norm, so that each weighs it
+    for given in (items, items[:-1]):
+        learner = private(replace(LEARNERS[0], records=given), max_norm=limit, steps=1)
+        train(trained_bank(), [learner], settings, max_batch_tokens=40)
+    sums = [[grad * n for grad in grads] for grads, n in zip(seen, (7, 6), strict=True)]
+    difference = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(*sums, strict=True)))
+    assert difference == pytest.approx(limit, rel=1e-3)
+
+
+def test_without_quoting_an_item_is_in_its_own_record_only() -> None:
+    task = get_task("movie_tagging")
+    items = tuple({"id": str(i), "description": f"a film number {i}", "tag": "comedy"} for i in range(6))
+    for left_out in range(6):
+        others = tuple(item for item in items if item["id"] != str(left_out))
+        whole, rest = (
+            history_records(User("u", own), task, TEMPLATES[task.name], "likes films", quoting=False)
+            for own in (items, others)
+        )
+        assert [record for record in whole if record.id != f"uu-{left_out}"] == rest
+        assert len(whole) == 6
 
 
 # -- training -------------------------------------------------------------------------------------------------------
