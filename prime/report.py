@@ -249,7 +249,8 @@ def summarise(
         "rows": rows,
         "paired": paired,
         "auroc_attack": f"{membership.PUBLISHED_ATTACK} (published: summed token loss), pooled over users; "
-        f"rows {' and '.join(BLIND_ROWS)} are the blind baseline: the same attack on the task-adapted base",
+        f"rows {' and '.join(BLIND_ROWS)} are the blind baseline: the same attack on the task-adapted base. "
+        "oppu merges nobody: its members are each user's own records, its non-members the other users'",
         "users": {method: {"present": n, "expected": len(expected)} for method, n in present.items()},
     }
 
