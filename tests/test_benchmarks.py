@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+import lora_composition_evo
 import train_anchor_peft
 from benchmarks import (
     dp,
@@ -15,6 +16,7 @@ from benchmarks import (
     measuring,
     membership,
     merge,
+    privacy,
     shapes,
     sharer_search,
     time_to_quality,
@@ -22,6 +24,7 @@ from benchmarks import (
 )
 from benchmarks.shapes import Shares
 from prime.data import User
+from prime.metrics import METRICS, sum_stats
 from prime.tasks import get_task
 
 RATIOS = {  # name: (over, under)
@@ -180,3 +183,41 @@ def test_tuning_under_privacy_holds_out_every_third_item() -> None:
     kept, out = dp_tuning.split(user)
     assert [item["id"] for item in kept.profile] == ["0", "1", "3", "4", "6", "7"]
     assert [item["id"] for item in out.profile] == ["2", "5"]
+
+
+def made_up_attack(member: list[float], held_out: list[float]) -> dict:
+    scores = {"loss": {"member": member, "held_out": held_out, "non_member": held_out}}
+    return {"scores": scores | {"calibrated": scores["loss"]}, "blind": scores | {"calibrated": scores["loss"]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "worse", "reference", "loss"),
+    [
+        ("movie_tagging", ["comedy", "comedy", "comedy", "action"], ["comedy"] * 4, 0.25),  # accuracy 3/4, not 4/4
+        ("product_rating", ["3"] * 4, ["2"] * 4, 1.0),  # a mean error of 2, not 1
+    ],
+)
+def test_what_protects_is_told_by_loss_relative_to_no_penalty(
+    name: str, worse: list[str], reference: list[str], loss: float
+) -> None:
+    task = get_task(name)
+    golds = ["comedy" if name == "movie_tagging" else "1"] * 4
+
+    def users(answers: list[str]) -> list[dict]:
+        stats = sum_stats(METRICS[task.metrics[0]], answers, golds, task.labels)
+        attack = made_up_attack([3.0, 1.0], [2.0, 0.0])
+        one = {"stats": stats, "similarity": 0.5, "deployed": "sharer", "attack": attack}
+        return [one | {"user": (0, str(number))} for number in range(3)]
+
+    found = privacy.figures(task, users(worse), users(reference))
+    assert found["relative_loss"]["mean"] == pytest.approx(loss) and found["single_sharer"] == 1.0
+    assert found["controlled"]["mean"] == pytest.approx(0.75) and found["similarity"]["mean"] == pytest.approx(0.5)
+    assert privacy.figures(task, users(reference), users(reference))["relative_loss"]["mean"] == pytest.approx(0)
+    assert "+" in privacy.table(task, {"penalty 1": found})
+
+
+@pytest.mark.parametrize("mechanism", privacy.MECHANISMS)
+def test_every_mechanism_is_a_command_of_stage_4(mechanism: str) -> None:
+    words = ["--task_name", "movie_tagging", "--llama_model_path", "m", "--lora_ckpt", "t"]
+    args = lora_composition_evo.build_parser().parse_args([*words, *privacy.MECHANISMS[mechanism]])
+    assert len(privacy.rows_of(mechanism, Path("x"))) == len(args.sim_penalty)
