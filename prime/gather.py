@@ -18,6 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from prime.lamp import Spool, id_order
 
 OVERLAP = 0.5
@@ -122,33 +124,39 @@ def _join_alike(
 
 
 class Similar:
-    """Compares profiles within the index."""
+    """Compares profiles by the items they show, in memory: about 50 bytes for each item of a distinct profile."""
 
     def __init__(self, spool: Spool, overlap: float):
-        self.spool, self.overlap = spool, overlap
-        ((profiles,),) = spool.rows("SELECT COUNT(*) FROM profile")
-        self.needed = math.log2(max(1, profiles * (profiles - 1) / 2)) - 1e-9
-        spool.db.create_function("bits", 1, lambda shown: math.log2(profiles / shown), deterministic=True)
-        spool.db.execute("CREATE INDEX member_by_item ON member (item)")
-        spool.db.execute("CREATE TABLE shown (item INTEGER PRIMARY KEY, bits REAL)")
-        spool.db.execute("INSERT INTO shown SELECT item, bits(COUNT(*)) FROM member GROUP BY item")
+        pairs = np.fromiter(spool.rows("SELECT item, profile FROM member"), dtype=[("item", "i8"), ("profile", "i4")])
+        ((profiles,),) = spool.rows("SELECT COUNT(*) FROM profile")  # numbered from 1
+        self.overlap, self.needed = overlap, math.log2(max(1, profiles * (profiles - 1) / 2)) - 1e-9
+        self.sizes = np.bincount(pairs["profile"], minlength=profiles + 1)
+        _, item, self.shown = np.unique(pairs["item"], return_inverse=True, return_counts=True)
+        self.bits = np.log2(profiles / self.shown)
+        # Profiles in the order of items, items in the order of profiles, and where those of each end.
+        self.profiles, self.profile_ends = pairs["profile"][np.argsort(item, kind="stable")], np.cumsum(self.shown)
+        self.items, self.item_ends = item[np.argsort(pairs["profile"], kind="stable")], np.cumsum(self.sizes)
+
+    def _items(self, profile: int) -> np.ndarray:
+        end = self.item_ends[profile]
+        return self.items[end - self.sizes[profile] : end]
 
     def telling(self, profile: int) -> bool:
         """Whether nobody else shows this profile by chance."""
-        query = "SELECT SUM(bits) FROM member JOIN shown USING (item) WHERE profile = ?"
-        ((found,),) = self.spool.rows(query, profile)
-        return found is not None and found >= self.needed
+        own = self._items(profile)
+        return len(own) > 0 and float(self.bits[own].sum()) >= self.needed
 
     def to(self, profile: int) -> list[int]:
         """Other profiles of the same person, the most similar first."""
-        ((size,),) = self.spool.rows("SELECT size FROM profile WHERE profile = ?", profile)
-        query = """
-            SELECT other.profile, both, size FROM (
-                SELECT b.profile AS profile, COUNT(*) AS both, SUM(bits) AS found
-                FROM member AS a JOIN shown USING (item) JOIN member AS b USING (item)
-                WHERE a.profile = ? AND b.profile != a.profile GROUP BY b.profile
-                HAVING both >= ? AND found >= ?
-            ) AS other JOIN profile USING (profile)"""
-        rows = self.spool.rows(query, profile, math.ceil(self.overlap * size), self.needed)
-        alike = [(both / (size + others - both), other) for other, both, others in rows]
-        return [other for share, other in sorted(alike, reverse=True) if share >= self.overlap]
+        own = self._items(profile)
+        own = own[self.shown[own] > 1]
+        if not len(own):
+            return []
+        ends = self.profile_ends[own]
+        others = np.concatenate([self.profiles[e - n : e] for e, n in zip(ends, self.shown[own], strict=True)])
+        bits = np.bincount(others, np.repeat(self.bits[own], self.shown[own]), len(self.sizes))
+        both = np.bincount(others, minlength=len(self.sizes))
+        both[profile] = 0
+        share = both / np.maximum(1, self.sizes[profile] + self.sizes - both)
+        alike = np.flatnonzero((both > 0) & (share >= self.overlap) & (bits >= self.needed))
+        return alike[np.argsort(-share[alike], kind="stable")].tolist()

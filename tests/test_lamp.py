@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import warnings
@@ -17,7 +18,8 @@ from benchmarks import lamp_memory
 from prime import prepare as prepare_module
 from prime.data import load_labels, load_users
 from prime.errors import InputError
-from prime.lamp import date_key, id_order, strictly_before
+from prime.gather import Similar
+from prime.lamp import Spool, date_key, id_order, strictly_before
 from prime.locks import claim
 from prime.prepare import FILES, LABELS, REPORT, Shares, share_out
 from prime.tasks import TASKS, extract
@@ -238,6 +240,32 @@ def test_item_ids_prove_nothing(tmp_path: Path) -> None:
     assert grouped(convert(without_ids(made), tmp_path)) == people_of(made)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_similar_profiles_against_a_naive_loop(seed: int, tmp_path: Path) -> None:
+    dice, spool = random.Random(seed), Spool(tmp_path)
+    profiles = {}
+    for _ in range(30):  # few items, so that many pairs are near both limits; some profiles empty
+        keys = dice.sample(range(dice.choice([6, 20, 60])), dice.randint(0, 6))
+        profiles[spool.add_profile([(key, {"text": str(key)}) for key in keys])] = set(keys)
+    shown = {key: sum(key in keys for keys in profiles.values()) for key in range(60)}
+    needed = math.log2(len(profiles) * (len(profiles) - 1) / 2)
+
+    def beyond_chance(keys: set[int]) -> bool:
+        return bool(keys) and sum(math.log2(len(profiles) / shown[key]) for key in keys) >= needed - 1e-9
+
+    similar = Similar(spool, 0.5)
+    for one, keys in profiles.items():
+        assert similar.telling(one) == beyond_chance(keys)
+        share = {other: len(keys & own) / len(keys | own) for other, own in profiles.items() if keys | own}
+        expected = {
+            other for other, own in profiles.items()
+            if other != one and share.get(other, 0) >= 0.5 and beyond_chance(keys & own)
+        }  # fmt: skip
+        found = similar.to(one)
+        assert set(found) == expected and [share[o] for o in found] == sorted((share[o] for o in found), reverse=True)
+    spool.close()
+
+
 # -- histories ----------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +445,44 @@ def test_wrong_files_are_one_message_and_nothing_is_written(spoil, message: str,
     with pytest.raises(InputError, match=message):
         prepare_data.main(words)
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
+
+
+ODD = [None, True, 0, -1, 3.5, 5.0, 10**30, 1e300, "", "  \n", "x", "\x00", "\ud800", "{}", "[1]", [], {}, [None],
+       {"id": 1}, "2012-05-03", "9" * 400]  # fmt: skip
+
+
+def places(value, path: tuple = ()) -> list[tuple]:
+    """Paths of everything within a JSON value."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(deeper for key, child in inner for deeper in places(child, (*path, key)))]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_spoiled_files_are_an_error_or_become_files_that_load(seed: int, tmp_path: Path) -> None:
+    """Up to thirty values of one official file are replaced or taken out."""
+    dice = random.Random(seed)
+    task = dice.choice([name for name in TASKS if name != "citation"])
+    made = dice.choice([user_split, time_split])(task, people=8, ids=dice.random() < 0.5)
+    rows = dice.choice([made.questions, made.questions, made.golds])[dice.choice(["train", "dev"])]
+    for _ in range(dice.choice([1, 3, 30])):
+        *way, last = dice.choice(places(rows)[1:])
+        inner = rows
+        for key in way:
+            inner = inner[key]
+        if dice.random() < 0.3:
+            del inner[last]
+        else:
+            inner[last] = copy.deepcopy(dice.choice(ODD))
+    try:
+        target = convert(made, tmp_path, "--test_users", "2")
+    except InputError as error:
+        assert str(error)
+        return
+    users_of(target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in FILES.values():
+            load_users(target / name, TASKS[task], need_queries=True, need_golds=True)
 
 
 def rewrite(folder: Path, kind: str, change) -> None:
