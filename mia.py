@@ -84,7 +84,7 @@ def attack_open(args: argparse.Namespace, owners: Owners, todo: Sequence[tuple[R
     load: Callable = cli.load_test_users if owners.folder == Path(args.exp_dir) else cli.load_candidates
     engine = load_engine(args, task_adapter=args.lora_ckpt)
     records = owned_records(args, owners, load(args, texts.task), texts, engine)
-    scorer = Scorer(engine, records, args.users_per_batch)
+    scorer = Scorer(engine, records, args.users_per_batch, [owners.adapter(name) for name in owners.ids])
     references = References.draw(owners.ids, args.references, args.seed)
     for run, groups in todo:
         for group in share(run, groups, lambda group: [s.user_id for s in group], len):

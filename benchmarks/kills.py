@@ -1,13 +1,13 @@
 """How safe is a stage that is killed? Every stage is killed at random, started again, and compared with one left alone.
 
 Reads   the embedded demo, cut to 3 test users and 4 anchors; each stage starts from what the ones before it wrote
-Writes  nothing that stays; a line per run, and as the last line a JSON object of what was counted by stage
+Writes  nothing that stays; a line per stage, and as the last line a JSON object of what was counted
 Takes   10 to 20 minutes with 20 kills of each of 8 stages (2 CPU cores)
 
 A run is killed by SIGKILL up to --kills_per_run times, half of them at a random file operation (write, fsync, rename,
-unlink), half at a random moment, and then left to finish. `equal` are the runs whose files are those of an
-uninterrupted run, byte for byte, but for the seconds they took; `again` counts users who were finished when a kill
-came and were computed or written once more.
+unlink), half at a random moment, and then left to finish. `differing` are files that are not, byte for byte, those of
+an uninterrupted run (the seconds it took apart); `again` are users who were finished when a kill came and were computed
+or written once more.
 """
 
 import argparse
@@ -35,22 +35,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def kill_stage(
-    args: argparse.Namespace, server: forks.Forks, stage: kills.Stage, folder: Path, stream: random.Random
-) -> dict[str, int]:
-    """Runs of a stage until it was killed `--kills` times; what is counted."""
-    counted = {"kills": 0, "runs": 0, "equal": 0, "again": 0}
-    while counted["kills"] < args.kills:
-        left = min(args.kills_per_run, args.kills - counted["kills"])
-        outcome = kills.interrupt(server, stage, folder / f"{stage.name}-{counted['runs']}", stream, left)
-        counted["kills"] += outcome.kills
-        counted["runs"] += 1
-        counted["equal"] += not outcome.differing
-        counted["again"] += len(outcome.again)
-        print(f"{stage.name}: {outcome.kills} kills, differing {outcome.differing}, again {outcome.again}", flush=True)
-    return counted
-
-
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     found = {}
@@ -58,7 +42,11 @@ def main(argv: list[str] | None = None) -> None:
         for stage in kills.prepare(server, Path(folder)):
             if stage.name in args.stages.split(","):
                 stream = random.Random(f"{args.seed} {stage.name}")
-                found[stage.name] = kill_stage(args, server, stage, Path(folder), stream)
+                own = kills.interrupt_often(
+                    server, stage, Path(folder) / stage.name, stream, args.kills, args.kills_per_run
+                )
+                found[stage.name] = vars(own) | {"equal": not own.differing}
+                print(found[stage.name], flush=True)
     print(json.dumps({"kills_of_each": args.kills, "seed": args.seed, "stages": found}))
 
 

@@ -167,29 +167,35 @@ def owned_records(
 class Scorer:
     """Token statistics `[3, t]` of all records: log-probability, and its `Evidence` mean and deviation.
 
-    Those of the base and of the owners' adapters are kept, since they come again: as references and as subjects.
+    Those of the base and of the owners' adapters are kept, since they come again: as references and as subjects. An
+    owner's adapter is always scored together with the same others, so no figure depends on what was scored before.
     """
 
     engine: Engine
     records: Records
     adapters_at_once: int
+    owned: Sequence[Path]  # the owners' adapters
     kept: dict[Path, Tokens] = field(default_factory=dict)
 
     @cached_property
     def base(self) -> Tokens:
         return self._pass([-1])[0]
 
-    def of(self, adapters: Sequence[Path], *, keep: bool = False) -> dict[Path, Tokens]:
-        """By adapter. `keep` those that are not kept yet."""
+    def of(self, adapters: Sequence[Path]) -> dict[Path, Tokens]:
+        """By adapter."""
+        for start in range(0, len(self.owned), self.adapters_at_once):
+            chunk = self.owned[start : start + self.adapters_at_once]
+            if any(adapter in adapters and adapter not in self.kept for adapter in chunk):
+                self.kept |= self._together(chunk)
         found = {adapter: self.kept[adapter] for adapter in adapters if adapter in self.kept}
-        missing = [adapter for adapter in dict.fromkeys(adapters) if adapter not in found]
-        for start in range(0, len(missing), self.adapters_at_once):
-            chunk = missing[start : start + self.adapters_at_once]
-            self.engine.bank.load([load_adapter(adapter) for adapter in chunk])
-            found |= dict(zip(chunk, self._pass(range(len(chunk))), strict=True))
-        if keep:
-            self.kept.update(found)
+        others = [adapter for adapter in dict.fromkeys(adapters) if adapter not in found]
+        for start in range(0, len(others), self.adapters_at_once):
+            found |= self._together(others[start : start + self.adapters_at_once])
         return found
+
+    def _together(self, adapters: Sequence[Path]) -> dict[Path, Tokens]:
+        self.engine.bank.load([load_adapter(adapter) for adapter in adapters])
+        return dict(zip(adapters, self._pass(range(len(adapters))), strict=True))
 
     def _pass(self, adapters: Sequence[int]) -> list[Tokens]:
         """All records under adapters in the bank (-1: the base)."""
@@ -325,7 +331,7 @@ def attack_group(
 ) -> list[dict[str, Any]]:
     """Results of subjects, in their order."""
     names = dict.fromkeys(name for subject in group for name in references.pool(subject))
-    related = scorer.of([owners.adapter(name) for name in names], keep=True)
+    related = scorer.of([owners.adapter(name) for name in names])
     means = {
         name: {owner: token_means(rows) for owner, rows in related[owners.adapter(name)].items()} for name in names
     }

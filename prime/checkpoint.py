@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from prime.decode import EncodedPrompt, EncodedRecord
 from prime.errors import InputError
+from prime.locks import turn
 from prime.lora import Adapter
 from prime.meta import MetaCheckpoint, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
@@ -98,7 +99,8 @@ def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> None:
     if not is_meta_dir(path):
         raise InputError(f"{path}: no Meta checkpoint (params.json, consolidated.*.pth) for --convert_to")
     tokenizer = load_tokenizer(tokenizer_path or path)
-    convert(path, target, tokenizer, end_ids(tokenizer))
+    with turn(Path(target) / "working" / "conversion.lock", "the converted model"):
+        convert(path, target, tokenizer, end_ids(tokenizer))
 
 
 def check_model_dir(path: str) -> None:

@@ -29,7 +29,7 @@ STAGES: dict[str, list[str]] = {
     "anchors": ["train_anchor_peft.py", *ADAPTED, *TRAINING, "--recent_k", "4", "--anchors_per_batch", "3"],
     "gates": ["train_anchor_gate.py", *ADAPTED, "--anchor_path", "out/anchors", "--max_step", "2", "--recent_k", "4",
               "--anchors_per_batch", "3"],
-    "evo": ["lora_composition_evo.py", *ADAPTED, *SHORT, "--anchor_dir", "out/anchors"],
+    "evo": ["lora_composition_evo.py", *ADAPTED, *SHORT, "--anchor_dir", "out/anchors", "--opt_budget", "5"],
     "composed": ["lora_composition.py", *ADAPTED, *SHORT, "--anchor_dir", "out/anchors", "--gate_dir", "out/gates"],
     "oppu": ["train_user_peft.py", "--method", "oppu", *ADAPTED, *TRAINING, *SHORT, "--users_per_batch", "2"],
     "mia": ["mia.py", *ADAPTED, "--anchor_dir", "out/anchors", "--exp_dir", "out/evo", "--recent_k", "4",
@@ -90,6 +90,7 @@ class Outcome:
     kills: int  # that came before the stage was through
     differing: list[str]
     again: list[str]  # users finished at a kill, and computed or written again
+    runs: int = 1
 
     def __bool__(self) -> bool:
         return not self.differing and not self.again
@@ -121,13 +122,17 @@ def copy(source: Path, target: Path) -> None:
             (target / path.name).symlink_to(path.resolve())
 
 
-def killed(forks: Forks, stage: Stage, folder: Path, log: Path, stream: random.Random) -> bool:
-    """Start a stage and kill it at a random file operation or moment; False where it was through before that."""
+def killed(forks: Forks, stage: Stage, folder: Path, log: Path, stream: random.Random, share: float) -> bool:
+    """Start a stage and kill it at a random file operation or moment; False where it was through before that.
+
+    Args:
+        share: of its operations, or seconds, that the kill falls into; less is left to do after each kill.
+    """
     at_operation = stream.random() < 0.5
-    kill_at = stream.randint(1, stage.operations) if at_operation else 0
+    kill_at = stream.randint(1, max(1, int(share * stage.operations))) if at_operation else 0
     pid = forks.start(command(stage.name), folder, log, kill_at=kill_at)
     if not at_operation:
-        time.sleep(stream.uniform(0.0, stage.seconds))
+        time.sleep(stream.uniform(0.0, share * stage.seconds))
         os.kill(pid, signal.SIGKILL)
     code = forks.wait(pid)
     assert code in (0, -signal.SIGKILL), log.read_text()
@@ -144,7 +149,7 @@ def interrupt(forks: Forks, stage: Stage, folder: Path, stream: random.Random, k
         log = folder / f"{attempt}.log"
         users = users_of(out, done)
         if attempt < kills:
-            outcome.kills += killed(forks, stage, folder, log, stream)
+            outcome.kills += killed(forks, stage, folder, log, stream, 1 / (attempt + 1))
         else:
             assert forks.run(command(stage.name), folder, log) == 0, log.read_text()
         work = Path(f"{log}.work")
@@ -154,6 +159,20 @@ def interrupt(forks: Forks, stage: Stage, folder: Path, stream: random.Random, k
         done = after
     outcome.differing = differing(files(out), stage.whole)
     return outcome
+
+
+def interrupt_often(
+    forks: Forks, stage: Stage, folder: Path, stream: random.Random, kills: int, at_once: int
+) -> Outcome:
+    """Interrupted runs, of up to `at_once` kills each, until there were `kills` of them."""
+    total = Outcome(stage.name, 0, [], [], runs=0)
+    while total.kills < kills:
+        own = interrupt(forks, stage, folder / str(total.runs), stream, min(at_once, kills - total.kills))
+        total.kills += own.kills
+        total.runs += 1
+        total.differing += own.differing
+        total.again += own.again
+    return total
 
 
 def together(forks: Forks, stage: Stage, folder: Path, size: int = 2, lose: bool = False) -> Outcome:

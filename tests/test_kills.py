@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,11 +32,12 @@ def stages(server: forks.Forks, tmp_path_factory: pytest.TempPathFactory) -> dic
 def test_a_killed_stage_ends_with_the_same_bytes_and_finished_users_are_left_alone(
     server: forks.Forks, stages: dict[str, kills.Stage], tmp_path: Path, name: str
 ) -> None:
-    outcome = kills.interrupt(server, stages[name], tmp_path / "run", random.Random(f"kill {name}"), KILLS)
-    assert outcome and outcome.kills >= 1, outcome
+    stream = random.Random(f"kill {name}")
+    outcome = kills.interrupt_often(server, stages[name], tmp_path, stream, KILLS, at_once=KILLS)
+    assert outcome and outcome.kills == KILLS, outcome
 
 
-@pytest.mark.parametrize("name", kills.STAGES)
+@pytest.mark.parametrize("name", ["task", "anchors", "evo", "mia"])
 def test_two_processes_write_the_files_of_one_and_no_user_is_done_twice(
     server: forks.Forks, stages: dict[str, kills.Stage], tmp_path: Path, name: str
 ) -> None:
@@ -52,7 +52,7 @@ def test_the_other_process_finishes_what_a_lost_one_leaves(
     assert outcome, outcome
 
 
-@pytest.mark.parametrize("name", kills.STAGES)
+@pytest.mark.parametrize("name", ["anchors", "oppu"])
 def test_a_full_disk_is_one_clear_error_and_the_stage_goes_on_when_there_is_room(
     server: forks.Forks, stages: dict[str, kills.Stage], tmp_path: Path, name: str
 ) -> None:
@@ -87,18 +87,26 @@ def test_a_disk_that_is_really_full(server: forks.Forks, stages: dict[str, kills
         subprocess.run(["umount", out], check=True)
 
 
-def test_accelerate_starts_the_processes_it_is_asked_for(
-    stages: dict[str, kills.Stage], tmp_path: Path
-) -> None:
-    stage, folder = stages["evo"], tmp_path / "run"
-    kills.copy(stage.before, folder)
-    launcher = shutil.which("accelerate", path=str(Path(sys.executable).parent)) or "accelerate"
-    script, *options = kills.command("evo")
-    words = [launcher, "launch", "--num_processes", "2", "--cpu", str(world.ROOT / script), *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True)
+ASKED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from prime import cli, runs
+def main(_):
+    name = "-".join(os.environ.get(key, "none") for key in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
+    runs.write_text(Path("ranks") / name, " ".join(sys.argv[1:]))
+cli.run(main)
+"""
+
+
+def test_accelerate_starts_the_processes_it_is_asked_for(tmp_path: Path) -> None:
+    """On a CPU it starts one only, and the script the others."""
+    script = tmp_path / "stage.py"
+    script.write_text(ASKED.format(root=str(world.ROOT)))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    words = [*launcher, str(script), "--k", "3"]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(words, cwd=tmp_path, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    out = folder / "out" / "evo"
-    assert kills.differing(kills.files(out), stage.whole) == []
-    holders = {path.read_text() for path in out.glob("users/*/seconds.json")}
-    assert len(holders) == len(list(out.glob("users/*")))
+    found = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
+    assert found == {"0-2-1": "--k 3", "1-2-1": "--k 3"}
