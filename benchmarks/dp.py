@@ -11,7 +11,7 @@ Arms: `plain`, reproduce.sh's training, two records per item; `clipped`, the pri
 that the controlled attack has non-members. The settings of the private arms were chosen on anchors' held-out items
 (benchmarks/dp_tuning.py), never on merges or test users.
 
-    python benchmarks/dp.py --epsilons 8,4,1 --users 12
+    python benchmarks/dp.py --epsilons 8,4,1 --users 8
 """
 
 import argparse
@@ -45,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
     parser.add_argument("--epsilons", type=cli.int_list, default=(8, 1, 4), help="budgets, with commas")
-    parser.add_argument("--users", type=cli.positive, default=12, help="test users, the first ones")
+    parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
     parser.add_argument("--lora_r", type=cli.positive, default=1, help="rank of the private adapters")
-    parser.add_argument("--lr", default="1e-2", help="learning rate of the private training")
+    parser.add_argument("--lr", default="4e-2", help="learning rate of the private training")
     parser.add_argument("--epochs", type=cli.positive, default=10, help="its steps: each takes all items")
-    parser.add_argument("--max_norm", default="0.1", help="clip norm of an item's gradient")
+    parser.add_argument("--max_norm", default="0.05", help="clip norm of an item's gradient")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results")
     return parser
 
@@ -64,7 +64,8 @@ def arms(args: argparse.Namespace) -> dict[str, list[str]]:
 
 def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str]) -> Path:
     """Stages 3 to 5 of one arm; its folder."""
-    here = folder / "dp" / arm.replace(" ", "")
+    setting = "" if arm == "plain" else f"-rank{args.lora_r}-lr{args.lr}-epochs{args.epochs}-clip{args.max_norm}"
+    here = folder / "dp" / f"{arm.replace(' ', '')}{setting}"
     lora, merged = str(here / "LoRA"), str(here / "LoRA-Composition-evo")
     model = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
     model += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
