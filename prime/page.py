@@ -73,7 +73,7 @@ class Folder(NamedTuple):
     method: str
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
-    device: str
+    machine: str
     finished: int
     unfinished: Sequence[str]
     seconds: Mapping[str, float]
@@ -128,7 +128,7 @@ def _folder(root: Path, path: Path) -> Folder:
             seconds[part] = seconds.get(part, 0.0) + spent
     return Folder(
         path.relative_to(root).as_posix(), found["stage"], str(found.get("method", "")), found["settings"],
-        found.get("versions", {}), str(found.get("device", "")), len(results), begun, seconds,
+        found.get("versions", {}), str(found.get("machine", "")), len(results), begun, seconds,
     )  # fmt: skip
 
 
@@ -283,6 +283,22 @@ def roc_figures(content: Content, name: str, attacked: Mapping[str, Any], folder
     return [show(folder, f"roc-{name}", f"ROC of all attacks on {method}, {name} set", drawn)]
 
 
+def frontier_figures(content: Content, folder: Path) -> list[Shown]:
+    """Utility against each kind of leakage over the penalties, of every stage folder that holds several."""
+    shown = []
+    for path in sorted(content.root.glob("*/frontier.json")):
+        found = read_json(path)
+        points = [one for one in found["points"] if one.get(found["metric"])]
+        for key, title in figures.TRADED.items():
+            if sum(bool(one.get(key)) for one in points if one["penalty"] is not None) < 2:
+                continue
+            alone = [{**one, **dict.fromkeys(figures.TRADED), key: one.get(key)} for one in points]
+            drawn = figures.frontier(alone, found["metric"])
+            stem = f"frontier-{path.parent.name}-{key.replace('_', '-')}"
+            shown.append(show(folder, stem, f"Penalties of {path.parent.name}: {title}", drawn))
+    return shown
+
+
 def trade_figures(content: Content, folder: Path) -> list[Shown]:
     both = [row for row in leading(content.summary) if row["auroc"]]
     if len(both) < 2:
@@ -379,7 +395,7 @@ def missing(content: Content, folders: Sequence[Folder]) -> dict[str, list[str]]
     present = [method for method in content.summary["users"] if method in report.METHODS]
     open_to_attack = [
         m for m in present
-        if m not in attacked and m not in ("base", "rag", "task_lora", "oppu", *report.PART_OF_SEARCH)
+        if m not in attacked and m not in ("base", "rag", "task_lora", *report.PART_OF_SEARCH)
     ]  # fmt: skip
     absent = [f"{stage}.py has not run: {lost}." for stage, lost in STAGES.items()
               if lost and stage not in found]  # fmt: skip
@@ -420,12 +436,13 @@ def write_run_page(content: Content) -> Path:
         notes=report.notes(content.summary).splitlines(),
         utility=utility_figures(content, folder),
         search=search_figures(content, folder),
-        trade=trade_figures(content, folder),
+        trade=[*trade_figures(content, folder), *frontier_figures(content, folder)],
         leakage=leakage_parts(content, folder),
         examples=examples(content),
         per_user=per_user(content),
         folders=folders,
         versions=versions(folders),
+        machines=list(dict.fromkeys(folder.machine for folder in folders if folder.machine)),
     ))  # fmt: skip
     return path
 

@@ -28,6 +28,7 @@ from prime.forms import RESULT, SETTINGS, read_form
 from prime.locks import claim, grab, remove_abandoned, turn
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
+DRIVER = Path("/proc/driver/nvidia/gpus")
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
 
 
@@ -163,6 +164,17 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
 
 
+def machine() -> str:
+    """What computes here, for the run's record: system, CPU cores, NVIDIA's GPUs as their driver names them.
+
+    CUDA is left alone: starting it would forbid to fork.
+    """
+    told = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(DRIVER.glob("*/information"))]
+    names = [line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:")]
+    gpus = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} CPU cores", *gpus])
+
+
 class Run:
     """The output directory of one stage.
 
@@ -182,7 +194,7 @@ class Run:
         if not path.exists():
             with self.turn("settings"):
                 if not path.exists():
-                    write_json(path, asked | {"versions": library_versions()})
+                    write_json(path, asked | {"versions": library_versions(), "machine": machine()})
         self._refuse_other(path, asked)
         self._tidy()
 

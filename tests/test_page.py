@@ -12,7 +12,7 @@ import pytest
 import postprocess
 from prime import figures, leakage, page
 from prime.errors import InputError
-from prime.runs import Run, read_json, user_dirname
+from prime.runs import Run, machine, read_json, user_dirname
 from prime.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
@@ -84,6 +84,21 @@ def write_attack(root: Path) -> None:
     leakage.write_roc(folder, "prime", results, results[:2])
 
 
+def write_frontier(root: Path) -> None:
+    """Two penalties and the base; nobody attacked the controlled set."""
+
+    def point(label: str, penalty: float | None, accuracy: float, auroc: float) -> dict:
+        values = {"accuracy": accuracy, "auroc": auroc}
+        told = {key: {"mean": value, "low": value - 0.1, "high": value + 0.1} for key, value in values.items()}
+        unknown = {"controlled_auroc": None, "similarity": None}
+        return {"method": "prime", "label": label, "penalty": penalty, **unknown, **told}
+
+    points = [point("penalty 0", 0.0, 0.5, 0.8), point("penalty 1", 1.0, 0.4, 0.6), point("base", None, 0.3, 0.5)]
+    path = root / "Penalties" / "frontier.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"metric": "accuracy", "points": points}))
+
+
 def write_run(output: Path) -> list[str]:
     """A run of two stages and an attack, with hostile text in all that a user supplies; arguments of postprocess.py."""
     root, test = output / TASK.name, output.parent / "data" / "test_100"
@@ -93,6 +108,7 @@ def write_run(output: Path) -> list[str]:
         run.finish(user, {"user_id": user, "index": index, "predictions": found})
     write_search(root)
     write_attack(root)
+    write_frontier(root)
     test.mkdir(parents=True)
     asked = f"Which tag? ] description: {SCRIPT} a film"
     users = [{"user_id": user, "profile": [], "query": [{"id": key, "input": asked} for key in golds(user)]}
@@ -166,6 +182,7 @@ def test_what_failed_and_what_was_not_run_is_told(written: Path) -> None:
 def test_what_was_run_is_told(written: Path) -> None:
     text = " ".join(run_page(written).text.split())
     assert "36.0 (search 24.0, sharers 6.0, predict 12.0)" in text  # the sharers' are a part of the search's
+    assert f"Machine: {machine()}." in text
     assert "torch" in text and "--seed" in text and f"'\"{SCRIPT}" in text
 
 
@@ -179,6 +196,11 @@ def test_leakage_stands_beside_its_blind_baseline(written: Path) -> None:
     assert "sharers, unmerged" in text
     sentence = re.search(r"the published attack catches ([\d.]+)% of .*?, attack calibrated most, ([\d.]+)%", text)
     assert sentence and float(sentence[1]) < float(sentence[2])
+
+
+def test_the_frontier_tells_what_the_penalty_costs_and_buys(written: Path) -> None:
+    text = " ".join(run_page(written).text.split())
+    assert "From penalty 0 to 1: accuracy 0.500 to 0.400 and AUROC, published sets 0.800 to 0.600." in text
 
 
 def test_the_strongest_attack_stands_beside_the_published_one() -> None:
@@ -204,7 +226,7 @@ def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Pa
     stems = {path.stem for path in folder.iterdir()}
     assert {"scores-accuracy", "scores-f1", "paired-base", "paired-best_sharer", "search-prime", "weights-prime",
             "leakage-published", "leakage-controlled", "roc-published", "roc-user",
-            "utility-leakage"} <= stems  # fmt: skip
+            "utility-leakage", "frontier-Penalties-auroc"} <= stems  # fmt: skip
     assert len(images) == len(stems) and "search-best_sharer" not in stems
     assert all((folder / f"{stem}.png").read_bytes()[:4] == b"\x89PNG" for stem in stems)
     assert all(image["src"].startswith("data:image/svg+xml;base64,") and len(image["alt"]) > 40 for image in images)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from prime import runs
 from prime.errors import InputError
 from prime.runs import Run, derive_seed, read_results, read_settings, replacing, user_dirname, write_json, write_text
 
@@ -148,6 +149,18 @@ def test_the_same_settings_resume(tmp_path: Path) -> None:
     assert (tmp_path / "settings.json").read_text() == before
     assert read_settings(tmp_path)["settings"] == SETTINGS
     assert set(read_settings(tmp_path)["versions"]) >= {"python", "torch", "peft", "nevergrad", "cma"}
+
+
+def test_the_machine_is_recorded_with_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("0", "1"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "information").write_text("Model: \t\t NVIDIA H100\nIRQ: 7\n")
+    monkeypatch.setattr(runs, "DRIVER", tmp_path)
+    make(tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "settings.json").read_text())["machine"]
+    assert told.endswith(f"{os.cpu_count()} CPU cores, 2 x NVIDIA H100")
+    monkeypatch.setattr(runs, "DRIVER", tmp_path / "none")
+    assert runs.machine().endswith("CPU cores")
 
 
 def test_other_settings_are_refused_with_every_differing_key(tmp_path: Path) -> None:
