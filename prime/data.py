@@ -53,6 +53,8 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
     rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of users, found {kind_of(rows)}")
+    if not rows:
+        raise InputError(f"{path}: holds no users")
     check = _Checker(str(path), task, need_queries, need_golds)
     users = [check.user(row, position) for position, row in enumerate(rows)]
     if check.problems:

@@ -80,7 +80,7 @@ def check_hub_dir(folder: Path) -> None:
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             problems.append(f"{index}: no weight_map of tensors to files")
             continue
-        outside = sorted({name for name in names.values() if Path(name).name != name})
+        outside = sorted({name for name in names.values() if Path(name).name != name or not (folder / name).is_file()})
         problems += [f"{index}: {shown(repr(name))} is no file of this folder" for name in outside]
     if problems:
         raise InputError.many(problems)
