@@ -55,9 +55,9 @@ def read_owners(folder: str | Path, args: argparse.Namespace) -> Owners:
     if not results:
         raise InputError(f"{folder}: no anchors' results there; run train_anchor_peft.py first (--anchor_dir)")
     trained = read_settings(folder)["settings"]
-    changed = [key for key in RECORD_OPTIONS if trained[key] != getattr(args, key)]
+    changed = [key for key in RECORD_OPTIONS if trained.get(key) != getattr(args, key)]
     if changed:
-        lines = [f"  {key}: there {trained[key]!r}, now {getattr(args, key)!r}" for key in changed]
+        lines = [f"  {key}: there {trained.get(key)!r}, now {getattr(args, key)!r}" for key in changed]
         raise InputError(f"{folder}: the anchors were trained on other records:\n" + "\n".join(lines))
     return Owners(Path(folder), results, trained)
 

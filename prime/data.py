@@ -276,7 +276,7 @@ def _text(value: Any, what: str, problems: list[str]) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A file of one JSON object per line; InputError naming the line that is none."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

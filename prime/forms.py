@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prime.data import kind_of, read_json
+from prime.data import kind_of, read_json, read_lines
 from prime.errors import InputError
 
 METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -46,6 +46,8 @@ RESULT = {
     "scores?": Each(ANY_KEY, SIDES),
     "blind?": Each(ANY_KEY, SIDES),
 }
+EVALUATION = {"loss": (float, int), "origin": str}
+TRAINED = {"seed": int, "recent_k": int, "holdout?": (float, int), "enable_dp?": bool}  # settings that make records
 ATTACKS = Each(ANY_KEY, AUROCS)
 MIA_SUMMARY = {"method": METHOD, "attacks": ATTACKS, "sharers": {"users": int, "attacks": ATTACKS}}
 
@@ -56,6 +58,15 @@ def read_form(path: Path, form: Any) -> Any:
     problems = form_problems(found, form, f"{path}: the file")
     if problems:
         raise InputError.many([problem.replace(": the file.", ": ", 1) for problem in problems])
+    return found
+
+
+def read_form_lines(path: Path, form: Any) -> list[dict[str, Any]]:
+    """A file of one JSON object per line, each of a form; all problems in one InputError."""
+    found = read_lines(path)
+    problems = [one for i, row in enumerate(found, 1) for one in form_problems(row, form, f"{path}: line {i}")]
+    if problems:
+        raise InputError.many(problems)
     return found
 
 
@@ -76,6 +87,17 @@ def form_problems(value: Any, form: Any, where: str) -> list[str]:
         fits = isinstance(value, str) and form.fullmatch(value)
         return [] if fits else [f"{where} is {_shown(value)}, expected a name like {form.pattern}"]
     return _expected(value, form, where)
+
+
+def merge_problems(result: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a result of form RESULT that names sharers."""
+    if "sharers" not in result:
+        return []
+    problems = [] if "deployed" in result else ["deployed is missing, though there are sharers"]
+    n, weights = len(result["sharers"]), result.get("weights")
+    if weights is not None and len(weights) != n:
+        problems.append(f"{len(weights)} weights for {n} sharers")
+    return problems
 
 
 def _each_problems(value: Mapping[str, Any], form: Each, where: str) -> list[str]:

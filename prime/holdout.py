@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from prime import cli
 from prime.data import User
 from prime.errors import InputError
+from prime.forms import TRAINED, form_problems
 from prime.prompts import Record, history_records
 from prime.runs import derive_seed, read_settings
 
@@ -67,9 +68,13 @@ def split_of(args: argparse.Namespace) -> Split:
 
 def trained_split(folder: str | Path) -> Split:
     """As the adapters in a stage's directory were trained; adapters from elsewhere held nothing out."""
-    if not (Path(folder) / "settings.json").is_file():
+    path = Path(folder) / "settings.json"
+    if not path.is_file():
         return Split()
-    return split_of(argparse.Namespace(**{"holdout": 0.0} | read_settings(folder)["settings"]))
+    found = read_settings(folder)["settings"]
+    if problems := form_problems(found, TRAINED, f"{path}: settings"):
+        raise InputError.many(problems)
+    return split_of(argparse.Namespace(**{"holdout": 0.0} | found))
 
 
 def records_of(texts: cli.Texts, user: User, recent_k: int, split: Split) -> list[Record]:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 from prime.data import read_json
 from prime.errors import InputError
 from prime.runs import replacing, write_json
-from prime.tensors import load_named
+from prime.tensors import layers_problem, load_named, shown
 
 PARAMS, SHARD = "params.json", re.compile(r"consolidated\.(\d+)\.pth")
 SOURCE = "converted_from.json"  # beside a kept conversion: what it was made of
@@ -85,20 +85,35 @@ def read_params(folder: str | Path) -> Params:
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected an object of numbers, found {type(found).__name__}")
     numbers: dict[str, Any] = {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1, "rope_theta": 10_000.0} | found
-    for key in ("dim", "n_layers", "n_heads", "multiple_of", "norm_eps", "vocab_size", "rope_theta"):
-        if isinstance(numbers.get(key), bool) or not isinstance(numbers.get(key), int | float):
-            raise InputError(f"{path}: {key} is {numbers.get(key)!r}, expected a number")
+    wholes, reals = ("dim", "n_layers", "n_heads", "multiple_of"), ("norm_eps", "rope_theta")
+    optional = [key for key in ("n_kv_heads", "ffn_dim_multiplier", "rope_scaling_factor") if numbers.get(key)]
+    problems = [_number_problem(numbers, key, int) for key in (*wholes, *(k for k in optional if k == "n_kv_heads"))]
+    problems += [_number_problem(numbers, key, int | float) for key in (*reals, *optional)]
+    if type(numbers["vocab_size"]) is not int or not (numbers["vocab_size"] == -1 or numbers["vocab_size"] > 0):
+        problems.append(f"vocab_size is {shown(repr(numbers['vocab_size']))}, expected a whole number, or -1")
+    problems += [layers_problem(numbers, "n_layers")]
+    if any(problems):
+        raise InputError.many([f"{path}: {problem}" for problem in problems if problem])
     dim, heads = numbers["dim"], numbers["n_heads"]
-    if dim % heads:
-        raise InputError(f"{path}: dim {dim} is no multiple of n_heads {heads}")
+    kv_heads = numbers.get("n_kv_heads") or heads
+    if dim % heads or heads % kv_heads:
+        raise InputError(f"{path}: dim {dim} is no multiple of n_heads {heads}, or that not of n_kv_heads {kv_heads}")
     factor = None
     if numbers.get("use_scaled_rope"):
         known = ROPE_FACTORS.get((dim, numbers["n_layers"]), ROPE_FACTOR)
         factor = float(numbers.get("rope_scaling_factor") or known)
     return Params(
-        dim, numbers["n_layers"], heads, numbers.get("n_kv_heads") or heads, _hidden(numbers), numbers["vocab_size"],
+        dim, numbers["n_layers"], heads, kv_heads, _hidden(numbers), numbers["vocab_size"],
         numbers["norm_eps"], numbers["rope_theta"], factor,
     )  # fmt: skip
+
+
+def _number_problem(numbers: Mapping[str, Any], key: str, kind: Any) -> str:
+    """What keeps a field from being a positive number that a model could have; empty if nothing does."""
+    value = numbers.get(key)
+    if isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31:
+        return ""
+    return f"{key} is {shown(repr(value))}, expected a positive {'whole number' if kind is int else 'number'}"
 
 
 def _hidden(numbers: Mapping[str, Any]) -> int:

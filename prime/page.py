@@ -16,8 +16,7 @@ import jinja2
 import numpy as np
 
 from prime import figures, leakage, membership, metrics, plots, report
-from prime.data import read_lines
-from prime.forms import MIA_SUMMARY, read_form
+from prime.forms import EVALUATION, MIA_SUMMARY, read_form, read_form_lines
 from prime.report import Cell, Predictions
 from prime.runs import read_json, read_results, read_settings, write_text
 from prime.tasks import Task, extract
@@ -135,7 +134,8 @@ def _folder(root: Path, path: Path) -> Folder:
 def searches_of(folder: Path) -> list[list[dict[str, Any]]]:
     """evaluations.jsonl of all finished users of a search, in the order of their folders."""
     paths = sorted(folder.glob("users/*/evaluations.jsonl"))
-    return [lines for path in paths if (path.parent / "result.json").is_file() and (lines := read_lines(path))]
+    finished = [path for path in paths if (path.parent / "result.json").is_file()]
+    return [lines for path in finished if (lines := read_form_lines(path, EVALUATION))]
 
 
 # --- the table -------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from typing import Any
 
 from prime.data import read_json
 from prime.errors import InputError
-from prime.forms import RESULT, SETTINGS, read_form
+from prime.forms import RESULT, SETTINGS, merge_problems, read_form
 from prime.locks import claim, grab, remove_abandoned, turn
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
@@ -291,6 +291,8 @@ def read_result(path: Path) -> dict:
         InputError: no result of a stage, or another user's than the folder is named after.
     """
     result = read_form(path, RESULT)
+    if problems := merge_problems(result):
+        raise InputError.many([f"{path}: {problem}" for problem in problems])
     if user_dirname(result["user_id"]) != path.parent.name:
         raise InputError(f"{path}: the result of user {result['user_id']}, in another user's folder")
     seconds = path.with_name("seconds.json")

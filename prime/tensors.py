@@ -25,6 +25,7 @@ from prime.errors import InputError
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Two names may share one storage (tied embeddings), so tensors may claim the file's bytes twice.
 CLAIM = 2
+MAX_LAYERS = 10_000
 
 
 def load_pickled(path: Path | str, extra: Sequence[Any] = (), mmap: bool = False) -> Any:
@@ -82,10 +83,21 @@ def check_hub_dir(folder: Path) -> None:
             continue
         outside = sorted({name for name in names.values() if Path(name).name != name or not (folder / name).is_file()})
         problems += [f"{index}: {shown(repr(name))} is no file of this folder" for name in outside]
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict):
+        problems.append(f"{folder / 'config.json'}: expected an object")
+    elif told := layers_problem(config, "num_hidden_layers"):
+        problems.append(f"{folder / 'config.json'}: {told}")
     if problems:
         raise InputError.many(problems)
     for file in sorted(folder.glob("*.bin")):
         check_pickled(file)
+
+
+def layers_problem(config: Mapping[str, Any], key: str) -> str:
+    """A model is built before its weights are found missing, so layers that nobody has would be built for hours."""
+    value = config.get(key, 1)
+    return f"{key} is {value}, above {MAX_LAYERS:,}" if isinstance(value, int | float) and value > MAX_LAYERS else ""
 
 
 def check_file(path: Path) -> None:

@@ -8,9 +8,11 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,10 +26,10 @@ from prime.anchors import save_selection
 from prime.checkpoint import check_model_dir, load_model, load_tokenizer
 from prime.data import load_labels, load_users
 from prime.errors import InputError
+from prime.forms import EVALUATION, read_form_lines
 from prime.gates import load_gate, save_gate
 from prime.lora import load_adapter, save_adapter
 from prime.meta import MetaCheckpoint
-from prime.page import read_lines
 from prime.prompts import TEMPLATES
 from prime.published import load_published, load_published_gate
 from prime.runs import Run, read_results, read_settings
@@ -40,6 +42,9 @@ ODD = (
     None, True, -1, 0, 1.5, 1e308, 10**30, "", "x", "../../x", "\ud800", [], {}, [[]], {"a": 1}, [None], "nan",
     float("nan"), float("inf"), "1" * 5000, ["x"] * 3,
 )  # fmt: skip
+
+
+EVALUATIONS = '{"weights": [1.0], "loss": 0.5, "origin": "base"}\n' * 3
 
 
 # -- a finished run -------------------------------------------------------------------------------------------------
@@ -82,7 +87,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "seconds": {"search": 1.0, "predict": 1.0},
         }  # fmt: skip
         run.finish(user.user_id, result)
-        (run.user_dir(user.user_id) / "evaluations.jsonl").write_text('{"weights": [1.0], "loss": 0.5}\n' * 3)
+        (run.user_dir(user.user_id) / "evaluations.jsonl").write_text(EVALUATIONS)
     interval = {"mean": 0.6, "low": 0.5, "high": 0.7}
     attacks = {"loss": {"auroc": interval, "blind_auroc": interval}}
     world.write(
@@ -104,8 +109,14 @@ GATE_WIDTHS = {f"model.layers.{i}.self_attn.{kind}_proj": 64 for i in (0, 1) for
 # -- doors ----------------------------------------------------------------------------------------------------------
 
 
+class Computes(Exception):
+    """All files are fine, and name a user who is not finished."""
+
+
 def merge(folder: Path, _: Path) -> None:
-    lora_composition_evo.main(evo_argv(folder))
+    with pytest.MonkeyPatch.context() as patch, suppress(Computes):
+        patch.setattr(lora_composition_evo, "load_engine", Mock(side_effect=Computes))
+        lora_composition_evo.main(evo_argv(folder))
 
 
 def table(folder: Path, _: Path) -> None:
@@ -150,7 +161,7 @@ DOORS: dict[str, Callable[[Path, Path], object]] = {
     "output/evo/users/*/result.json": table,
     "output/evo/users/*/seconds.json": table,
     "output/evo/mia_summary.json": table,
-    "output/evo/users/*/evaluations.jsonl": lambda _, path: read_lines(path),
+    "output/evo/users/*/evaluations.jsonl": lambda _, path: read_form_lines(path, EVALUATION),
     "anchors/settings.json": anchors_results,
     "anchors/users/*/result.json": anchors_results,
     "anchors/users/*/adapter/adapter_config.json": adapter,
@@ -166,6 +177,9 @@ DOORS: dict[str, Callable[[Path, Path], object]] = {
     "model/tokenizer.json": model,
     "model/tokenizer_config.json": model,
 }
+
+
+PARTNERS = (".pt: ", "user_test_100_label.json: no gold for")
 
 
 # -- malformations --------------------------------------------------------------------------------------------------
@@ -260,7 +274,8 @@ def test_300_malformed_files_give_300_clear_errors(finished: Path, capsys: pytes
             DOORS[door](finished, path)
             counts["still valid"] += 1
         except InputError as error:
-            named = path.name in str(error) or path.parent.name in str(error)
+            # A whole file of too few users or queries is found out by the file that has more of them, and names both.
+            named = any(name in str(error) for name in (path.name, path.parent.name, *PARTNERS))
             counts["clear errors" if named else f"unclear: {error}"] += 1
             by_door[door] += 1
         finally:

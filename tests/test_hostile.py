@@ -332,6 +332,15 @@ def test_an_index_names_no_file_outside(name: str, tmp_path: Path) -> None:
         load_model(str(folder), "cpu")
 
 
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 10**9}, {"hidden_size": 10**9}, {"vocab_size": 10**12}])
+def test_a_configuration_of_a_giant_is_refused(change: dict, tmp_path: Path) -> None:
+    tiny.model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=tmp_path.name):
+        load_model(str(tmp_path), "cpu")
+
+
 def test_no_code_beside_the_weights_runs(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     folder = tmp_path / "model"

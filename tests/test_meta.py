@@ -257,7 +257,7 @@ def test_a_truncated_shard(made: dict, tmp_path: Path, kept: float) -> None:
         ({"n_kv_heads": 2}, r"layers.0.attention.wk.weight is \(64, 64\), .* make it \(32, 64\)"),
         ({"multiple_of": 100}, r"layers.1.feed_forward.w2.weight is \(64, 192\), .* make it \(64, 200\)"),
         ({"vocab_size": 500}, r"tok_embeddings.weight is \(400, 64\), so 1 shards hold 400 tokens; .* vocab_size 500"),
-        ({"n_heads": None}, "params.json: n_heads is None, expected a number"),
+        ({"n_heads": None}, "params.json: n_heads is None, expected a positive whole number"),
     ],
 )  # fmt: skip
 def test_params_of_another_model(made: dict, tmp_path: Path, change: dict, told: str) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 import postprocess
 from prime import figures, leakage, page
+from prime.data import read_lines
 from prime.errors import InputError
 from prime.runs import Run, machine, read_json, user_dirname
 from prime.tasks import TASKS
@@ -287,7 +288,7 @@ def test_a_broken_trace_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "evaluations.jsonl"
     path.write_text('{"loss": 1}\n{"loss": ')
     with pytest.raises(InputError, match="evaluations.jsonl: line 2: not JSON"):
-        page.read_lines(path)
+        read_lines(path)
 
 
 def test_best_so_far_leaves_out_what_may_not_win() -> None:
