@@ -99,7 +99,7 @@ def deployment(exp_dir: Path, result: Mapping[str, Any], n_sim: int) -> Subject:
     if "sharers" not in result:
         told = "merged no sharer's adapter, so it has no members to look for (--exp_dir)"
         raise InputError(f"{exp_dir}: user {user_id} {told}")
-    on_base = result["deployed"] == "base"
+    on_base = result.get("deployed") == "base"
     weights = result.get("weights", [1.0] * len(result["sharers"]))
     merged = [s for s, w in zip(result["sharers"], weights, strict=True) if on_base or np.any(w)]
     members = merged[:n_sim] if n_sim else merged

@@ -93,11 +93,8 @@ def merge_problems(result: Mapping[str, Any]) -> list[str]:
     """What is wrong with a result of form RESULT that names sharers."""
     if "sharers" not in result:
         return []
-    problems = [] if "deployed" in result else ["deployed is missing, though there are sharers"]
     n, weights = len(result["sharers"]), result.get("weights")
-    if weights is not None and len(weights) != n:
-        problems.append(f"{len(weights)} weights for {n} sharers")
-    return problems
+    return [f"{len(weights)} weights for {n} sharers"] if weights is not None and len(weights) != n else []
 
 
 def _each_problems(value: Mapping[str, Any], form: Each, where: str) -> list[str]:
