@@ -84,8 +84,9 @@ def attack_open(args: argparse.Namespace, owners: Owners, todo: Sequence[tuple[R
     load: Callable = cli.load_test_users if owners.folder == Path(args.exp_dir) else cli.load_candidates
     engine = load_engine(args, task_adapter=args.lora_ckpt)
     records = owned_records(args, owners, load(args, texts.task), texts, engine)
-    scorer = Scorer(engine, records, args.users_per_batch, [owners.adapter(name) for name in owners.ids])
     references = References.draw(owners.ids, args.references, args.seed)
+    # In the references' order, so that with --skip_sharers few other owners are scored beside them.
+    scorer = Scorer(engine, records, args.users_per_batch, [owners.adapter(name) for name in references.order])
     for run, groups in todo:
         for group in share(run, groups, lambda group: [s.user_id for s in group], len):
             run.finish_all(attack_group(scorer, owners, references, group))
