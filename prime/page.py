@@ -44,6 +44,7 @@ ROWS = {
 }
 # Scripts of a whole run in their order, and what a reader misses without them; "" where nothing of the page needs it.
 STAGES = {
+    "gen_profile": "",
     "task_lora": "the untouched and the task-adapted model",
     "history_anchor": "which sharers are chosen",
     "train_anchor_peft": "the sharers' adapters",
