@@ -1,5 +1,5 @@
-# Sourced by reproduce.sh and tests/run.sh: makes .venv beside this file and installs what is missing into it.
-# Usage: install_requirements FILE...; sets ROOT and PY. PYTHON chooses the interpreter (3.11 or newer).
+# Makes .venv beside this file and installs what is missing into it: `bash setup_env.sh`. reproduce.sh and tests/run.sh
+# source it and do it themselves: install_requirements FILE...; sets ROOT and PY. PYTHON chooses the interpreter (3.11 or newer).
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PY="$ROOT/.venv/bin/python"
 
@@ -21,3 +21,5 @@ install_file() {
     "$PY" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$1"
     cp "$ROOT/$1" "$ROOT/.venv/installed-$1"
 }
+
+[ "${BASH_SOURCE[0]}" != "$0" ] || install_requirements requirements.txt
