@@ -4,7 +4,7 @@ Reads   <lamp_dir>/{train,dev}_questions.json and {train,dev}_outputs.json, or e
 Writes  <output_dir>/user_base_LLM.json, user_anchor_candidate.json, user_reserve_10_percent.json,
         <output_dir>/test_100/user_test_100.json, user_test_100_label.json; no user is in two files
         <output_dir>/prepare_report.json       what was read, dropped and written; last of all
-Takes   about a minute per GB, in memory that does not grow with the files. A second run makes the same files again.
+Takes   about a minute per GB, within a few hundred MB of memory. A second run makes the same files again.
 
     python prepare_data.py --task_name movie_tagging --lamp_dir ./lamp/LaMP_2 --output_dir ./data/movie_tagging
 

@@ -5,9 +5,9 @@ releases with `user_id`; outputs are `{"task": "LaMP_2", "golds": [{"id", "outpu
 items are made from the question's id and count from 0 in each question, so they tell nothing about whether two
 questions show the same item: items are known by their content.
 
-What is read goes to disk, each distinct item and each distinct profile once, so that memory stays the same whatever the
-size of the files. An item's key is 63 bits of a hash of its content: among ten million items, two share one by chance
-with probability 6e-6.
+What is read goes to disk, each distinct item and each distinct profile once, so that memory does not hold the texts.
+An item's key is 63 bits of a hash of its content: among ten million items, two share one by chance with probability
+6e-6.
 """
 
 from __future__ import annotations

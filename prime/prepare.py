@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
@@ -179,8 +180,10 @@ def prepare(
         folder = _workplace(target)
         try:
             report = _convert(task, parts, folder, options, cited, bar)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, sqlite3.OperationalError):
+                raise InputError(f"{folder}: {error}; it needs as much room as the files it reads") from None
             raise
         _publish(folder, target)
     return report

@@ -617,6 +617,19 @@ def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
     assert contents(convert(made, tmp_path / "part")) == expected
 
 
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Spool.add_profile
+
+    def small(spool: Spool, items: list) -> int:
+        spool.db.execute("PRAGMA max_page_count = 20")
+        return add(spool, items)
+
+    monkeypatch.setattr(Spool, "add_profile", small)
+    with pytest.raises(InputError, match="database or disk is full; it needs as much room"):
+        convert(user_split("movie_tagging", people=60), tmp_path)
+    assert not list((tmp_path / "data").rglob("*"))
+
+
 def test_two_conversions_into_one_folder_do_not_meet(tmp_path: Path) -> None:
     with claim(tmp_path / "data" / ".prepare.lock") as mine, pytest.raises(InputError, match="another prepare_data.py"):
         assert mine
