@@ -1,5 +1,6 @@
 # Makes .venv beside this file and installs what is missing into it: `bash setup_env.sh`. reproduce.sh and tests/run.sh
-# source it and do it themselves: install_requirements FILE...; sets ROOT and PY. PYTHON chooses the interpreter (3.11 or newer).
+# source it and do it themselves: install_requirements FILE...; sets ROOT and PY. PYTHON chooses the interpreter (3.11
+# or newer).
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PY="$ROOT/.venv/bin/python"
 

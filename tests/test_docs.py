@@ -60,7 +60,7 @@ def test_every_quoted_message_is_one_that_is_printed() -> None:
     quoted = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
     texts = printed_texts()
     foreign = {"CUDA out of memory"}  # torch's
-    missing = [message for message in quoted if message.rstrip(" …") not in texts and message not in foreign]
+    missing = [message for message in quoted if message.strip(" …") not in texts and message not in foreign]
     assert len(quoted) > 25 and missing == []
 
 
