@@ -28,6 +28,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ from prime.evolution import Evaluation, Population, add_search, check_share, cho
 from prime.export import export_full, save_personal
 from prime.fitness import Objective
 from prime.journal import Journal
-from prime.lora import merge
+from prime.lora import Adapter, merge
 from prime.penalties import penalty_folder, shared_evaluations, sharing_text
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
@@ -120,47 +121,51 @@ def work_on(
     searched = time.perf_counter()
 
     weights = {f"{args.name} {place}": one.weights for place, one in enumerate(best)}
-    if args.name == "prime":  # a table has one row of each baseline: merged by the rule of prime, not of its variants
+    # A table has one row of each baseline: merged by the rule of prime, not of its variants, and nothing left out.
+    if args.name == "prime" and not args.keep_rank:
         weights |= {"best_sharer": best_sharer.weights}
         weights |= {"uniform": torch.full_like(best_sharer.weights, 1 / len(sharers))}
     answers = predictions(args, texts, engine, user, weights, progress)
-    predicted = time.perf_counter()
+    predict_seconds = (time.perf_counter() - searched) / len(runs)
 
     for place, (run, evaluations, one) in enumerate(zip(runs, found, best, strict=True)):
-        base_won = one is evaluations[0]
-        choice = {
-            "deployed": "base" if base_won else "merge",
-            "sharers": [sharer.user_id for sharer in sharers],
-            "weights": one.weights.tolist(),
-            "rule": args.merge_rule,
-            "loss": one.loss,
-            "utility": one.utility,
-            "similarity": one.similarity,
-            "origin": one.origin,
-        }
-        if not base_won:
-            personal = merge(adapters, one.weights, args.merge_rule, args.keep_rank)
-            save_personal(alone(args, place), run, personal, {"user_id": user.user_id, **choice})
         own = {f"{args.name} {place}": args.name, "best_sharer": "best_sharer", "uniform": "uniform"}
         # Of several searches side by side, a lone one's seconds are those of its own candidates.
         alone_took = sum(candidate.seconds for candidate in evaluations)
-        search = searched - started + journal.spared if len(runs) == 1 else alone_took
-        run.finish(
-            user.user_id,
-            {
-                "user_id": user.user_id,
-                "index": index,
-                **choice,
-                "best_sharer": sharers[single.index(best_sharer)].user_id,
-                "predictions": {own[name]: given for name, given in answers.items() if name in own},
-                "seconds": {
-                    "search": round(search, 3),
-                    "sharers": round(sum(one.seconds for one in single), 3),  # of the search: what best_sharer needs
-                    "predict": round((predicted - searched) / len(runs), 3),
-                },
-            },
-        )
+        seconds = {
+            "search": searched - started + journal.spared if len(runs) == 1 else alone_took,
+            "sharers": sum(one.seconds for one in single),  # of the search: what best_sharer needs
+            "predict": predict_seconds,
+        }
+        told = {
+            "best_sharer": sharers[single.index(best_sharer)].user_id,
+            "predictions": {own[name]: given for name, given in answers.items() if name in own},
+            "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
+        }
+        deploy(alone(args, place), run, {"user_id": user.user_id, "index": index}, sharers, adapters, one, told)
     journal.drop()
+
+
+def deploy(
+    args: argparse.Namespace, run: Run, who: Mapping[str, Any], sharers: Sequence[User], adapters: Sequence[Adapter],
+    best: Evaluation, told: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write what a user deploys, and the result."""
+    base_won = best.origin == "base"
+    choice = {
+        "deployed": "base" if base_won else "merge",
+        "sharers": [sharer.user_id for sharer in sharers],
+        "weights": best.weights.tolist(),
+        "rule": args.merge_rule,
+        "loss": best.loss,
+        "utility": best.utility,
+        "similarity": best.similarity,
+        "origin": best.origin,
+    }
+    if not base_won:
+        personal = merge(adapters, best.weights, args.merge_rule, args.keep_rank)
+        save_personal(args, run, personal, {"user_id": who["user_id"], **choice})
+    run.finish(who["user_id"], {**who, **choice, **told})
 
 
 def alone(args: argparse.Namespace, place: int) -> argparse.Namespace:

@@ -329,8 +329,8 @@ def roc(
 
 
 TRADED = {
-    "auroc": "AUROC, published sets",
-    "controlled_auroc": "AUROC, controlled sets",
+    "auroc": "AUROC, sharers from other anchors",
+    "controlled_auroc": "AUROC, trained from held-out records",
     "similarity": "similarity to the sharers",
 }
 
@@ -339,20 +339,28 @@ def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> Drawn:
     """Utility against leakage and against similarity: points of frontier.json, those of the penalties joined."""
     shown = {key: title for key, title in TRADED.items() if any(one.get(key) for one in points)}
     made, axes = side_by_side(max(1, len(shown)))
+    beside = [one["label"] for one in points if one["penalty"] is None]
     for panel, (key, title) in zip(axes, shown.items(), strict=False):
-        own = [one for one in points if one.get(key)]
-        for place, one in enumerate(points):
-            if one.get(key):
-                _cross(panel, one[key], one[metric], COLOURS[place % 8], MARKERS[place % 8], plain(one["label"], 24))
-        joined = [one for one in own if one["penalty"] is not None]
-        xs, ys = ([one[name]["mean"] for one in joined] for name in (key, metric))
-        panel.plot(xs, ys, color=COLOURS[7], linewidth=0.8, zorder=0)
+        for one in (one for one in points if one.get(key) and one["penalty"] is None):
+            place = 1 + beside.index(one["label"])
+            _cross(panel, one[key], one[metric], COLOURS[place % 8], MARKERS[place % 8], plain(one["label"], 24))
+        _penalties(panel, [one for one in points if one.get(key) and one["penalty"] is not None], key, metric)
         _label(panel, title)
     axes[0].set_ylabel(f"{metric} ({_better(metric)})")
     pairs = [pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     known = {label: handle for handle, label in pairs}
     made.legend(known.values(), known.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=4)
     return made, frontier_sentence(points, metric)
+
+
+def _penalties(axes: Axes, points: Sequence[Mapping[str, Any]], key: str, metric: str) -> None:
+    """The points of the penalties, joined, each with its number beside it."""
+    for one in points:
+        _cross(axes, one[key], one[metric], COLOURS[0], MARKERS[0], "merged, by penalty")
+        place = one[key]["mean"], one[metric]["mean"]
+        axes.annotate(f"{one['penalty']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    xs, ys = ([one[name]["mean"] for one in points] for name in (key, metric))
+    axes.plot(xs, ys, color=COLOURS[7], linewidth=0.8, zorder=0)
 
 
 def frontier_sentence(points: Sequence[Mapping[str, Any]], metric: str) -> str:

@@ -76,9 +76,14 @@ def penalty_point(run: Path, task: Task, golds: Mapping[str, str]) -> dict[str, 
 
 
 def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The baselines: those that the searches predict, and those of the stages beside `folder`."""
-    own = report.predictions_of(read_results(runs[0]))
-    predictions, sources = report.gather(folder, task)
+    """The baselines for the same users: those that the searches predict, and those of the stages beside `folder`."""
+    results = read_results(runs[0])
+    searched = {result["user_id"] for result in results}
+    gathered, sources = report.gather(folder, task)
+    predictions = {
+        cell: {user: samples for user, samples in by_user.items() if user in searched}
+        for cell, by_user in (gathered | report.predictions_of(results)).items()
+    }
     known = known_points(runs[0])
     blind, sharers = (first([aurocs(run, part) for run in runs]) for part in ("blind", "sharers"))
     told: dict[str, dict[str, Any]] = {
@@ -88,7 +93,7 @@ def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping
         "uniform": {},
         "per_pcs": per_pcs(sources["per_pcs"]) if "per_pcs" in sources else {},
     }
-    found = (point(name, BESIDE[name], predictions | own, task, golds, **told[name]) for name in BESIDE)
+    found = (point(name, BESIDE[name], predictions, task, golds, **told[name]) for name in BESIDE)
     return [one for one in found if one is not None]
 
 
