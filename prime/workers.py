@@ -7,9 +7,11 @@ or by a scheduler on the same directory share the work as well.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from prime.data import User
@@ -45,21 +47,41 @@ def limit_threads() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
 
 
-def start_missing() -> None:
-    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for.
+def start_missing() -> list[int]:
+    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for; those started here.
 
-    On a CPU accelerate (1.15) starts one process, and leaves the others to mpirun; here torchrun starts them.
+    On a CPU accelerate (1.15) starts one process, and leaves the others to mpirun. A fork costs no second import.
     """
     env = os.environ
     if "RANK" in env or env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in env:
-        return
+        return []
     import psutil  # comes with accelerate
 
     asked = psutil.Process(os.getppid()).cmdline()
     number = _argument(asked, "--num_processes", 1) // _argument(asked, "--num_machines", 1)
-    if number > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(number)]
-        os.execv(sys.executable, [*launcher, *sys.argv])
+    started: list[int] = []
+    for rank in range(1, number):
+        started.append(os.fork())
+        if started[-1] == 0:
+            env.update(_rank_of(rank, number))
+            return []
+    env.update(_rank_of(0, number))
+    return started
+
+
+def _rank_of(rank: int, size: int) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: str(number) for name, number in zip(names, (rank, size, rank, size), strict=True)}
+
+
+def wait_for(started: Sequence[int], stop: bool) -> None:
+    """Wait until the processes of `start_missing` have ended; `stop`: have them end as after a SIGTERM."""
+    for pid in started:
+        if stop:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    for pid in started:
+        os.waitpid(pid, 0)
 
 
 def _argument(words: Sequence[str], name: str, default: int) -> int:

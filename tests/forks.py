@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,7 +148,7 @@ def child(request: dict[str, Any]) -> int:
         cli.run(module.main)
     except SystemExit as error:
         return int(error.code or 0)
-    print(f"operations: {operations.count}", flush=True)
+    print(f"operations: {operations.count}, CPU seconds: {time.process_time()}", flush=True)
     return 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import world
 from forks import Forks
 
@@ -78,8 +79,8 @@ class Stage:
     name: str
     before: Path  # the world, in which the stage has not run
     whole: dict[str, bytes]  # its files when left alone
-    seconds: float
-    operations: int  # of files, when left alone
+    seconds: float  # of the CPU; how long they last depends on who else uses the machine
+    operations: int  # of files
 
 
 @dataclass
@@ -104,12 +105,9 @@ def prepare(forks: Forks, folder: Path, test_users: int = 3, anchors: int = 4) -
         before = folder / f"before-{name}"
         copy(source, before)
         log = folder / f"{name}.log"
-        started = time.perf_counter()
-        code = forks.run(command(name), source, log)
-        seconds = time.perf_counter() - started
-        assert code == 0, log.read_text()
-        counted = int(re.findall(r"operations: (\d+)", log.read_text())[-1])
-        yield Stage(name, before, files(source / "out" / output(name)), seconds, counted)
+        assert forks.run(command(name), source, log) == 0, log.read_text()
+        operations, seconds = re.findall(r"operations: (\d+), CPU seconds: (.+)", log.read_text())[-1]
+        yield Stage(name, before, files(source / "out" / output(name)), float(seconds), int(operations))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -122,6 +120,17 @@ def copy(source: Path, target: Path) -> None:
             (target / path.name).symlink_to(path.resolve())
 
 
+def kill_after(pid: int, seconds: float) -> None:
+    """SIGKILL once a process has used so many seconds of the CPU, or has ended."""
+    process = psutil.Process(pid)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        times = process.cpu_times()
+        if times.user + times.system >= seconds:
+            os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.002)
+
+
 def killed(forks: Forks, stage: Stage, folder: Path, log: Path, stream: random.Random, share: float) -> bool:
     """Start a stage and kill it at a random file operation or moment; False where it was through before that.
 
@@ -132,8 +141,7 @@ def killed(forks: Forks, stage: Stage, folder: Path, log: Path, stream: random.R
     kill_at = stream.randint(1, max(1, int(share * stage.operations))) if at_operation else 0
     pid = forks.start(command(stage.name), folder, log, kill_at=kill_at)
     if not at_operation:
-        time.sleep(stream.uniform(0.0, share * stage.seconds))
-        os.kill(pid, signal.SIGKILL)
+        kill_after(pid, stream.uniform(0.0, share * stage.seconds))
     code = forks.wait(pid)
     assert code in (0, -signal.SIGKILL), log.read_text()
     return code != 0
@@ -183,8 +191,7 @@ def together(forks: Forks, stage: Stage, folder: Path, size: int = 2, lose: bool
         env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
         pids.append(forks.start(command(stage.name), folder, folder / f"{rank}.log", env=env))
     if lose:
-        time.sleep(stage.seconds / 2)
-        os.kill(pids[-1], signal.SIGKILL)
+        kill_after(pids[-1], stage.seconds / 4)
     codes = [forks.wait(pid) for pid in pids]
     told = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
     assert codes[:-1] == [0] * (size - 1) and codes[-1] in ((0, -signal.SIGKILL) if lose else (0,)), told
