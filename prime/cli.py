@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +19,7 @@ from prime.errors import InputError
 from prime.prompts import RECENT_K, load_templates
 from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
-from prime.workers import limit_threads, share, start_missing, user_cost
+from prime.workers import limit_threads, share, start_missing, user_cost, wait_for, world
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
@@ -275,8 +276,9 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def bar(total: int, what: str, unit: str = "row") -> tqdm:
-    """A progress bar, silent when the output is no terminal."""
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=None, leave=False)
+    """A progress bar of the first process, silent when the output is no terminal."""
+    silent = world().rank > 0 or None
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=silent, leave=False)
 
 
 def open_users(users: Sequence[User], spec: str | None, done: Callable[[str], bool]) -> list[tuple[int, User]]:
@@ -329,14 +331,17 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     """Run a script: an InputError is one message and exit code 2; `--debug` adds the traceback.
 
     Ctrl-C and SIGTERM let the write in progress finish, and end with exit code 130 and a line that says how to go on.
+    Of several processes the first alone tells its results.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    start_missing()
+    started = start_missing()
     stop_between_writes()
     limit_threads()
-    name = Path(sys.argv[0]).name
+    name, whole = Path(sys.argv[0]).name, False
     try:
-        main(None)
+        with open(os.devnull, "w") if world().rank else nullcontext(sys.stdout) as output, redirect_stdout(output):
+            main(None)
+        whole = True
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -347,3 +352,5 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     except KeyboardInterrupt:
         print(f"{name}: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    finally:
+        wait_for(started, stop=not whole)

@@ -100,7 +100,7 @@ cli.run(main)
 
 
 def test_accelerate_starts_the_processes_it_is_asked_for(tmp_path: Path) -> None:
-    """On a CPU it starts one only, and the script the others."""
+    """On a CPU it starts one only, and that one the others."""
     script = tmp_path / "stage.py"
     script.write_text(ASKED.format(root=str(world.ROOT)))
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -179,9 +178,10 @@ def test_a_killed_process_loses_only_its_unfinished_user(tmp_path: Path) -> None
     assert lost.stdout
     found = list(iter(lambda: lost.stdout.readline().strip(), "7"))
     other = start(SHARE, str(tmp_path), RANK="0", **env)
-    time.sleep(1)
+    assert other.stderr
+    told = other.stderr.readline()  # when all the others are finished
     lost.kill()
-    rest, told = other.communicate()
+    rest, _ = other.communicate()
     assert sorted([*found, *rest.split()], key=int) == [str(number) for number in range(12)]
     assert f"waiting for user 7: process {lost.pid} on " in told and other.returncode == 0
 
