@@ -36,7 +36,7 @@ from prime.holdout import trained_records, trained_split
 from prime.lora import load_adapter
 from prime.privacy import Terms, terms_of
 from prime.runs import Run, derive_seed
-from prime.sharers import adapter_folder, add_selection, anchor_users
+from prime.sharers import adapter_folder, add_selection, training_anchors
 from prime.train import Learner, train, train_settings
 
 
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.anchor_path = args.anchor_path or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     texts = cli.load_texts(args)
-    anchors = anchor_users(args, cli.load_candidates(args, texts.task))
+    anchors = training_anchors(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/gate")
     terms = terms_of(args, folder, cli.settings_of(args))

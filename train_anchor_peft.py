@@ -33,7 +33,7 @@ from prime.privacy import Terms, terms_of
 from prime.prompts import Record
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
-from prime.sharers import add_selection, anchor_users
+from prime.sharers import add_selection, training_anchors
 from prime.train import Learner, train, train_settings
 
 
@@ -143,7 +143,7 @@ def finish_group(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     texts = cli.load_texts(args)
-    anchors = anchor_users(args, cli.load_candidates(args, texts.task))
+    anchors = training_anchors(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA")
     terms = terms_of(args, folder, cli.settings_of(args))

@@ -20,6 +20,16 @@ def anchor_users(args: argparse.Namespace, candidates: Sequence[User]) -> list[U
     return [candidates[index] for index in load_anchor_idx(anchor_idx_path(args), len(candidates))]
 
 
+def training_anchors(args: argparse.Namespace, candidates: Sequence[User]) -> list[User]:
+    """The anchors, each with something to train on; InputError naming all that have an empty history."""
+    anchors = anchor_users(args, candidates)
+    empty = [anchor.user_id for anchor in anchors if not anchor.profile]
+    if empty:
+        path = anchor_idx_path(args)
+        raise InputError.many([f"{path}: anchor {name}: an empty history, nothing to train on" for name in empty])
+    return anchors
+
+
 def selection_dir(args: argparse.Namespace) -> Path:
     return Path(args.anchor_selection_dir or f"./anchor_selection/{args.task_name}")
 

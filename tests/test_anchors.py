@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,3 +236,27 @@ def test_the_stage_refuses_too_many_clusters_and_foreign_selections(stage):
     with pytest.raises(InputError, match="was not made here"):
         history_anchor.main([*argv, "--k", "4", "--output_dir", str(history_folder)])
     assert anchors.load_anchor_idx(history_folder / "anchor_user_idx.pt", 12) == [1, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_embeddings_that_are_no_usual_numbers_are_named(tmp_path, value):
+    rows = torch.rand(9000, 3)
+    rows[[4, 8999], 1] = value
+    torch.save(rows, tmp_path / "emb.pt")
+    with pytest.raises(InputError, match="emb.pt: 2 users have an embedding that is not finite .*: rows 4, 8999"):
+        anchors.load_embeddings(tmp_path / "emb.pt", 9000)
+
+
+@pytest.mark.parametrize("value", [torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 0), torch.ones(2), [1, 2]])
+def test_what_is_no_table_of_floats_is_no_embedding(tmp_path, value):
+    torch.save(value, tmp_path / "emb.pt")
+    with pytest.raises(InputError, match="emb.pt: expected"):
+        anchors.load_embeddings(tmp_path / "emb.pt", 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_embeddings_stay_in_their_file(tmp_path):
+    torch.save(torch.rand(20, 3), tmp_path / "emb.pt")
+    loaded = anchors.load_embeddings(tmp_path / "emb.pt", 20)
+    mapped = [line.split("-") for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("emb.pt")]
+    assert any(int(first, 16) <= loaded.data_ptr() < int(rest.split()[0], 16) for first, rest, *_ in mapped)

@@ -258,3 +258,17 @@ def test_any_json_gives_users_or_an_input_error(tmp_path_factory, value) -> None
     else:
         assert isinstance(value, list) and len(users) == len(value)
         assert all(type(text) is str for one in users for item in one.profile for text in item.values())
+
+
+def test_repeated_item_ids_are_told_and_all_used(write) -> None:
+    item = {"id": 5, "description": "x", "tag": "y"}
+    path = write("u.json", [user(profile=[item, dict(item, tag="z"), dict(item, id=6)])])
+    with pytest.warns(UserWarning, match="1 item ids are used more than once in a history, .*: user 17 item id 5"):
+        (loaded,) = load_users(path, MOVIES)
+    assert [one["tag"] for one in loaded.profile] == ["y", "z", "y"]
+
+
+def test_no_users_and_no_number(write) -> None:
+    assert problems(write("u.json", [])) == ["holds no users"]
+    path = write("v.json", '[{"user_id": 17, "profile": [{"id": 1e999, "description": "x", "tag": "y"}]}]')
+    assert problems(path) == ["user 17: item 0: field 'id' is beyond the largest number"]

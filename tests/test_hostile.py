@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -425,3 +427,22 @@ def test_texts_that_look_like_templates_stay_texts() -> None:
     item = {"id": "1", "description": "{tag.__class__} {0} {{", "tag": "}{"}
     (record,) = history_records(User("u", (item,)), MOVIES, TEMPLATES["movie_tagging"], None)
     assert "{tag.__class__} {0} {{" in record.input and record.target == " }{"
+
+
+# -- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_bad_file_ends_a_stage_with_code_2_and_one_message(debug: bool, tmp_path: Path) -> None:
+    """Every problem of the file, no traceback unless --debug, nothing written."""
+    data = tmp_path / "data"
+    (data / "test_100").mkdir(parents=True)
+    users = [{"user_id": 1, "profile": [{"id": 1}]}, {"user_id": "1", "profile": 7}]
+    (data / "user_anchor_candidate.json").write_text(json.dumps(users))
+    command = [sys.executable, "history_anchor.py", "--task_name", "movie_tagging", "--data_dir", str(data)]
+    command += ["--output_dir", str(tmp_path / "out"), "--encoder", str(tmp_path), *(["--debug"] if debug else [])]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == "" and ("Traceback" in done.stderr) == debug
+    error = done.stderr[done.stderr.index("history_anchor.py: error: ") :]
+    assert len(error.splitlines()) == 4 and all(line.count("user_anchor_candidate.json") for line in error.splitlines())
+    assert not (tmp_path / "out").exists()
