@@ -237,12 +237,13 @@ class AdapterBank:
         Only the layers are told to train: dropout inside the model stays off. A layer is recomputed after `routed`
         was left, so it is given the routes that it ran with.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+        model: Any = self.model
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
         if wanted and not layers:
-            raise InputError(f"{type(self.model).__name__} cannot recompute its layers (--gradient_checkpointing)")
+            raise InputError(f"{type(model).__name__} cannot recompute its layers (--gradient_checkpointing)")
         if layers:
             own = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._recomputing}
-            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=own)
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=own)
         try:
             for layer in layers:
                 layer.training = True
@@ -251,7 +252,7 @@ class AdapterBank:
             for layer in layers:
                 layer.training = False
             if layers:
-                self.model.activation_checkpointing_disable()
+                model.activation_checkpointing_disable()
 
     def _recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """Contexts of a layer's first pass and of its recomputation."""

@@ -6,7 +6,7 @@ costs more than the model's products. Here keys and values are views of buffers 
 Shapes: `b` rows, `h` key-value heads, `t` tokens, `d` head width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -81,7 +81,7 @@ class RoomyCache(Cache):
         super().__init__(layer_class_to_replicate=RoomyLayer)
 
     @classmethod
-    def holding(cls, layers: Sequence[Pair], room: int) -> "RoomyCache":
+    def holding(cls, layers: Iterable[Pair], room: int) -> "RoomyCache":
         """A cache of these keys and values, a pair per layer, with room for `room` more tokens."""
         cache = cls()
         for keys, values in layers:
@@ -93,6 +93,15 @@ class RoomyCache(Cache):
     def pairs(self) -> list[Pair]:
         """Keys and values of each layer, as they are."""
         return [layer.held() for layer in self._roomy()]
+
+    def given_up(self) -> Iterator[Pair]:
+        """Keys and values of each layer in turn, none of which is kept: so a copy of all needs no second cache."""
+        while self.layers:
+            yield cast(RoomyLayer, self.layers.pop(0)).held()
+
+    def bytes(self) -> int:
+        """Memory of all buffers, the room in them included."""
+        return sum(buffer.numel() * buffer.element_size() for layer in self._roomy() for buffer in layer.buffers)
 
     def _roomy(self) -> list[RoomyLayer]:
         return cast(list[RoomyLayer], self.layers)

@@ -17,7 +17,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from prime.bank import AdapterBank
@@ -99,10 +99,10 @@ class _Batch:
         def joined(parts: Iterable[Tensor]) -> Tensor:
             return torch.cat([pad(own, (0, 0, more, 0)) for own, more in zip(parts, missing, strict=True)])
 
-        layers = [
+        layers = (
             (joined(keys for keys, _ in pairs), joined(values for _, values in pairs))
-            for pairs in zip(*(batch.cache.pairs() for batch in batches), strict=True)
-        ]
+            for pairs in zip(*(batch.cache.given_up() for batch in batches), strict=True)
+        )
         whole.cache = RoomyCache.holding(layers, ROOM)
         whole.mask = torch.cat([pad(batch.mask, (more, 0)) for batch, more in zip(batches, missing, strict=True)])
         whole.seen = torch.cat([batch.seen for batch in batches])
@@ -172,7 +172,7 @@ class _Prefix:
     def expand(self, rows: list[_Row]) -> RoomyCache:
         """The prefix under each row's adapter, with room for what the row is fed first."""
         places = torch.tensor([self.place[row.adapter] for row in rows], device=self.layers[0][0].device)
-        chosen = [(keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.layers]
+        chosen = ((keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.layers)
         return RoomyCache.holding(chosen, max(len(row.suffix) for row in rows) + ROOM)
 
 
@@ -216,7 +216,7 @@ def decode(
     keys = [sampler.key(prompt.id) for prompt in prompts]
     budget = max_batch_tokens or auto_batch_tokens(bank)
     batches = _batches(bank, texts, pairs, known, max_new_tokens, budget, keys)
-    for row in _answer(batches, sampler, max_new_tokens, known, counts, waiting_tokens(bank, budget)):
+    for row in _answer(batches, sampler, max_new_tokens, known, counts, waiting_tokens(bank.config, budget, bank.device.type == "cpu")):
         found[row.adapter, row.index] = tuple(row.answer)
         if progress:
             progress(1)
@@ -371,30 +371,41 @@ def _moments(logits: Tensor) -> Tensor:
 
 
 def auto_batch_tokens(bank: AdapterBank) -> int:
-    """Tokens per forward pass that suit the device: a constant on a CPU, a tenth of the memory beside the weights on a
-    GPU (the waiting rows' caches take several times as much). A function of model and device alone, so that batches do
+    """Tokens per forward pass that suit the bank's device; see `batch_tokens`."""
+    memory = torch.cuda.get_device_properties(bank.device).total_memory if bank.device.type == "cuda" else None
+    return batch_tokens(bank.config, weight_bytes(bank.model), memory)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def batch_tokens(config: Any, weights: int, memory: int | None) -> int:
+    """Tokens per forward pass: a constant on a CPU (`memory` None), a tenth of the memory beside the weights on a GPU
+    (the waiting rows' caches take several times as much). A function of model and device alone, so that batches do
     not depend on what ran before.
     """
-    if bank.device.type != "cuda":
+    if memory is None:
         return CPU_BATCH_TOKENS
-    config = bank.config
-    total = torch.cuda.get_device_properties(bank.device).total_memory
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in bank.model.parameters())
     width = config.hidden_size * 12 + getattr(config, "intermediate_size", 4 * config.hidden_size) * 3
     per_token = 2 * (width + 2 * config.hidden_size * config.num_hidden_layers) + 4 * config.vocab_size
-    return max(CPU_BATCH_TOKENS, min(16_384, int((total - weights) / 10 / per_token)))
+    return max(CPU_BATCH_TOKENS, min(16_384, int((memory - weights) / 10 / per_token)))
 
 
-def waiting_tokens(bank: AdapterBank, budget: int) -> int:
+def waiting_tokens(config: Any, budget: int, on_cpu: bool) -> int:
     """Cached tokens of rows that wait to be decoded together; a function of model, device and budget alone."""
-    if bank.device.type != "cpu":
+    if not on_cpu:
         return WAITING_BUDGETS * budget
-    config = bank.config
+    per_token = cache_bytes(config, 4)
+    return budget * max(WAITING_BUDGETS, min(CPU_WAITING_BUDGETS, CPU_WAITING_BYTES // (per_token * budget)))
+
+
+def cache_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of the keys and values of one token in all layers."""
     heads = config.num_attention_heads
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    per_token = 2 * config.num_hidden_layers * kv_heads * head_width * 4  # bytes, fp32
-    return budget * max(WAITING_BUDGETS, min(CPU_WAITING_BUDGETS, CPU_WAITING_BYTES // (per_token * budget)))
+    return 2 * config.num_hidden_layers * kv_heads * head_width * itemsize
 
 
 def sliding_window(config: Any) -> float:
