@@ -6,7 +6,7 @@ costs more than the model's products. Here keys and values are views of buffers 
 Shapes: `b` rows, `h` key-value heads, `t` tokens, `d` head width.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,19 @@ class RoomyLayer(DynamicLayer):
             self._append((key_states, value_states))
         return self.held()
 
+    def join(self, pairs: Sequence[Pair], room: int) -> None:
+        """Hold a copy of the rows of all pairs, which end in the same column, with room for `room` more tokens."""
+        self.lazy_initialization(*pairs[0])
+        rows, tokens = sum(len(keys) for keys, _ in pairs), max(keys.shape[2] for keys, _ in pairs)
+        buffers = []
+        for parts in zip(*pairs, strict=True):
+            _, h, _, d = parts[0].shape
+            buffers.append(parts[0].new_zeros(rows, h, tokens + room, d))
+            for place, own in zip(buffers[-1].split([len(part) for part in parts]), parts, strict=True):
+                place[:, :, tokens - own.shape[2] : tokens] = own
+        self.buffers = tuple(buffers)
+        self._show(rows, tokens)
+
     def held(self) -> Pair:
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
@@ -60,6 +73,10 @@ class RoomyLayer(DynamicLayer):
 
     def _show(self, rows: int, tokens: int) -> None:
         self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self.buffers)
+
+    def grow(self, room: int) -> None:
+        """Make room for `room` more tokens."""
+        self._allocate(self.held(), room)
 
     def select(self, order: Sequence[int]) -> None:
         """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
@@ -94,10 +111,23 @@ class RoomyCache(Cache):
         """Keys and values of each layer, as they are."""
         return [layer.held() for layer in self._roomy()]
 
-    def given_up(self) -> Iterator[Pair]:
-        """Keys and values of each layer in turn, none of which is kept: so a copy of all needs no second cache."""
-        while self.layers:
-            yield cast(RoomyLayer, self.layers.pop(0)).held()
+    @classmethod
+    def joined(cls, caches: Sequence["RoomyCache"], room: int) -> "RoomyCache":
+        """All rows of these caches, shorter ones with columns of zeros in front. Their layers are given up one by one,
+        so that two caches of everything never exist together.
+        """
+        whole = cls()
+        while caches[0].layers:
+            pairs = [cast(RoomyLayer, cache.layers.pop(0)).held() for cache in caches]
+            layer = RoomyLayer()
+            layer.join(pairs, room)
+            whole.layers.append(layer)
+        return whole
+
+    def grow(self, room: int) -> None:
+        """Make room for `room` more tokens in every layer."""
+        for layer in self._roomy():
+            layer.grow(room)
 
     def bytes(self) -> int:
         """Memory of all buffers, the room in them included."""

@@ -9,14 +9,14 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from prime.decode import EncodedPrompt, EncodedRecord
 from prime.errors import InputError
 from prime.locks import turn
 from prime.lora import Adapter
-from prime.meta import MetaCheckpoint, convert, is_meta_dir
+from prime.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.published import open_adapter
 from prime.tensors import check_hub_dir, shown_error
@@ -92,6 +92,17 @@ def _load_meta(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
         set_module_tensor_to_device(model, name, place, value=tensor, dtype=dtype)
     model.tie_weights()
     return model
+
+
+def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
+    """The configuration of a model directory, read from config.json or params.json alone."""
+    check_model_dir(path)
+    if is_meta_dir(path):
+        return config_of_params(path, dtype)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a model's configuration: {error}") from None
 
 
 def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> None:

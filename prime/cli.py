@@ -24,7 +24,8 @@ from prime.workers import limit_threads, share, start_missing, user_cost, wait_f
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full", "gradient_checkpointing", "noise_key",
+    "convert_to", "export_full", "gradient_checkpointing",
+    "plan", "device_memory", "noise_key",
 )  # fmt: skip
 
 
@@ -78,6 +79,17 @@ def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool, named
             help="task adapter: PEFT directory of stage 1 (or <directory>/lora_ckpt.pt), or a published lora_ckpt.pt",
         )
     group.add_argument("--target_modules", default="q_proj,k_proj,v_proj,o_proj", help="modules that carry adapters")
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="load no weights; tell parameters, bytes and batches of this run, and whether it fits the device",
+    )
+    group.add_argument(
+        "--device_memory",
+        type=non_negative,
+        default=0.0,
+        help="GiB that --plan may use, also of a GPU that is not there; 0 = what is free now",
+    )
     group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
     group.add_argument(
         "--dtype",
@@ -267,6 +279,10 @@ def load_candidates(args: argparse.Namespace, task: Task) -> list[User]:
 def base_name(args: argparse.Namespace) -> str:
     """Directory of the base model as adapters name it: the kept conversion of a Meta checkpoint, or what was given."""
     return args.convert_to or args.llama_model_path
+
+
+def target_modules(args: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in args.target_modules.split(",")]
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -32,6 +32,7 @@ MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pa
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 # On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
 CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
+REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
 
 
@@ -95,15 +96,7 @@ class _Batch:
         columns = max(batch.mask.shape[1] for batch in batches)
         whole.rows = [row for batch in batches for row in batch.rows]
         missing = [columns - batch.mask.shape[1] for batch in batches]
-
-        def joined(parts: Iterable[Tensor]) -> Tensor:
-            return torch.cat([pad(own, (0, 0, more, 0)) for own, more in zip(parts, missing, strict=True)])
-
-        layers = (
-            (joined(keys for keys, _ in pairs), joined(values for _, values in pairs))
-            for pairs in zip(*(batch.cache.given_up() for batch in batches), strict=True)
-        )
-        whole.cache = RoomyCache.holding(layers, ROOM)
+        whole.cache = RoomyCache.joined([batch.cache for batch in batches], ROOM)
         whole.mask = torch.cat([pad(batch.mask, (more, 0)) for batch, more in zip(batches, missing, strict=True)])
         whole.seen = torch.cat([batch.seen for batch in batches])
         return whole
@@ -216,7 +209,8 @@ def decode(
     keys = [sampler.key(prompt.id) for prompt in prompts]
     budget = max_batch_tokens or auto_batch_tokens(bank)
     batches = _batches(bank, texts, pairs, known, max_new_tokens, budget, keys)
-    for row in _answer(batches, sampler, max_new_tokens, known, counts, waiting_tokens(bank.config, budget, bank.device.type == "cpu")):
+    most = waiting_tokens(bank.config, budget, bank.device.type == "cpu")
+    for row in _answer(batches, sampler, max_new_tokens, known, counts, most):
         found[row.adapter, row.index] = tuple(row.answer)
         if progress:
             progress(1)
@@ -269,6 +263,7 @@ def _finish(
     if not waiting:
         return
     batch = _Batch.join(waiting)
+    waiting.clear()
     while batch.rows:
         pending: list[Tokens] = [(row.answer[-1],) for row in batch.rows]
         yield from _advance(batch, pending, sampler, limit, known, counts, first=False)
@@ -488,3 +483,60 @@ def prefix_groups(texts: Mapping[int, Tokens]) -> list[tuple[list[int], int]]:
 def _common(a: Tokens, b: Tokens) -> int:
     limit = min(len(a), len(b)) - 1
     return next((place for place in range(limit) if a[place] != b[place]), max(limit, 0))
+
+
+# -- what decoding needs --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rehearse(
+    bank: AdapterBank,
+    records: Sequence[EncodedRecord],
+    adapters: int,
+    limit: int,
+    budget: int,
+    most: int,
+    choose: Callable[[Tensor], object],
+) -> int:
+    """The passes of `decode` in which memory peaks, on tensors without data (`prime.plan`): no row ends early.
+
+    Args:
+        records: prompts; their targets are the drafts.
+        adapters: number of adapters that answer each prompt.
+        limit: new tokens of an answer; 0: the passes of `score`.
+        budget: tokens per forward pass.
+        most: tokens that wait, see `waiting_tokens`.
+        choose: called with logits `[m, v]`, as a sampler would be.
+
+    Returns:
+        Bytes of all caches at their largest.
+    """
+    known = _Drafts(len(records), [[record.target[:-1]] for record in records])
+    pairs = every_pair(range(adapters), len(records))
+    guessed = limit - 1 if limit else max(len(record.target) for record in records)
+    waiting: list[_Batch] = []
+    largest = joins = 0
+    for batch in _batches(bank, [r.ids for r in records], pairs, known, limit, budget, [0] * len(records)):
+        guesses = [known.guess(row, guessed) for row in batch.rows]
+        logits = batch.feed([row.suffix for row in batch.rows], guesses)
+        if limit:
+            choose(logits.flatten(0, 1))
+            batch.accept(torch.zeros(len(batch.rows), dtype=torch.long), max(map(len, guesses)))
+            waiting.append(batch)
+        largest = max(largest, batch.cache.bytes(), sum(one.cache.bytes() for one in waiting))
+        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:
+            largest, joins, waiting = max(largest, _rehearse_steps(waiting, limit, choose)), joins + 1, []
+            if joins == REHEARSED_JOINS:
+                break
+    return max(largest, _rehearse_steps(waiting, limit, choose))
+
+
+def _rehearse_steps(waiting: list[_Batch], limit: int, choose: Callable[[Tensor], object]) -> int:
+    """One step of one token, and the memory of the last one; returns the bytes of the cache."""
+    if not waiting or limit == 1:
+        return 0
+    whole = _Batch.join(waiting)
+    waiting.clear()
+    choose(whole.feed([(0,)] * len(whole.rows), [()] * len(whole.rows)).flatten(0, 1))
+    whole.cache.grow(limit - 2)
+    return whole.cache.bytes()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from prime.bank import AdapterBank
 from prime.checkpoint import Encoder, check_vocabulary, eos_ids, kept_conversion, load_model, load_tokenizer
-from prime.cli import Texts, base_name
+from prime.cli import Texts, base_name, target_modules
 from prime.data import User
 from prime.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
 from prime.prompts import Prompt, test_prompts
@@ -55,7 +55,7 @@ def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) ->
     tokenizer = load_tokenizer(args.tokenizer_path or base)
     model = load_model(base, args.device, args.dtype, task_adapter)
     check_vocabulary(tokenizer, model, args.tokenizer_path or base)
-    bank = AdapterBank(model, [name.strip() for name in args.target_modules.split(",")])
+    bank = AdapterBank(model, target_modules(args))
     return Engine(bank, Encoder(tokenizer, args.max_length), eos_ids(tokenizer, model), args.max_batch_tokens)
 
 

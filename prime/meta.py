@@ -44,6 +44,7 @@ IN_LAYER: dict[str, tuple[str, int | None]] = {
 }
 # Meta's params.json says `use_scaled_rope` but not the factor: 8 in Llama 3.1, 32 in the text models of 3.2, which
 # are known by (width, layers). Source: the config.json that Meta publishes on the hub for each.
+LLAMA2_VOCABULARY = 32_000
 ROPE_FACTOR, ROPE_FACTORS = 8.0, {(2048, 16): 32.0, (3072, 28): 32.0}
 
 
@@ -143,6 +144,16 @@ def llama_config(params: Params, vocab_size: int, tied: bool, dtype: torch.dtype
         tie_word_embeddings=tied,
         dtype=dtype,
     )
+
+
+def config_of_params(folder: str | Path, dtype: torch.dtype) -> LlamaConfig:
+    """The configuration by params.json alone, without a look at the weights.
+
+    Vocabulary of a Llama 2, whose params.json does not tell it: its 32,000. Tied embeddings: the 3.2 sizes.
+    """
+    params = read_params(folder)
+    vocab_size = LLAMA2_VOCABULARY if params.vocab_size == -1 else params.vocab_size
+    return llama_config(params, vocab_size, (params.dim, params.n_layers) in ROPE_FACTORS, dtype)
 
 
 def rope_rows(tensor: Tensor, heads: int) -> Tensor:

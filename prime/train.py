@@ -14,6 +14,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ from prime.errors import InputError
 from prime.privacy import Mechanism, add_clipped, add_noise, one_slice_per_row
 from prime.runs import derive_seed
 
-TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass on a CPU
+TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
+REHEARSED = 6  # passes of a step that a plan goes through
 
 # For the adapters of a batch's rows, what stands in front of their factor pairs: `prime.gates.Gates.scaler`.
 Scalers = Callable[[list[int]], InputScaler]
@@ -177,7 +179,7 @@ class _Passes:
     trained: Sequence[Tensor]
 
     def parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        return _cut(sorted(rows, key=lambda row: (row.length, row.learner, row.number)), self.budget)
+        return _by_length(rows, self.budget)
 
     def backward(self, rows: list[_Row], weights: Sequence[float]) -> list[float]:
         """One pass of the rows' summed losses, each times its weight; returns these products."""
@@ -229,10 +231,10 @@ def _grad(stack: Tensor) -> Tensor:
     return stack.grad
 
 
-def _cut(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
+def _by_length(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
     """Rows in ascending length, parted so that rows x longest stays within the budget."""
     part: list[_Row] = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: (row.length, row.learner, row.number)):
         if part and (len(part) + 1) * row.length > budget:
             yield part
             part = []
@@ -300,6 +302,37 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
     for grad in grads:
         grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
     return norms
+
+
+def heaviest_step(learners: Sequence[Learner], settings: TrainSettings, max_batch_tokens: int = 0) -> list[list[_Row]]:
+    """The passes of the step that has the largest one, at most REHEARSED of them, that one included."""
+    steps = zip_longest(*(learner.batches(settings) for learner in learners), fillvalue=())
+    parts = []
+    for number, batches in enumerate(steps):
+        rows = [row for i, own in enumerate(batches) for row in _rows(i, learners[i], number, own)]
+        parts.append(list(_by_length(rows, max_batch_tokens or TRAIN_BATCH_TOKENS)))
+
+    def size(part: list[_Row]) -> int:
+        return len(part) * part[-1].length
+
+    heaviest = max(parts, key=lambda step: max(map(size, step), default=0), default=[])
+    return sorted(sorted(heaviest, key=size)[-REHEARSED:], key=lambda part: part[-1].length)
+
+
+def rehearse(
+    bank: AdapterBank, parts: Sequence[list[_Row]], settings: TrainSettings, stacks: Sequence[Tensor] | None = None,
+    scalers: Scalers | None = None,
+) -> None:  # fmt: skip
+    """The passes of a step (`heaviest_step`) on tensors without data, for `prime.plan`; arguments as in `train`."""
+    trained = bank.parameters() if stacks is None else list(stacks)
+    moments = [torch.zeros_like(stack) for stack in trained for _ in range(2)]  # AdamW's
+    with bank.checkpointing(settings.gradient_checkpointing):
+        for part in parts:
+            row_losses(bank, part, settings.dropout, scalers).sum().backward()
+    clip_by_adapter(trained, settings.clip)
+    for stack in trained:
+        stack.grad = None
+    del moments
 
 
 class _Optimizer:
