@@ -31,7 +31,7 @@ from functools import partial
 
 import torch
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User, select
 from prime.decode import Progress, every_pair
 from prime.engine import Engine, load_engine, predict
@@ -168,6 +168,8 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     args.gate_dir = args.gate_dir or f"./output/{args.task_name}/Anchor_PEFT/gate"
+    if args.plan:
+        return plan.show("lora_composition", args)
     texts = cli.load_texts(args)
     users = cli.load_test_users(args, texts.task)
     pool = load_shared(args, cli.load_candidates(args, texts.task), len(users))

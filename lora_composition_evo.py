@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, Predictions, load_engine, predict
@@ -190,6 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     args.name = args.name or NAMES[args.objective]
     args.sim_penalty = args.sim_penalty if args.objective == "metric" else (0.0,)
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
+    if args.plan:
+        return plan.show("lora_composition_evo", args)
     texts = cli.load_texts(args)
     if args.fitness == "query":
         texts = cli.asked_as_queries(args, texts)

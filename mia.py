@@ -30,7 +30,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prime import cli
+from prime import cli, plan
 from prime.attacks import (
     Owners,
     References,
@@ -94,6 +94,8 @@ def attack_open(args: argparse.Namespace, owners: Owners, todo: Sequence[tuple[R
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.plan:
+        return plan.show("mia", args)
     exp_dir = Path(args.exp_dir)
     if args.gate_dir and not Path(args.gate_dir).is_dir():
         raise InputError(f"--gate_dir {args.gate_dir}: no such directory")

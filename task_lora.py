@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User, load_users
 from prime.decode import EncodedRecord, Progress
 from prime.engine import Engine, load_engine, predict
@@ -83,6 +83,8 @@ def predict_user(
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.plan:
+        return plan.show("task_lora", args)
     folder = Path(args.output_dir or f"./output/{args.task_name}/task-base_LLM")
     texts = cli.load_texts(args)
     base_users, users = load_base_users(args, texts), cli.load_test_users(args, texts.task)

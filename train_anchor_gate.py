@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User, read_json, select
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
@@ -124,6 +124,8 @@ def finish_group(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     args.anchor_path = args.anchor_path or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
+    if args.plan:
+        return plan.show("train_anchor_gate", args)
     texts = cli.load_texts(args)
     anchors = training_anchors(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}

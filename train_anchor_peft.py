@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User, select
 from prime.decode import EncodedPrompt, EncodedRecord, Pair
 from prime.engine import Engine, load_engine
@@ -142,6 +142,8 @@ def finish_group(
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    if args.plan:
+        return plan.show("train_anchor_peft", args)
     texts = cli.load_texts(args)
     anchors = training_anchors(args, cli.load_candidates(args, texts.task))
     order = {user.user_id: place for place, user in enumerate(anchors)}

@@ -27,7 +27,7 @@ from functools import partial
 
 import torch
 
-from prime import cli
+from prime import cli, plan
 from prime.data import User, read_json, select
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
@@ -148,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     args.lora_r = args.lora_r or RANKS[args.method]
     args.lora_alpha = args.lora_alpha or args.lora_r
+    if args.plan:
+        return plan.show("train_user_peft", args)
     texts = cli.load_texts(args)
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users)) if args.method == "mta" else None

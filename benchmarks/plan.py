@@ -29,6 +29,7 @@ from benchmarks.shapes import DEMO, make_model, random_adapter  # noqa: E402
 from prime import cli  # noqa: E402
 from prime.data import load_users  # noqa: E402
 from prime.lora import save_adapter  # noqa: E402
+from prime.plan import plan_of  # noqa: E402
 from prime.sharers import adapter_folder  # noqa: E402
 from prime.tasks import get_task  # noqa: E402
 
@@ -66,7 +67,7 @@ def child(kind: str, words: list[str]) -> dict[str, float]:
     if kind == "run":
         stage.main(words[1:])
         return {"before": before, "peak": status_mb("VmHWM")}
-    found = stage.planned(stage.build_parser().parse_args(words[1:]))
+    found = plan_of(words[0].removesuffix(".py"), stage.build_parser().parse_args(words[1:]))
     return {"before": found.process / 2**20, "peak": found.peak / 2**20}
 
 

@@ -1,7 +1,8 @@
 """Base model and tokenizer: loading, device and dtype, folding the task adapter, turning texts into ids."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging
 
 from prime.decode import EncodedPrompt, EncodedRecord
 from prime.errors import InputError
@@ -20,6 +21,7 @@ from prime.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.published import open_adapter
 from prime.tensors import check_hub_dir, shown_error
+from prime.weight_files import check_loaded, weight_files
 from prime.workers import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,7 +63,7 @@ def load_model(
     place = pick_device(device)
     check_model_dir(path)
     if not sys.stderr.isatty():
-        disable_progress_bar()
+        logging.disable_progress_bar()
     load = _load_meta if is_meta_dir(path) else _load_hugging_face
     model = load(path, place, pick_dtype(dtype, place))
     if task_adapter is not None:
@@ -70,17 +72,29 @@ def load_model(
 
 
 def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
+    files = weight_files(path)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-        model, info = loaded
+        with _quiet():
+            # Sizes that do not match are reported below, with both shapes.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
         raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise InputError(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
+    model, info = loaded
+    check_loaded(path, files, info, getattr(model.config, "num_hidden_layers", 0))
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own report of what it found."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _load_meta(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:

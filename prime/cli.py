@@ -24,8 +24,7 @@ from prime.workers import limit_threads, share, start_missing, user_cost, wait_f
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full", "gradient_checkpointing",
-    "plan", "device_memory", "noise_key",
+    "convert_to", "export_full", "gradient_checkpointing", "plan", "device_memory", "noise_key",
 )  # fmt: skip
 
 
@@ -79,6 +78,21 @@ def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool, named
             help="task adapter: PEFT directory of stage 1 (or <directory>/lora_ckpt.pt), or a published lora_ckpt.pt",
         )
     group.add_argument("--target_modules", default="q_proj,k_proj,v_proj,o_proj", help="modules that carry adapters")
+    if not named:
+        add_plan(group)
+    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the base model; auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    group.add_argument(
+        "--max_batch_tokens", type=natural, default=0, help="tokens of one pass; 0 = chosen for the device"
+    )
+
+
+def add_plan(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--plan",
         action="store_true",
@@ -89,16 +103,6 @@ def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool, named
         type=non_negative,
         default=0.0,
         help="GiB that --plan may use, also of a GPU that is not there; 0 = what is free now",
-    )
-    group.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="where to compute")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="of the base model; auto: bfloat16 on a GPU, float32 on a CPU",
-    )
-    group.add_argument(
-        "--max_batch_tokens", type=natural, default=0, help="tokens of one pass; 0 = chosen for the device"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run needs, told before anything is loaded (`--plan`): parameters, bytes, batches, and whether it fits.
+"""A run on tensors without data: what it takes, before anything is loaded (`prime.plan`).
 
 The model is built from config.json or params.json alone, its tensors without data, and the run's own code goes
 through its largest passes on them while a ledger counts (`prime.ledger`). So the plan knows any architecture, dtype
@@ -25,14 +25,13 @@ from transformers import AutoModelForCausalLM
 from prime import cli
 from prime.bank import AdapterBank
 from prime.checkpoint import Encoder, load_tokenizer, model_config, pick_device, pick_dtype
-from prime.data import User, read_json, select
+from prime.data import User
 from prime.decode import EncodedRecord, batch_tokens, rehearse, waiting_tokens, weight_bytes
 from prime.errors import InputError
 from prime.ledger import Ledger
 from prime.lora import Adapter
 from prime.prompts import Record, history_records, test_prompts
 from prime.sampling import gumbel
-from prime.sharers import anchor_idx_path, anchor_users
 from prime.tasks import Task, get_task
 from prime.train import TRAIN_BATCH_TOKENS, Learner, TrainSettings, heaviest_step
 from prime.train import rehearse as rehearse_training
@@ -191,7 +190,7 @@ class Rehearsal:
 
         return self.texts(load, own, 2 * self.args.recent_k or 2 * PUBLISHED_ANCHORS)
 
-    def queries(self) -> list[EncodedRecord]:
+    def queries(self, load: Load) -> list[EncodedRecord]:
         """The test prompts, in all settings, of the user with most tokens; their drafts are empty."""
 
         def own(texts: cli.Texts, user: User) -> list[Record]:
@@ -201,7 +200,7 @@ class Rehearsal:
             prompts = [p for k, profile in settings for p in test_prompts(user, task, templates, k, profile)]
             return [Record(p.id, p.text, "") for p in prompts]
 
-        return self.texts(test_users, own, 2 * (1 + len(self.args.k_list)))[0]
+        return self.texts(load, own, 2 * (1 + len(self.args.k_list)))[0]
 
     def texts(self, load: Load, own: Callable[[cli.Texts, User], list[Record]], rows: int) -> list[list[EncodedRecord]]:
         """Each user's records as tokens, the users with most first; without data, one user's `rows` of full length."""
@@ -293,35 +292,12 @@ class Rehearsal:
         return plan
 
 
-def test_users(args: argparse.Namespace, task: Task) -> Sequence[User]:
-    """The test users of --user_idxs."""
-    return select(cli.load_test_users(args, task), args.user_idxs)
-
-
-def anchors(args: argparse.Namespace, task: Task) -> Sequence[User]:
-    """The anchors of --user_idxs; before stage 2 has chosen any, all candidates."""
-    candidates = cli.load_candidates(args, task)
-    return select(anchor_users(args, candidates), args.user_idxs) if anchor_idx_path(args).exists() else candidates
-
-
 def assumed(place: int, length: int) -> EncodedRecord:
     """A record of full length that shares no beginning with the others."""
     return EncodedRecord(str(place), (place, *[0] * (length - 3)), (0, 0))
-
-
-def most_at_once(users: Sequence[list[EncodedRecord]], size: int) -> Sequence[list[EncodedRecord]]:
-    """The first `size` users (0: all), repeated where only one is assumed."""
-    return users[: size or None] if len(users) > 1 else list(users) * (size or PUBLISHED_ANCHORS)
 
 
 def _fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode  # brings the compiler with it; only plans need it
 
     return FakeTensorMode()
-
-
-def rank_of(folder: str | Path) -> int:
-    """Rank of the adapters below a folder, the published one where there are none."""
-    for path in sorted(Path(folder).glob("users/*/adapter/adapter_config.json"))[:1]:
-        return int(read_json(path)["r"])
-    return PUBLISHED_RANK

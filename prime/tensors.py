@@ -81,8 +81,7 @@ def check_hub_dir(folder: Path) -> None:
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             problems.append(f"{index}: no weight_map of tensors to files")
             continue
-        outside = sorted({name for name in names.values() if Path(name).name != name or not (folder / name).is_file()})
-        problems += [f"{index}: {shown(repr(name))} is no file of this folder" for name in outside]
+        problems += _shard_problems(index, names)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     if not isinstance(config, dict):
         problems.append(f"{folder / 'config.json'}: expected an object")
@@ -92,6 +91,19 @@ def check_hub_dir(folder: Path) -> None:
         raise InputError.many(problems)
     for file in sorted(folder.glob("*.bin")):
         check_pickled(file)
+
+
+def _shard_problems(index: Path, names: Mapping[str, str]) -> list[str]:
+    """Files that an index names and that are elsewhere, or not there at all."""
+    problems = []
+    for file in sorted(set(names.values())):
+        held = sorted(name for name, home in names.items() if home == file)
+        if Path(file).name != file or file in ("", ".."):
+            problems.append(f"{index}: {shown(repr(file))} is no file of this folder")
+        elif not (index.parent / file).is_file():
+            told = f"no such file; {index.name} names it for {len(held)} tensors, {shown(held[0])} for one"
+            problems.append(f"{index.parent / file}: {told}")
+    return problems
 
 
 def layers_problem(config: Mapping[str, Any], key: str) -> str:

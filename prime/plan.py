@@ -1,0 +1,127 @@
+"""`--plan`: what each stage would rehearse, see `prime.rehearsal`; the passes of a stage that can be its largest."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from prime import cli
+from prime.data import User, load_users, read_json, select
+from prime.decode import EncodedRecord
+from prime.gates import Gates
+from prime.prompts import Record, task_records
+from prime.rehearsal import PUBLISHED_ANCHORS, Plan, Rehearsal
+from prime.search import generation_size, make_optimizer
+from prime.sharers import anchor_idx_path, anchor_users
+from prime.tasks import Task
+from prime.train import train_settings
+
+PUBLISHED_RANK = 8
+
+
+def task_lora(args: argparse.Namespace, run: Rehearsal) -> None:
+    def base_users(args: argparse.Namespace, task: Task) -> Sequence[User]:
+        return load_users(cli.data_dir(args) / "user_base_LLM.json", task, need_queries=True, need_golds=True)
+
+    def own(texts: cli.Texts, user: User) -> list[Record]:
+        return task_records(user, texts.task, texts.templates, (texts.profiles or {}).get(user.user_id))
+
+    run.allocate(1)
+    run.train([[record for records in run.texts(base_users, own, 100) for record in records]], train_settings(args))
+    run.load(1, args.lora_r)
+    run.combine(2, "delta")
+    run.answer(run.queries(test_users), 1, run.limits()[1])
+
+
+def train_anchor_peft(args: argparse.Namespace, run: Rehearsal) -> None:
+    group = most_at_once(run.histories(anchors), args.anchors_per_batch)
+    run.allocate(len(group))
+    run.train(group, train_settings(args))
+    run.answer([record for records in group for record in records], 1, run.limits()[0])
+
+
+def train_anchor_gate(args: argparse.Namespace, run: Rehearsal) -> None:
+    group = most_at_once(run.histories(anchors), args.anchors_per_batch)
+    run.load(len(group), rank_of(args.anchor_path))
+    run.train(group, replace(train_settings(args), max_step=args.max_step), gates=Gates.zeros)
+
+
+def train_user_peft(args: argparse.Namespace, run: Rehearsal) -> None:
+    group = most_at_once(run.histories(test_users), args.users_per_batch)
+    run.allocate(len(group))
+    run.train(group, train_settings(args))
+    run.answer(run.queries(test_users), 1, run.limits()[1])
+
+
+def lora_composition_evo(args: argparse.Namespace, run: Rehearsal) -> None:
+    """The population with most candidates, and the predictions."""
+    n = args.n_sim or PUBLISHED_ANCHORS
+    generation = generation_size(make_optimizer(np.zeros(n), args.opt_type, args.opt_budget or 1, 0))
+    candidates = max(1 + n, generation)
+    for_history, for_query = run.limits()
+    run.load(n, rank_of(args.anchor_dir))
+    run.combine(candidates, args.merge_rule)
+    run.answer(run.histories(test_users)[0], candidates, for_history if args.objective == "metric" else 0)
+    run.combine(3, args.merge_rule)
+    run.answer(run.queries(test_users), 2, for_query)
+
+
+def lora_composition(args: argparse.Namespace, run: Rehearsal) -> None:
+    n = args.n_sim or PUBLISHED_ANCHORS
+    for_history, for_query = run.limits()
+    run.load(n + 1, rank_of(args.anchor_dir))
+    run.answer(run.histories(test_users)[0], n + 1, for_history)
+    run.answer(run.queries(test_users), 1, for_query)
+
+
+def mia(args: argparse.Namespace, run: Rehearsal) -> None:
+    """Some anchors' records under the adapters that are attacked together."""
+    run.load(args.users_per_batch, rank_of(args.exp_dir))
+    run.answer(run.histories(cli.load_candidates)[0], args.users_per_batch, 0)
+
+
+STAGES: dict[str, Callable[[argparse.Namespace, Rehearsal], None]] = {
+    stage.__name__: stage
+    for stage in (
+        task_lora, train_anchor_peft, train_anchor_gate, train_user_peft, lora_composition_evo, lora_composition, mia,
+    )
+}  # fmt: skip
+
+
+def plan_of(stage: str, args: argparse.Namespace) -> Plan:
+    rehearsal = Rehearsal(args)
+    STAGES[stage](args, rehearsal)
+    return rehearsal.done()
+
+
+def show(stage: str, args: argparse.Namespace) -> None:
+    """Print the plan of a stage, named by its script."""
+    print(plan_of(stage, args).text())
+
+
+# -- whose texts ----------------------------------------------------------------------------------------------------
+
+
+def test_users(args: argparse.Namespace, task: Task) -> Sequence[User]:
+    """The test users of --user_idxs."""
+    return select(cli.load_test_users(args, task), args.user_idxs)
+
+
+def anchors(args: argparse.Namespace, task: Task) -> Sequence[User]:
+    """The anchors of --user_idxs; before stage 2 has chosen any, all candidates."""
+    candidates = cli.load_candidates(args, task)
+    return select(anchor_users(args, candidates), args.user_idxs) if anchor_idx_path(args).exists() else candidates
+
+
+def most_at_once(users: Sequence[list[EncodedRecord]], size: int) -> Sequence[list[EncodedRecord]]:
+    """The first `size` users (0: all), repeated where only one is assumed."""
+    return users[: size or None] if len(users) > 1 else list(users) * (size or PUBLISHED_ANCHORS)
+
+
+def rank_of(folder: str | Path) -> int:
+    """Rank of the adapters below a folder, the published one where there are none."""
+    for path in sorted(Path(folder).glob("users/*/adapter/adapter_config.json"))[:1]:
+        return int(read_json(path)["r"])
+    return PUBLISHED_RANK
