@@ -1,4 +1,4 @@
-"""`--plan`: bytes against torch's own profiler and against real tensors; published shapes by configuration alone.
+"""`--plan`: bytes against torch's own profiler and against real tensors; published shapes by configuration alone."""
 
 import argparse
 import json
