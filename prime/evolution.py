@@ -100,8 +100,8 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         "--keep_rank",
         type=cli.natural,
         default=0,
-        help="leading singular directions kept of each module's merged update, of every candidate alike; 0 = all. "
-        "Few of them hold what the sharers have in common and less of what each remembers",
+        help="leading singular directions kept of each module's merged update, scaled to its size, of every candidate "
+        "alike; 0 = all. Few of them hold what the sharers have in common and less of what each remembers",
     )
     search.add_argument(
         "--top_share",

@@ -63,7 +63,7 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: in
     cross terms B_i A_j. `delta`: dW = sum w_i B_i A_i, exact, held as stacked factors, ranks added up; sharers of
     weight zero are left out, so one-hot weights give that adapter bit for bit under both rules.
 
-    `keep_rank` cuts each module's merged update to that many leading singular directions, see `truncate`; 0: none.
+    `keep_rank` leaves each module's merged update that many leading singular directions, see `truncate`; 0: all.
 
     Raises:
         InputError: the adapters hold different modules or shapes.
@@ -75,18 +75,21 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: in
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The nearest update of lower rank: B A cut to its `rank` leading singular directions (Eckart and Young, 1936).
+    """B A cut to its `rank` leading singular directions, and scaled to the size (Frobenius norm) it had.
 
     A `[..., r, in]`, B `[..., out, r]` -> `[..., rank, in]`, `[..., out, rank]`; as they are where r is no larger.
-    Both factors are reduced by QR first, so that the decomposed matrix is `[..., r, r]`. What several sharers have in
-    common adds up in the leading directions, while what each keeps of single records lies in many small ones.
+    Unscaled it is the nearest update of that rank (Eckart and Young, 1936). Both factors are reduced by QR first, so
+    that the decomposed matrix is `[..., r, r]`. What several sharers have in common adds up in the leading
+    directions, while what each keeps of single records lies in many small ones; the scale makes up for these.
     """
     if a.shape[-2] <= rank:
         return a, b
     a_basis, a_core = torch.linalg.qr(a.mT)  # [..., in, r], [..., r, r]
     b_basis, b_core = torch.linalg.qr(b)
     left, sizes, right = torch.linalg.svd(b_core @ a_core.mT)
-    return right[..., :rank, :] @ a_basis.mT, b_basis @ (left[..., :rank] * sizes[..., None, :rank])
+    kept = sizes[..., None, :rank]
+    lost = sizes.norm(dim=-1)[..., None, None] / kept.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
+    return right[..., :rank, :] @ a_basis.mT, b_basis @ (left[..., :rank] * kept * lost)
 
 
 def concatenate(first: Adapter, second: Adapter) -> Adapter:

@@ -136,15 +136,16 @@ def test_merging_adapters_of_different_ranks(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_keep_rank_is_the_best_update_of_that_rank(rule: str, rank: int) -> None:
-    """Against numpy's SVD of the dense update: no other update of that rank is nearer (Eckart and Young)."""
+def test_keep_rank_is_the_best_update_of_that_rank_as_large_as_the_whole(rule: str, rank: int) -> None:
+    """Against numpy's SVD of the dense update: no other of that rank is nearer (Eckart and Young), before scaling."""
     weights = torch.tensor([0.8, -0.5, 0.4])
     whole, kept = merge(ADAPTERS, weights, rule), merge(ADAPTERS, weights, rule, keep_rank=rank)
     assert kept.rank == min(rank, whole.rank)
     for name, dense in tiny.dense_updates(whole).items():
         left, sizes, right = np.linalg.svd(dense.numpy(), full_matrices=False)
         nearest = (left[:, :rank] * sizes[:rank]) @ right[:rank]
-        assert np.allclose(tiny.dense_updates(kept)[name].numpy(), nearest, atol=2e-6)
+        scaled = nearest * np.linalg.norm(dense.numpy()) / np.linalg.norm(nearest)
+        assert np.allclose(tiny.dense_updates(kept)[name].numpy(), scaled, atol=3e-6)
 
 
 @pytest.mark.parametrize("rule", RULES)
