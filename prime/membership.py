@@ -365,12 +365,13 @@ def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: i
 
 
 def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:
-    """AUROC of every attack on one user, and of the same attack on the base (`blind`); with what was held out,
-    also `controlled` and `controlled_blind`."""
+    """AUROC of every attack on one user, and of the same attack on the base (`blind`).
+
+    Where records were held out, also `controlled` and `controlled_blind`.
+    """
     table: dict[str, dict[str, float]] = {}
-    for name, prefix in (("published", ""), ("controlled", "controlled_")):
+    for name, keys in (("published", ("auroc", "blind")), ("controlled", ("controlled", "controlled_blind"))):
         for attack in attacks_on([result]) if in_set([result], name) else ():
-            attacked, blind = (auroc(*set_scores(result, key, attack, name)) for key in ("scores", "blind"))
-            first = prefix.rstrip("_") or "auroc"
-            table.setdefault(attack, {}).update({first: attacked, f"{prefix}blind": blind})
+            found = (auroc(*set_scores(result, key, attack, name)) for key in ("scores", "blind"))
+            table.setdefault(attack, {}).update(zip(keys, found, strict=True))
     return table
