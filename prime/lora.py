@@ -291,9 +291,9 @@ def peft_config(adapter: Adapter, base_model: str) -> dict:
 
 
 def write_card(folder: Path, card: Mapping) -> None:
-    """card.json, and the same as the README.md of a model: a table, and one more for each group of values."""
-    write_json(folder / "card.json", card)
+    """card.json, written last, and the same as the README.md of a model: a table, and one more for each group."""
     write_text(folder / "README.md", _card_text(card))
+    write_json(folder / "card.json", card)
 
 
 def _card_text(card: Mapping) -> str:
