@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
-    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 1, 4), help="budgets, with commas")
+    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 4, 1), help="budgets, with commas")
     parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
     parser.add_argument("--lora_r", type=cli.positive, default=1, help="rank of the private adapters")
     parser.add_argument("--lr", default="4e-2", help="learning rate of the private training")
@@ -58,8 +58,8 @@ def arms(args: argparse.Namespace) -> dict[str, list[str]]:
     """Training options of every arm."""
     private = ["--enable_dp", "--batch_size", "50", "--max_per_sample_grad_norm", args.max_norm, "--lr", args.lr]
     private += ["--epochs", str(args.epochs), "--lora_r", str(args.lora_r), "--lora_alpha", str(args.lora_r)]
-    found = {"plain": PLAIN} | {f"epsilon {e}": [*private, "--epsilon", str(e)] for e in args.epsilons}
-    return found | {"clipped": [*private, "--sigma", str(NO_NOISE)]}
+    found = {"plain": PLAIN, "clipped": [*private, "--sigma", str(NO_NOISE)]}
+    return found | {f"epsilon {e}": [*private, "--epsilon", str(e)] for e in args.epsilons}
 
 
 def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str]) -> Path:
@@ -144,7 +144,7 @@ def plot(task: Task, base: dict, rows: dict[str, dict[str, Any]], stem: Path) ->
             linestyle=plots.LINES[place], linewidth=1, elinewidth=0.4, label=name,
         )  # fmt: skip
         for arm, left, up in zip(rows, x, y, strict=True):
-            axes.annotate(arm, (left, up), textcoords="offset points", xytext=(4, 4), fontsize=7)
+            axes.annotate(arm, (left, up), textcoords="offset points", xytext=(4, 4 - 12 * place), fontsize=7)
     axes.axhline(base["mean"], color=plots.COLOURS[7], linestyle=":", label="task_lora, no sharer")
     axes.axvline(0.5, color=plots.COLOURS[7], linewidth=0.5)
     better = "higher" if METRICS[task.metrics[0]].higher_is_better else "lower"

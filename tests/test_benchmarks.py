@@ -153,7 +153,7 @@ def test_every_arm_of_the_privacy_benchmark_trains_under_its_own_options() -> No
     parser = train_anchor_peft.build_parser()
     parsed = {arm: parser.parse_args([*model, *words]) for arm, words in dp.arms(args).items()}
     assert [(arm, own.enable_dp, own.epsilon) for arm, own in parsed.items()] == [
-        ("plain", False, None), ("epsilon 8", True, 8.0), ("epsilon 1", True, 1.0), ("clipped", True, None),
+        ("plain", False, None), ("clipped", True, None), ("epsilon 8", True, 8.0), ("epsilon 1", True, 1.0),
     ]  # fmt: skip
     assert parsed["clipped"].sigma == dp.NO_NOISE and parsed["plain"].lora_r == 8
 
