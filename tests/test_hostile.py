@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -13,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import history_anchor
+from prime import cli
 from prime.anchors import load_anchor_idx, load_embeddings, load_encoder
 from prime.checkpoint import check_model_dir, load_model, load_tokenizer
 from prime.data import User, load_profiles, load_users, read_json
@@ -433,16 +434,20 @@ def test_texts_that_look_like_templates_stay_texts() -> None:
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_bad_file_ends_a_stage_with_code_2_and_one_message(debug: bool, tmp_path: Path) -> None:
+def test_a_bad_file_ends_a_stage_with_code_2_and_one_message(
+    debug: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """Every problem of the file, no traceback unless --debug, nothing written."""
-    data = tmp_path / "data"
-    (data / "test_100").mkdir(parents=True)
     users = [{"user_id": 1, "profile": [{"id": 1}]}, {"user_id": "1", "profile": 7}]
-    (data / "user_anchor_candidate.json").write_text(json.dumps(users))
-    command = [sys.executable, "history_anchor.py", "--task_name", "movie_tagging", "--data_dir", str(data)]
-    command += ["--output_dir", str(tmp_path / "out"), "--encoder", str(tmp_path), *(["--debug"] if debug else [])]
-    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and done.stdout == "" and ("Traceback" in done.stderr) == debug
-    error = done.stderr[done.stderr.index("history_anchor.py: error: ") :]
-    assert len(error.splitlines()) == 4 and all(line.count("user_anchor_candidate.json") for line in error.splitlines())
+    (tmp_path / "user_anchor_candidate.json").write_text(json.dumps(users))
+    options = ["--task_name", "movie_tagging", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["history_anchor.py", *options, *(["--debug"] if debug else [])])
+    for name in ("stop_between_writes", "limit_threads"):  # they are for the whole process, here that of the tests
+        monkeypatch.setattr(cli, name, lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda _: history_anchor.main(sys.argv[1:]))
+    told = capsys.readouterr()
+    assert ended.value.code == 2 and told.out == "" and ("Traceback" in told.err) == debug
+    error = told.err[told.err.index("history_anchor.py: error: ") :]
+    assert len(error.splitlines()) == 4 and all("user_anchor_candidate.json" in line for line in error.splitlines())
     assert not (tmp_path / "out").exists()
