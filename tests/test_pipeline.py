@@ -266,7 +266,7 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
         name = user_dirname(result["user_id"])
         own = load_adapter(good / "users" / name / "adapter").factors
         noise = {
-            module: (torch.randn(a.shape, generator=stream), 30 * torch.randn(b.shape, generator=stream))
+            module: (torch.randn(a.shape, generator=stream), 5 * torch.randn(b.shape, generator=stream))
             for module, (a, b) in own.items()
         }
         save_adapter(Adapter(noise), bad / "users" / name / "adapter", "base")
