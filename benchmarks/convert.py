@@ -1,0 +1,104 @@
+"""How much memory does converting a Meta checkpoint take? A synthetic one of two shards in bf16, 1 GB by default.
+
+Reads   nothing
+Writes  <work_dir>/meta, <work_dir>/hf   the checkpoint and its conversion; removed at the end
+Takes   about a minute and twice the checkpoint's size on disk
+
+Measured is the converting process: its highest resident size (VmHWM) over that after its imports. Pages of the
+mapped shards count in it while they are resident, though the system may drop them at any time; `anonymous` is what
+the process holds of its own (RssAnon, sampled), without them.
+
+    python benchmarks/convert.py
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.measuring import report, status_mb  # noqa: E402
+from prime import cli  # noqa: E402
+from prime.checkpoint import load_tokenizer  # noqa: E402
+from prime.meta import convert  # noqa: E402
+from prime.meta_tokenizer import end_ids  # noqa: E402
+
+WIDTH, VOCABULARY, SHARDS = 2048, 32_000, 2
+HIDDEN = 5632  # of params.json's multiple_of 256
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    parser.add_argument("--layers", type=cli.positive, default=9, help="of width 2,048; 9 make 1.0 GB")
+    parser.add_argument("--work_dir", default=str(ROOT / "output/benchmarks/convert"), help="what is made on the way")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def make(folder: Path, layers: int) -> int:
+    """Write params.json and the shards; bytes of the weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    params = {"dim": WIDTH, "n_layers": layers, "n_heads": 16, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
+    (folder / "params.json").write_text(json.dumps(params))
+    d, h = WIDTH, HIDDEN
+    cut = {
+        "attention.wq": (d // SHARDS, d), "attention.wk": (d // SHARDS, d), "attention.wv": (d // SHARDS, d),
+        "attention.wo": (d, d // SHARDS), "feed_forward.w1": (h // SHARDS, d), "feed_forward.w2": (d, h // SHARDS),
+        "feed_forward.w3": (h // SHARDS, d), "attention_norm": (d,), "ffn_norm": (d,),
+    }  # fmt: skip
+    shapes = {f"layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in cut.items()}
+    shapes |= {"tok_embeddings.weight": (VOCABULARY, d // SHARDS), "output.weight": (VOCABULARY // SHARDS, d)}
+    shapes["norm.weight"] = (d,)
+    for shard in range(SHARDS):
+        stream = torch.Generator().manual_seed(shard)
+        own = {name: torch.randn(shape, generator=stream).bfloat16() for name, shape in shapes.items()}
+        torch.save(own, folder / f"consolidated.{shard:02d}.pth")
+    return sum(path.stat().st_size for path in folder.glob("*.pth"))
+
+
+def child(folder: Path) -> dict[str, float]:
+    """Convert in this process; megabytes before and at the peak."""
+    tokenizer = load_tokenizer(str(ROOT / "data/demo/model"))
+    before, own = status_mb("VmRSS"), status_mb("RssAnon")
+    seen, stop = [own], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            seen.append(status_mb("RssAnon"))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    started = time.perf_counter()
+    convert(folder / "meta", folder / "hf", tokenizer, end_ids(tokenizer))
+    seconds = time.perf_counter() - started
+    stop.set()
+    thread.join()
+    return {"peak": status_mb("VmHWM") - before, "anonymous": max(seen) - own, "seconds": seconds}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    folder = Path(args.work_dir)
+    if args.child:
+        return report(child(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+    size = make(folder / "meta", args.layers) / 2**20
+    command = [sys.executable, __file__, "--child", "--work_dir", str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    found = json.loads(done.stdout.decode().splitlines()[-1])
+    shutil.rmtree(folder)
+    ratios = {"peak_over_checkpoint": found["peak"] / size, "anonymous_over_checkpoint": found["anonymous"] / size}
+    print(f"a checkpoint of {size:.0f} MB: at most {found['peak']:.0f} MB resident, {found['anonymous']:.0f} MB own")
+    report({"checkpoint_mb": round(size, 1)} | {name: round(value, 3) for name, value in (found | ratios).items()})
+
+
+if __name__ == "__main__":
+    main()
