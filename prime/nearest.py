@@ -72,7 +72,8 @@ def _nearest(test: Tensor, anchor_emb: Tensor, rows: Tensor, size: int) -> Tenso
     scores = torch.full((len(test), size), -torch.inf, dtype=torch.float64)
     found = torch.full((len(test), size), -1)
     for start in range(0, len(rows), BLOCK):
-        block = anchor_emb[start : start + BLOCK] if _in_order(rows, start) else anchor_emb[rows[start : start + BLOCK]]
+        own = rows[start : start + BLOCK]  # rows behind the last anchor are of nobody who shares
+        block = anchor_emb[start : start + len(own)] if _in_order(rows, start) else anchor_emb[own]
         users, columns = _in_doubt(_low_cosines(low, block), scores[:, -1], size, rounding(test.shape[1]))
         if len(users) > CROWDED * len(test) * len(block):  # fp32 tells too little apart
             users, columns = _in_doubt(test @ _unit(block).T, scores[:, -1], size, rounding(test.shape[1], 2.0**-53))

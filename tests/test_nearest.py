@@ -93,3 +93,9 @@ def test_fp32_stays_within_its_margin(size: float) -> None:
     rows = torch.rand(300, 1024, generator=stream) * size
     exact = nearest._unit(rows) @ nearest._unit(rows).T
     assert (nearest._low_cosines(nearest._unit(rows).float(), rows).double() - exact).abs().max() < rounding(1024) / 2
+
+
+def test_rows_behind_the_first_anchors_are_not_anchors() -> None:
+    """Anchors 0 to 2 of a file whose fourth row would be nearest."""
+    emb = torch.eye(4)
+    assert top_similar(torch.tensor([[0.1, 0.2, 0.3, 9.0]]), emb, 2, [0, 1, 2]) == [[2, 1]]
