@@ -182,15 +182,16 @@ def is_bare_tokenizer(path: str) -> bool:
     return bare and not any((Path(path) / name).is_file() for name in names)
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: str) -> None:
-    """InputError when the tokenizer can write ids that the model has no embedding for."""
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: str) -> int:
+    """Rows of the model's embedding; InputError when the tokenizer's own vocabulary has more."""
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
-    # Without the tokens that were added later: hub copies of Llama 2 list a padding token that no text contains.
+    # Without the tokens that were added later: hub copies of Llama 2 list a padding token that hardly a text contains.
     if tokenizer.vocab_size > len(embeddings):
         raise InputError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, "
             f"the model's embedding is {tuple(embeddings.shape)}; they do not belong together (--tokenizer_path)"
         )
+    return len(embeddings)
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
@@ -206,17 +207,29 @@ class Encoder:
     Args:
         tokenizer: any Hugging Face tokenizer.
         max_length: tokens of prompt and target together (published: 3000).
+        embeddings: rows of the model's embedding; 0 = as many as the tokenizer needs.
+
+    Raises:
+        InputError: a text holds a token that the model has no embedding for, such as an added padding token's name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 3000):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 3000, embeddings: int = 0):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.embeddings = embeddings or len(tokenizer)
         # GPT-2 and its kin name their end of text as BOS too, and never begin with it.
         own = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
         self.bos = [tokenizer.bos_token_id] if own else []
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if ids and max(ids) >= self.embeddings:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise InputError(
+                f"the tokenizer writes {token!r} as id {max(ids)}, the model's embedding has {self.embeddings} rows; "
+                f"do they belong together (--tokenizer_path)? The text: {text[:200]!r}"
+            )
+        return ids
 
     def prompt(self, prompt_id: str, text: str) -> EncodedPrompt:
         """A prompt of at most max_length tokens; the end is kept, it holds the question."""

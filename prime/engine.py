@@ -54,9 +54,10 @@ def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) ->
     base = base_name(args)
     tokenizer = load_tokenizer(args.tokenizer_path or base)
     model = load_model(base, args.device, args.dtype, task_adapter)
-    check_vocabulary(tokenizer, model, args.tokenizer_path or base)
+    embeddings = check_vocabulary(tokenizer, model, args.tokenizer_path or base)
     bank = AdapterBank(model, target_modules(args))
-    return Engine(bank, Encoder(tokenizer, args.max_length), eos_ids(tokenizer, model), args.max_batch_tokens)
+    encoder = Encoder(tokenizer, args.max_length, embeddings)
+    return Engine(bank, encoder, eos_ids(tokenizer, model), args.max_batch_tokens)
 
 
 def setting_name(k: int, profile: bool) -> str:

@@ -1,8 +1,8 @@
 """The pool of sharers: anchor users, their adapters on disk, and who is similar to whom. Sharers are known by id."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Pool:
     folders: tuple[Path, ...]
     ranking: tuple[tuple[int, ...], ...]  # [test users][n_sim] places among the anchors
     base: str  # directory of the model that the adapters belong to
+    # Test users share sharers. Another pool of this process reads the files anew: they may have changed.
+    open_once: Callable[[Path, str], Adapter] = field(
+        default_factory=lambda: lru_cache(maxsize=64)(open_adapter), repr=False, compare=False
+    )
 
     def sharers(self, user_index: int) -> list[User]:
         """The sharers of a test user, most similar first."""
@@ -60,12 +64,7 @@ class Pool:
 
     def adapters(self, user_index: int) -> list[Adapter]:
         """Their adapters, in the same order."""
-        return [cached_adapter(self.folders[place], self.base) for place in self.ranking[user_index]]
-
-
-@lru_cache(maxsize=64)
-def cached_adapter(folder: Path, base: str) -> Adapter:
-    return open_adapter(folder, base)
+        return [self.open_once(self.folders[place], self.base) for place in self.ranking[user_index]]
 
 
 def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:

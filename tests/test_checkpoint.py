@@ -215,6 +215,17 @@ def test_long_records_are_cut_at_the_prompts_left(text: str, target: str, room: 
         assert len(tail) <= 1 and len(cut.target) >= room - bos - 1
 
 
+def test_a_token_without_an_embedding_is_named() -> None:
+    """Hub copies of Llama 2 list a padding token behind the vocabulary; a text may hold its name."""
+    tokenizer = tiny.tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    encoder = Encoder(tokenizer, embeddings=rows)
+    assert encoder.prompt("p", "a quiet film").ids == Encoder(tiny.tokenizer()).prompt("p", "a quiet film").ids
+    with pytest.raises(InputError, match=rf"'\[PAD\]' as id {rows}, the model's embedding has {rows} rows.*a \[PAD\]"):
+        encoder.record("r", "a [PAD] b", " c")
+
+
 def test_answers_come_back_as_text() -> None:
     encoder = Encoder(TOKENIZER)
     ids = plain(TOKENIZER, " science fiction ")

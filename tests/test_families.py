@@ -1,18 +1,25 @@
-"""The whole pipeline on a checkpoint of another family, Mistral, made here with the demo's tokenizer."""
+"""The whole pipeline on checkpoints of other families, made here: Mistral, Qwen, Gemma, each with its own tokenizer.
 
+transformers chooses a tokenizer's class by the model's family as well as by the tokenizer's files (those of the demo's
+Llama tokenizer beside a Qwen model are read as byte-level pieces), so each family gets one of its own class.
+"""
+
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import world
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from prime.checkpoint import load_tokenizer
 from prime.lora import load_adapter
 from tests import tiny
 
 TASK = "movie_tagging"
+TOKENIZERS = {"mistral": "TokenizersBackend", "qwen2": "Qwen2Tokenizer", "gemma": "GemmaTokenizer"}
 QUICK = {
     "task_lora.py": ["--epochs", "1", "--k_list", ""],
     "history_anchor.py": ["--encoder", world.CHECKPOINT, "--k", "4"],
@@ -32,21 +39,49 @@ def commands() -> list[list[str]]:
     return [*found, ["postprocess.py", "--task_name", TASK, "--output_dir", f"./output/{TASK}/LoRA-Composition-evo"]]
 
 
-def build(folder: Path, family: str) -> None:
-    """The small world, and a random model of the family in the demo model's place."""
-    world.build(folder, test_users=2, anchors=4)
+Pieces = tuple[dict[str, int], list[tuple[str, ...]]]
+
+
+def pieces_of(text: str) -> Pieces:
+    """Vocabulary and merges of a tokenizer.json."""
+    own = json.loads(text)["model"]
+    return own["vocab"], [tuple(merge) for merge in own["merges"]]
+
+
+def byte_pieces(texts: list[str]) -> Pieces:
+    """Vocabulary and merges of a byte-level BPE, as Qwen has, trained on these texts."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=800, initial_alphabet=every_byte, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
+    return pieces_of(inner.to_str())
+
+
+def family_tokenizer(family: str, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer of the family's class for the small world below `folder`."""
     checkpoint = folder / world.CHECKPOINT
-    size = load_tokenizer(str(checkpoint)).vocab_size
-    for name in ("model.safetensors", "config.json", "generation_config.json"):
-        (checkpoint / name).unlink(missing_ok=True)
-    made = tiny.model(family, vocab_size=size, max_position_embeddings=4096)
-    made.save_pretrained(folder / "made")
-    for path in (folder / "made").iterdir():
-        shutil.copy(path, checkpoint)
+    if family == "gemma":
+        pieces = pieces_of((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
+        return GemmaTokenizer(*pieces, bos_token="<s>", eos_token="</s>")
+    if family == "qwen2":
+        users = world.read(folder / "data" / TASK / "user_anchor_candidate.json")
+        return Qwen2Tokenizer(*byte_pieces([item["description"] for user in users for item in user["profile"]]))
+    return load_tokenizer(str(checkpoint))
+
+
+def build(folder: Path, family: str) -> None:
+    """The small world, and tokenizer and random model of the family in the demo model's place."""
+    world.build(folder, test_users=2, anchors=4)
+    tokenizer, checkpoint = family_tokenizer(family, folder), folder / world.CHECKPOINT
+    shutil.rmtree(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
+    own = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    tiny.model(family, vocab_size=len(tokenizer), max_position_embeddings=4096, **own).save_pretrained(checkpoint)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mistral"])
+@pytest.mark.parametrize("family", TOKENIZERS)
 def test_all_stages(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path, family)
     monkeypatch.chdir(tmp_path)
@@ -58,6 +93,6 @@ def test_all_stages(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(mia) == 2 and all(entry["member_loss"] for entry in mia.values())
     full = next(tmp_path.glob(f"output/{TASK}/LoRA-Composition-evo/users/*/adapter_full"))
     base = AutoModelForCausalLM.from_pretrained(tmp_path / world.CHECKPOINT)
-    assert base.config.model_type == family
+    assert base.config.model_type == family and type(load_tokenizer(world.CHECKPOINT)).__name__ == TOKENIZERS[family]
     loaded = PeftModel.from_pretrained(base, full)
     assert len(load_adapter(full).factors) == 8 == sum("lora_A" in name for name, _ in loaded.named_parameters())
