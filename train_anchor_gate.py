@@ -21,7 +21,6 @@ on the same items: result.json also tells the budget of both together, or that t
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +29,7 @@ from pathlib import Path
 from prime import cli, plan
 from prime.data import User, read_json, select
 from prime.engine import Engine, load_engine
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.gates import Gates, gate_file, save_gate
 from prime.holdout import trained_records, trained_split
 from prime.lora import load_adapter
@@ -86,7 +85,7 @@ def privacy_of(args: argparse.Namespace, terms: Terms | None, learner: Learner, 
     path = adapter_folder(args.anchor_path, anchor.user_id).parent / "result.json"
     adapter = read_json(path).get("privacy") if path.exists() else None
     if adapter is None:
-        print(f"{learner.name}: its adapter is not private (--enable_dp); epsilon is the gate's alone", file=sys.stderr)
+        tell(f"{learner.name}: its adapter is not private (--enable_dp); epsilon is the gate's alone")
     return {"privacy": terms.report(learner.mechanism) | terms.together(learner.mechanism, adapter)}
 
 

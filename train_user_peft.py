@@ -20,7 +20,6 @@ A user without history has nothing to train on: oppu leaves the base to him, mta
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,6 +30,7 @@ from prime import cli, plan
 from prime.data import User, read_json, select
 from prime.decode import Progress
 from prime.engine import Engine, load_engine, predict
+from prime.errors import tell
 from prime.export import PERSONAL
 from prime.holdout import add_holdout, split_of, trained_records
 from prime.lora import Adapter, load_adapter, merge, save_adapter
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 def learner_of(args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, place: int) -> Learner:
     records = trained_records(texts, user, args.recent_k, split_of(args))
     if not records:
-        print(f"user {user.user_id}: an empty history, nothing to train on", file=sys.stderr)
+        tell(f"user {user.user_id}: an empty history, nothing to train on")
     encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
     return Learner(place, f"user {user.user_id}", derive_seed(args.method, args.seed, user.user_id), encoded)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prime.errors import InputError
+from prime.errors import InputError, harmless
 from prime.runs import write_bytes
 from prime.tensors import FLOATS, check_hub_dir, check_plain, kind_of, load_pickled, shown_error
 
@@ -106,7 +106,7 @@ def embed_users(
         if own:
             out[row] = items[[place[text] for text in own]].mean(0)
         else:
-            warnings.warn(f"user {user_id}: empty history, embedded as zeros", stacklevel=2)
+            warnings.warn(harmless(f"user {user_id}: empty history, embedded as zeros"), stacklevel=2)
     return out
 
 

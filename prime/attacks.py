@@ -7,7 +7,6 @@ adapters went into it. One pass over all owners' records gives everything that t
 
 import argparse
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from prime import cli, membership
 from prime.data import User
 from prime.decode import EncodedRecord, Pair, every_pair, score
 from prime.engine import Engine
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.holdout import check_split, records_of, trained_split
 from prime.lora import load_adapter
 from prime.membership import Evidence
@@ -348,5 +347,5 @@ def with_members(subjects: Sequence[Subject], owners: Owners) -> list[Subject]:
     kept = [subject for subject in subjects if not set(subject.members) <= empty]
     for subject in subjects:
         if subject not in kept:
-            print(f"user {subject.user_id}: trained on nothing, not attacked", file=sys.stderr)
+            tell(f"user {subject.user_id}: trained on nothing, not attacked")
     return kept

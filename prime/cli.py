@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from tqdm import tqdm
 
 from prime.data import User, load_profiles, load_users, select_indices
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.prompts import RECENT_K, load_templates
 from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
@@ -259,7 +259,7 @@ def load_texts(args: argparse.Namespace) -> Texts:
     path = data_dir(args) / "profile-id2text.json"
     profiles = load_profiles(path) if path.exists() else None
     if profiles is None:
-        print(f"{path}: not there; prompts with a textual profile are left out", file=sys.stderr)
+        tell(f"{path}: not there; prompts with a textual profile are left out")
     return Texts(task, load_templates(args.prompt_path, task), profiles)
 
 
@@ -367,10 +367,10 @@ def run(main: Callable[[list[str] | None], None]) -> None:
             traceback.print_exc()
         full = isinstance(error, OSError) and error.errno in NO_SPACE
         hint = "; finished users are kept: make room and run the same command again to go on" if full else ""
-        print(f"{name}: error: {error}{hint}", file=sys.stderr)
+        tell(f"{name}: error: {error}{hint}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{name}: stopped; run the same command again to go on", file=sys.stderr)
+        tell(f"{name}: stopped; run the same command again to go on")
         sys.exit(130)
     finally:
         wait_for(started, stop=not whole)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prime.errors import InputError
+from prime.errors import InputError, harmless
 from prime.tasks import Task, extract
 
 Path_ = str | os.PathLike[str]
@@ -212,7 +212,7 @@ class _Checker:
     def _warn(self, found: list[str], what: str) -> None:
         if found:
             named = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-            warnings.warn(f"{self.path}: {len(found)} {what}: {named}", stacklevel=4)
+            warnings.warn(harmless(f"{self.path}: {len(found)} {what}: {named}"), stacklevel=4)
 
 
 def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:

@@ -9,16 +9,20 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from prime.errors import tell
+
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL = 0.2  # seconds between two looks at a claim that somebody else holds
 PATIENCE = 5  # looks before the waiting person is told
+TRIES = 100  # to make a folder that others may be removing
+
+
 @contextmanager
 def claim(*paths: Path) -> Iterator[bool]:
     """Hold the lock files `paths`, all or none; False where somebody else holds one.
@@ -47,7 +51,7 @@ def turn(path: Path, what: str) -> Iterator[None]:
                 yield
                 return
         if look == PATIENCE:
-            print(f"waiting for {what}: {holder(path)} is at it", file=sys.stderr)
+            tell(f"waiting for {what}: {holder(path)} is at it")
         time.sleep(POLL)
 
 
@@ -61,12 +65,14 @@ def holder(path: Path) -> str:
 
 def _lock(path: Path) -> int | None:
     """An open handle that holds the lock, None where another has it."""
+    failed = 0
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, FileNotFoundError):  # the folder was just removed by the last of the others
-            if path.parent.is_file():
+            failed += 1
+            if failed == TRIES:  # no: it leads through a link to nowhere, or the like
                 raise
             continue
         try:
@@ -130,4 +136,4 @@ def _warn_once() -> None:
     if not _warned:
         _warned = True
         told = "processes that share an output directory may do a user twice (the files stay whole); use --user_idxs"
-        print(f"this file system knows no locks: {told}", file=sys.stderr)
+        tell(f"this file system knows no locks: {told}")

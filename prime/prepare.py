@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prime.errors import InputError
+from prime.errors import InputError, harmless
 from prime.gather import OVERLAP, gather, question_names
 from prime.histories import Citations, Histories
 from prime.lamp import UNUSABLE, Reader, Spool, Tally, find_parts
@@ -145,7 +145,7 @@ def report_notes(report: Mapping[str, Any]) -> str:
         named = report["named"].get(what, [])
         more = ", ..." if number > len(named) else ""
         lines.append(f"{what}: {number:,}" + (f" ({', '.join(named)}{more})" if named else ""))
-    return "\n".join(lines)
+    return harmless("\n".join(lines))
 
 
 # -- the whole conversion -------------------------------------------------------------------------------------------

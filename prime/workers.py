@@ -8,13 +8,13 @@ or by a scheduler on the same directory share the work as well.
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
 from prime.data import User
+from prime.errors import tell
 from prime.locks import PATIENCE, POLL, holder
 from prime.runs import Run
 
@@ -167,4 +167,4 @@ def _tell(run: Run, names: Sequence[str]) -> None:
     """Say which users are waited for, and who works on them."""
     holders = {holder(path): name for name in names if (path := run.lock_path(name)).exists()}
     for who, name in holders.items():
-        print(f"waiting for user {name}: {who} is at it", file=sys.stderr)
+        tell(f"waiting for user {name}: {who} is at it")

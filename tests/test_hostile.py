@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -17,13 +18,14 @@ from prime import cli
 from prime.anchors import load_anchor_idx, load_embeddings, load_encoder
 from prime.checkpoint import check_model_dir, load_model, load_tokenizer
 from prime.data import User, load_profiles, load_users, read_json
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.gates import load_gate
 from prime.lora import MAX_NORM, load_adapter, save_adapter, write_card
 from prime.meta import MetaCheckpoint
+from prime.prepare import report_notes
 from prime.prompts import TEMPLATES, history_records, load_templates
 from prime.published import load_published, load_published_gate, open_adapter
-from prime.runs import Run, read_results, user_dirname
+from prime.runs import Run, read_results, user_dirname, write_json
 from prime.tasks import TASKS
 from tests import meta_world, tiny
 
@@ -408,8 +410,17 @@ def test_a_card_quotes_what_it_is_told(tmp_path: Path) -> None:
             assert line.count("|") == 3 and line.count("`") == 2
 
 
-def test_messages_do_not_steer_a_terminal() -> None:
-    assert str(InputError("user \x1b[2J\u202ex\r\n: y")) == "user \\u001b[2J\\u202ex\\u000d\n: y"
+def test_messages_do_not_steer_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    nasty, harmless = "user \x1b[2J\u202ex\r\n: y", "user \\u001b[2J\\u202ex\\u000d\n: y"
+    assert str(InputError(nasty)) == harmless
+    tell(nasty)
+    assert capsys.readouterr().err == f"{harmless}\n"
+    item = {"id": 1, "description": "x", "tag": "comedy"}
+    write_json(tmp_path / "users.json", [{"user_id": nasty, "profile": [item, item]}])
+    with pytest.warns(UserWarning, match=re.escape(harmless)):
+        load_users(tmp_path / "users.json", MOVIES)
+    report = {"split": "user", "people": 1, "gathered": {}, "counts": {"x": 1}, "named": {"x": [nasty]}}
+    assert report_notes(report).endswith(f"({harmless})")
 
 
 @pytest.mark.parametrize(

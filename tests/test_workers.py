@@ -53,6 +53,12 @@ def held(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen]]:
 # -- claims ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_cannot_be_made_is_told_and_not_tried_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "output").symlink_to(tmp_path / "disk that is not mounted")
+    with pytest.raises(OSError, match="output"):
+        Run(tmp_path / "output" / "movie_tagging", "mia", "users", {})
+
+
 def test_a_claim_is_of_one_process_and_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "working" / "a.lock"
     with claim(path) as mine:
