@@ -191,7 +191,10 @@ class MetaCheckpoint:
         name = "tok_embeddings.weight"
         if name not in self.shards[0]:
             raise InputError(f"{self.files[0]}: lacks {name}")
-        rows, width = self.shards[0][name].shape
+        shape = tuple(self.shards[0][name].shape)
+        if len(shape) != 2:
+            raise InputError(f"{self.files[0]}: {name} is {shape}, expected two dimensions")
+        rows, width = shape
         found = rows * len(self.files) if width == self.params.dim else rows
         if self.params.vocab_size not in (-1, found):
             raise InputError(

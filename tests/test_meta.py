@@ -226,6 +226,15 @@ def broken(made: dict, case: str, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_embeddings_of_another_number_of_dimensions(made: dict, tmp_path: Path) -> None:
+    file = broken(made, "llama2", tmp_path) / "consolidated.00.pth"
+    tensors = torch.load(file, weights_only=True)
+    for spoilt, shape in ((tensors["tok_embeddings.weight"][None], r"\(1, 400, 64\)"), (torch.zeros(0), r"\(0,\)")):
+        torch.save(tensors | {"tok_embeddings.weight": spoilt.clone()}, file)
+        with pytest.raises(InputError, match=f"00.pth: tok_embeddings.weight is {shape}, expected two dimensions"):
+            MetaCheckpoint(file.parent)
+
+
 def test_a_missing_shard(made: dict, tmp_path: Path) -> None:
     folder = broken(made, "llama2, 2 shards", tmp_path)
     (folder / "consolidated.01.pth").unlink()
