@@ -23,7 +23,6 @@ and starts at the base, which no single sharer may replace:
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -36,12 +35,13 @@ from prime import cli, plan
 from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, Predictions, load_engine, predict
+from prime.errors import tell
 from prime.evolution import Evaluation, Population, add_search, check_share, chosen, evolve, key_of
 from prime.export import export_full, save_personal
 from prime.fitness import Objective
 from prime.journal import Journal
 from prime.lora import Adapter, merge
-from prime.penalties import penalty_folder, shared_evaluations, sharing_text
+from prime.penalties import alone, open_runs, shared_evaluations, sharing_text
 from prime.runs import Run, derive_seed
 from prime.sampling import Sampler
 from prime.search import optimizer_name
@@ -82,7 +82,7 @@ def search_user(
     seed = derive_seed(args.seed, user.user_id)
     population = Population(args, texts, engine, user, seed, n, journal, progress)
     if not population.golds:
-        print(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed", file=sys.stderr)
+        tell(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed")
     objectives: list[Objective | None] = [None]
     if args.objective == "metric":
         objectives = [
@@ -151,7 +151,7 @@ def deploy(
     best: Evaluation, told: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Write what a user deploys, and the result."""
-    base_won = best.origin == "base"
+    base_won = not best.weights.any()
     choice = {
         "deployed": "base" if base_won else "merge",
         "sharers": [sharer.user_id for sharer in sharers],
@@ -168,22 +168,6 @@ def deploy(
     run.finish(who["user_id"], {**who, **choice, **told})
 
 
-def alone(args: argparse.Namespace, place: int) -> argparse.Namespace:
-    """The options of a run at one of the penalties alone."""
-    return argparse.Namespace(**vars(args) | {"sim_penalty": args.sim_penalty[place]})
-
-
-def open_runs(args: argparse.Namespace) -> list[Run]:
-    """A run directory for each penalty: the output directory itself, or penalty-<p> in it where there are several."""
-    folder = Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}")
-    several = len(args.sim_penalty) > 1
-    folders = [folder / penalty_folder(penalty) if several else folder for penalty in args.sim_penalty]
-    return [
-        Run(root, "lora_composition_evo", args.name, cli.settings_of(alone(args, place)))
-        for place, root in enumerate(folders)
-    ]
-
-
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     optimizer_name(args.opt_type)
@@ -198,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
     check_share(args.top_share, len(pool.ranking[0]))
-    runs = open_runs(args)
+    runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"), args)
     todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)

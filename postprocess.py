@@ -41,15 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     tested = load_users(test / "user_test_100.json", task)
     users = [user.user_id for user in tested]
     golds = load_labels(test / "user_test_100_label.json")
+    for folder in runs or [stage_dir]:
+        predictions, sources = report.gather(folder, task)
+        report.check_users(predictions, users, test / "user_test_100.json")
+        report.check_golds(predictions, golds, test / "user_test_100_label.json")
+        report.write_stage_files(folder, task, golds)
     if runs:
-        for run in runs:
-            report.write_stage_files(run, task, golds)
         print(frontier_table(write_frontier(stage_dir, task, golds)))
         return
-    predictions, sources = report.gather(stage_dir, task)
-    report.check_users(predictions, users, test / "user_test_100.json")
-    report.check_golds(predictions, golds, test / "user_test_100_label.json")
-    report.write_stage_files(stage_dir, task, golds)
     summary = report.summarise(task, predictions, golds, report.about_methods(sources), users)
     root = stage_dir.resolve().parent
     report.write_summary(root, summary)

@@ -47,8 +47,15 @@ RESULT = {
     "blind?": Each(ANY_KEY, SIDES),
 }
 EVALUATION = {"loss": (float, int), "origin": str}
+# Of a run at one of several penalties: its settings, its results, a line of its evaluations, and
+# (ATTACKED) an attack on it.
+PENALISED = {"sim_penalty": (float, int)}
+SEARCHED = {"sharers": [str], "best_sharer": str, "similarity": (float, int)}
+EVALUATED = {"weights": [(float, int, NUMBERS)], "similarity": (float, int)}
 TRAINED = {"seed": int, "recent_k": int, "holdout?": (float, int), "enable_dp?": bool}  # settings that make records
 ATTACKS = Each(ANY_KEY, AUROCS)
+SETS = {"sets?": Each(ANY_KEY, {"attacks": ATTACKS})}
+ATTACKED = {**SETS, "sharers?": SETS}
 MIA_SUMMARY = {"method": METHOD, "attacks": ATTACKS, "sharers": {"users": int, "attacks": ATTACKS}}
 
 

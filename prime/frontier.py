@@ -4,16 +4,16 @@ A run of `lora_composition_evo.py` with several penalties leaves a run directory
 a point, with Per-Pcs, the sharers, their average and the base beside it where those stages have run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prime import figures, plots, report
-from prime.data import read_json
+from prime.forms import ATTACKED, read_form
 from prime.metrics import METRICS, bootstrap
-from prime.penalties import penalty_runs, read_evaluations, shared_evaluations, sharing_text
+from prime.penalties import penalty_of, penalty_runs, read_evaluations, shared_evaluations, sharing_text
 from prime.report import Cell
 from prime.runs import read_results, read_settings, write_json
 from prime.tables import aligned
@@ -67,7 +67,7 @@ def point(
 def penalty_point(run: Path, task: Task, golds: Mapping[str, str]) -> dict[str, Any]:
     """What was deployed at one penalty."""
     stage, results = read_settings(run), read_results(run)
-    method, penalty = stage["method"], stage["settings"]["sim_penalty"]
+    method, penalty = stage["method"], penalty_of(run)
     found = point(
         method, f"penalty {penalty:g}", report.predictions_of(results), task, golds, penalty=penalty,
         similarity=mean_of([result["similarity"] for result in results]), **aurocs(run), settings=stage["settings"],
@@ -91,14 +91,15 @@ def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping
         "task_lora": {**blind, "similarity": known["task_lora"]},
         "best_sharer": {**sharers, "similarity": known["best_sharer"]},
         "uniform": {},
-        "per_pcs": per_pcs(sources["per_pcs"]) if "per_pcs" in sources else {},
+        "per_pcs": per_pcs(sources["per_pcs"], searched) if "per_pcs" in sources else {},
     }
     found = (point(name, BESIDE[name], predictions, task, golds, **told[name]) for name in BESIDE)
     return [one for one in found if one is not None]
 
 
-def per_pcs(folder: Path) -> dict[str, Any]:
-    return {**aurocs(folder), "similarity": mean_of([result["similarity"] for result in read_results(folder)])}
+def per_pcs(folder: Path, users: Container[str]) -> dict[str, Any]:
+    found = [result for result in read_results(folder) if result["user_id"] in users and "similarity" in result]
+    return {**aurocs(folder), "similarity": mean_of([result["similarity"] for result in found])}
 
 
 def known_points(run: Path) -> dict[str, Interval | None]:
@@ -114,7 +115,7 @@ def known_points(run: Path) -> dict[str, Interval | None]:
 def aurocs(run: Path, part: str = "") -> dict[str, Interval | None]:
     """AUROC of both sets on what a run deployed; part "sharers": on the unmerged sharers, "blind": on the base."""
     path = run / "mia_summary.json"
-    summary = read_json(path) if path.is_file() else {}
+    summary = read_form(path, ATTACKED) if path.is_file() else {}
     sets = (summary.get("sharers", {}) if part == "sharers" else summary).get("sets", {})
     key = "blind_auroc" if part == "blind" else "auroc"
     names = {"auroc": "published", "controlled_auroc": "controlled"}

@@ -1,28 +1,60 @@
 """A run of several penalties: a run directory for each in one folder, and what their searches shared."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime.data import read_lines
-from prime.runs import read_results, read_settings, user_dirname
+from prime import cli
+from prime.errors import InputError
+from prime.forms import EVALUATED, PENALISED, SEARCHED, form_problems, read_form_lines
+from prime.runs import Run, read_results, read_settings, user_dirname
 
 PENALTY_DIR = "penalty-"
 
 
-def penalty_folder(penalty: float) -> str:
-    return f"{PENALTY_DIR}{penalty:g}"
+def alone(args: argparse.Namespace, place: int) -> argparse.Namespace:
+    """The options of a run at one of the penalties alone."""
+    return argparse.Namespace(**vars(args) | {"sim_penalty": args.sim_penalty[place]})
+
+
+def open_runs(folder: Path, args: argparse.Namespace) -> list[Run]:
+    """A run directory for each penalty: `folder` itself, or penalty-<p> in it where there are several."""
+    several = len(args.sim_penalty) > 1
+    folders = [folder / f"{PENALTY_DIR}{penalty:g}" if several else folder for penalty in args.sim_penalty]
+    return [
+        Run(root, "lora_composition_evo", args.name, cli.settings_of(alone(args, place)))
+        for place, root in enumerate(folders)
+    ]
 
 
 def penalty_runs(folder: Path) -> list[Path]:
     """The run directories of the penalties in `folder`, by rising penalty; none where it is no frontier."""
     found = [path.parent for path in folder.glob(f"{PENALTY_DIR}*/settings.json")]
-    return sorted(found, key=lambda path: read_settings(path)["settings"]["sim_penalty"])
+    return sorted(found, key=penalty_of)
+
+
+def penalty_of(run: Path) -> float:
+    """The penalty of a run directory; InputError where a search of another kind, or a stranger, made it."""
+    settings = read_settings(run)["settings"]
+    if problems := form_problems(settings, PENALISED, f"{run / 'settings.json'}: settings"):
+        raise InputError.many(problems)
+    return settings["sim_penalty"]
 
 
 def read_evaluations(run: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    path = run / "users" / user_dirname(result["user_id"]) / "evaluations.jsonl"
-    return read_lines(path)
+    """What the search of a finished user evaluated: the base, the sharers of the result, and what it asked."""
+    folder = run / "users" / user_dirname(result["user_id"])
+    problems = form_problems(result, SEARCHED, f"{folder / 'result.json'}: the file")
+    if not problems and result["best_sharer"] not in result["sharers"]:
+        problems = [f"{folder / 'result.json'}: best_sharer is none of the sharers"]
+    if problems:
+        raise InputError.many(problems)
+    path = folder / "evaluations.jsonl"
+    found, least = read_form_lines(path, EVALUATED), 1 + len(result["sharers"])
+    if len(found) < least:
+        raise InputError(f"{path}: {len(found)} lines, expected the base and {least - 1} sharers first")
+    return found
 
 
 def shared_evaluations(runs: Sequence[Path]) -> dict[str, int]:

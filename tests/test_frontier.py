@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import lora_composition_evo
+import postprocess
+from prime.data import User, read_json
+from prime.errors import InputError
 from prime.evolution import Evaluation, chosen, distinct, evolve
 from prime.fitness import Objective, Trial
 from prime.frontier import frontier_table, write_frontier
 from prime.journal import Journal
 from prime.penalties import penalty_runs, sharing_text
-from prime.runs import write_json
+from prime.runs import Run, write_json
 from prime.search import Search, lockstep, minimise
 from prime.tasks import TASKS
 
@@ -217,6 +221,55 @@ def test_frontier_json_has_a_point_for_each_penalty_and_baseline(tmp_path: Path)
     assert stored["points"] == found["points"]
     assert stored["sentence"].startswith("From penalty 0 to 0.5: accuracy 0.500")
     assert (tmp_path / "evo" / "frontier.png").stat().st_size > 0 and (tmp_path / "evo" / "frontier.svg").exists()
+
+
+def spoil(path: Path, text: str, other: str) -> None:
+    whole = path.read_text()
+    assert text in whole
+    path.write_text(whole.replace(text, other))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "other", "told"),
+    [
+        ("settings.json", '"sim_penalty"', '"x"', "settings.sim_penalty is missing"),
+        ("settings.json", '"sim_penalty": 0.5', '"sim_penalty": "0.5"', "sim_penalty is a text, expected a number"),
+        ("users/user_7/result.json", '"best_sharer": "b"', '"best_sharer": "c"', "best_sharer is none of the sharers"),
+        ("users/user_7/result.json", '"similarity"', '"x"', "similarity is missing"),
+        ("users/user_7/evaluations.jsonl", '"weights"', '"x"', "line 1.weights is missing"),
+        ("users/user_7/evaluations.jsonl", '{"weights": [0.0, 1.0], "similarity": 0.2}\n', "", "2 lines, expected"),
+        ("mia_summary.json", '"attacks"', '"x"', "sets.'published'.attacks is missing"),
+    ],
+)
+def test_a_strangers_frontier_is_refused_by_name(tmp_path: Path, file: str, text: str, other: str, told: str) -> None:
+    for penalty in (0.0, 0.5):
+        folder = tmp_path / "evo" / f"penalty-{penalty:g}"
+        made_up_run(folder, penalty, [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], attacked=True)
+    spoil(tmp_path / "evo" / "penalty-0.5" / file, text, other)
+    with pytest.raises(InputError, match=f"penalty-0.5/{file}.*{told}"):
+        write_frontier(tmp_path / "evo", MOVIE, {"q1": "comedy", "q2": "action"})
+
+
+def test_no_frontier_without_the_answers_predicted(tmp_path: Path) -> None:
+    made_up_run(tmp_path / "evo" / "penalty-0", 0.0, [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], attacked=False)
+    data = tmp_path / "data"
+    user = {"user_id": "7", "profile": [], "query": [{"id": "q1", "input": "x", "gold": ""}]}
+    write_json(data / "test_100" / "user_test_100.json", [user])
+    golds = [{"id": "q1", "output": "comedy"}]
+    write_json(data / "test_100" / "user_test_100_label.json", {"task": MOVIE.lamp, "golds": golds})
+    with pytest.raises(InputError, match="no gold for 1 predicted sample ids: q2"):
+        options = ["--data_dir", str(data), "--output_dir", str(tmp_path / "evo")]
+        postprocess.main(["--task_name", MOVIE.name, *options])
+
+
+def test_weights_of_zero_deploy_the_base_however_they_were_found(tmp_path: Path) -> None:
+    found = Evaluation(torch.zeros(2, 4), -1.0, 1.0, 0.5, -1.0, 0.0, "search")
+    stage = Run(tmp_path, "lora_composition_evo", "prime", {})
+    who, sharers = {"user_id": "7", "index": 0}, [User("a", ()), User("b", ())]
+    lora_composition_evo.deploy(options(merge_rule="delta"), stage, who, sharers, [], found, {})
+    result = read_json(stage.result_path("7"))
+    assert (result["deployed"], result["origin"]) == ("base", "search")
+    assert not (stage.user_dir("7") / "adapter").exists()
 
 
 def test_a_run_of_one_penalty_is_no_frontier(tmp_path: Path) -> None:

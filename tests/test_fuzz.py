@@ -30,6 +30,7 @@ from prime.forms import EVALUATION, read_form_lines
 from prime.gates import load_gate, save_gate
 from prime.lora import load_adapter, save_adapter
 from prime.meta import MetaCheckpoint
+from prime.penalties import open_runs
 from prime.prompts import TEMPLATES
 from prime.published import load_published, load_published_gate
 from prime.runs import Run, read_results, read_settings
@@ -78,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     world.write(folder / "prompts.json", {TASK.name: TEMPLATES[TASK.name]})
     args = lora_composition_evo.build_parser().parse_args(evo_argv(folder))
     args.name = "prime"
-    (run,) = lora_composition_evo.open_runs(args)
+    (run,) = open_runs(folder / "output" / "evo", args)
     for index, user in enumerate(tests):
         answers = [{"id": query.id, "output": "comedy"} for query in user.queries]
         result = {
