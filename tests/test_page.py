@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime import figures, leakage, page
+from prime import across, figures, leakage, page
 from prime.data import read_lines
 from prime.errors import InputError
 from prime.runs import Run, machine, read_json, user_dirname
@@ -244,7 +244,7 @@ def test_the_page_across_tasks_has_the_folders_named_after_their_task(written: P
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "news_headline" / "summary.json").write_text(json.dumps(dict(summary, task="news_headline")))
-    assert list(page.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
+    assert list(across.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
 
 
 def test_a_run_outside_a_task_folder_leaves_its_parent_alone(written: Path, tmp_path: Path) -> None:
