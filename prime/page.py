@@ -225,6 +225,11 @@ def utility_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     }  # fmt: skip
 
 
+def no_single_sharer(settings: Mapping[str, Any]) -> bool:
+    """Whether the options of a search kept single sharers from being deployed (`prime.evolution.chosen`)."""
+    return bool(settings.get("search_only")) or settings.get("top_share", 1.0) != 1.0
+
+
 def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     shown: dict[str, list[Shown]] = {"traces": [], "weights": []}
     for method, source in content.sources.items():
@@ -232,7 +237,7 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
         if record["method"] != method:  # a baseline beside it
             continue
         if searches := searches_of(source):
-            drawn = figures.traces(searches, bool(record["settings"].get("search_only")))
+            drawn = figures.traces(searches, no_single_sharer(record["settings"]))
             shown["traces"].append(show(folder, f"search-{method}", f"Search of {method}", drawn))
         merged = [one for one in read_results(source) if one.get("sharers") and one.get("weights")]
         if merged:
