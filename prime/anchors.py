@@ -51,7 +51,9 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
-        raise InputError(f"--encoder {name}: no encoder could be loaded: {shown_error(error)}") from error
+        local = Path(name).is_dir()
+        remedy = "" if local else "\nWithout a network, download it elsewhere and give its directory (--encoder)."
+        raise InputError(f"--encoder {name}: no encoder could be loaded: {shown_error(error)}{remedy}") from error
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     limit = min(MAX_TOKENS, tokenizer.model_max_length, positions)

@@ -5,7 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prime.bank import AdapterBank
-from prime.checkpoint import Encoder, check_vocabulary, eos_ids, kept_conversion, load_model, load_tokenizer
+from prime.checkpoint import (
+    Encoder,
+    check_model_dir,
+    check_vocabulary,
+    eos_ids,
+    kept_conversion,
+    load_model,
+    load_tokenizer,
+)
 from prime.cli import Texts, base_name, target_modules
 from prime.data import User
 from prime.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
@@ -52,6 +60,8 @@ def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) ->
     if args.convert_to:
         kept_conversion(args.llama_model_path, args.convert_to, args.tokenizer_path)
     base = base_name(args)
+    if not args.tokenizer_path:
+        check_model_dir(base)  # else a wrong model directory is told as a wrong tokenizer's
     tokenizer = load_tokenizer(args.tokenizer_path or base)
     model = load_model(base, args.device, args.dtype, task_adapter)
     embeddings = check_vocabulary(tokenizer, model, args.tokenizer_path or base)

@@ -107,7 +107,7 @@ def scores(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
     _names(axes, [row["method"] for row in rows])
     _label(axes, f"{metric} ({_better(metric)}), 95 % interval")
     sign = 1 if METRICS[metric].higher_is_better else -1
-    best = max(rows, key=lambda row: sign * row[metric]["mean"])
+    best = max(rows, key=lambda row: (sign * row[metric]["mean"], row["method"] == ours))
     sentence = f"Best is {best['method']} with {metric} {value_text(best[metric])}"
     reference = next((row for row in rows if row["method"] == ours), None)
     if reference is None:
@@ -147,7 +147,7 @@ def pairs(gains: Sequence[float], pair: Mapping[str, Any], metric: str, ours: st
 def pair_sentence(pair: Mapping[str, Any], metric: str, ours: str) -> str:
     """An entry of summary.json's `paired` (baseline minus `ours`) told from the side of `ours`."""
     found, users = pair[metric], pair["better"] + pair["equal"] + pair["worse"]
-    flipped = {"mean": -found["mean"], "low": -found["high"], "high": -found["low"]}
+    flipped = {"mean": 0 - found["mean"], "low": 0 - found["high"], "high": 0 - found["low"]}  # 0 - 0 is no -0
     verdict = "holds 0: no difference is shown" if holds_zero(flipped) else "leaves out 0"
     return (
         f"Against {pair['method']}, {ours} is better for {people(pair['worse'], users)}, as good for {pair['equal']}, "
@@ -299,6 +299,8 @@ def trade(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
     def told(row: Mapping[str, Any]) -> str:
         return f"{row['method']} ({metric} {row[metric]['mean']:.3f}, AUROC {row['auroc']['mean']:.3f})"
 
+    if len({(row[metric]["mean"], row["auroc"]["mean"]) for row in rows}) == 1 < len(rows):
+        return made, f"All are alike: {told(own)}."
     ends = f"Best utility: {told(best)}; least leakage: {told(least)}"
     return made, ends + ("." if own in (best, least) else f"; {told(own)} lies between.")
 

@@ -225,6 +225,22 @@ def test_the_stage_writes_the_published_files_once(stage, capsys, monkeypatch):
         history_anchor.main([*argv, "--k", "3"])
 
 
+def test_an_encoder_that_cannot_be_had_is_replaced_by_one_that_can(stage, monkeypatch):
+    """The error says what to do without a network, and doing it is enough: nothing has to be removed before."""
+    argv, out = stage
+
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to the hub")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
+        with pytest.raises(InputError, match=r"--encoder no/such: .* hub\n.*give its directory \(--encoder\)"):
+            history_anchor.main([*argv, "--k", "4", "--encoder", "no/such"])
+    with pytest.warns(UserWarning, match="user 14: empty history"):
+        history_anchor.main([*argv, "--k", "3"])
+    assert (out / "anchor_user_idx.pt").exists()
+
+
 def test_the_stage_refuses_too_many_clusters_and_foreign_selections(stage):
     argv, out = stage
     with pytest.raises(InputError, match="--k 50: more clusters than the 12"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime import across, figures, leakage, page
+from prime import figures, leakage, page
 from prime.data import read_lines
 from prime.errors import InputError
 from prime.runs import Run, machine, read_json, user_dirname
@@ -222,17 +222,6 @@ def test_ten_examples_evenly_spaced(written: Path) -> None:
         assert len([1 for tag, attrs in tags if attrs.get("data-name") == method]) == page.EXAMPLES
 
 
-def test_a_search_that_may_not_deploy_a_sharer_is_told_so() -> None:
-    """Under --search_only and under --top_share below 1 the winner told is the one deployed: never a single sharer."""
-    own = [{"loss": loss, "origin": origin} for loss, origin in ((-1.0, "base"), (-1.3, "sharer"), (-1.2, "search"))]
-    for settings, winner in (
-        ({}, "a single sharer"), ({"search_only": False, "top_share": 1.0}, "a single sharer"),
-        ({"search_only": True}, "a candidate of the search"), ({"top_share": 0.4}, "a candidate of the search"),
-    ):  # fmt: skip
-        _, sentence = figures.traces([own], page.no_single_sharer(settings))
-        assert f"{winner} for 1" in sentence
-
-
 def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Path) -> None:
     reader, folder = run_page(written), written / TASK.name / "figures"
     images = [attrs for tag, attrs in reader.tags if tag == "img"]
@@ -255,7 +244,7 @@ def test_the_page_across_tasks_has_the_folders_named_after_their_task(written: P
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "news_headline" / "summary.json").write_text(json.dumps(dict(summary, task="news_headline")))
-    assert list(across.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
+    assert list(page.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
 
 
 def test_a_run_outside_a_task_folder_leaves_its_parent_alone(written: Path, tmp_path: Path) -> None:
@@ -307,6 +296,18 @@ def test_best_so_far_leaves_out_what_may_not_win() -> None:
     losses = [-1.0, -3.0, -0.5, -2.0]
     assert figures.best_so_far(losses, [True] * 4).tolist() == [0, -2, -2, -2]
     assert figures.best_so_far(losses, [True, False, True, True]).tolist() == [0, 0, 0, -1]
+
+
+def test_rows_alike_are_told_as_such() -> None:
+    """Where everybody deploys the base no row is best, none lies between, and no difference is minus nothing."""
+    from prime import figures
+
+    score = {"mean": 0.5, "low": 0.25, "high": 0.75}
+    rows = [{"method": name, "accuracy": score, "auroc": score} for name in ("base", "prime")]
+    assert figures.trade(rows, "accuracy", "prime")[1].startswith("All are alike: prime (")
+    none = {"mean": 0.0, "low": 0.0, "high": 0.0}
+    pair = {"method": "base", "accuracy": none, "better": 0, "equal": 3, "worse": 0}
+    assert "-0.000" not in figures.pair_sentence(pair, "accuracy", "prime")
 
 
 def test_names_are_drawn_as_they_are() -> None:
