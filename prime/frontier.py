@@ -24,7 +24,7 @@ ATTACK = "calibrated"
 BESIDE = {
     "base": "base",
     "task_lora": "task-adapted base",
-    "best_sharer": "best sharer, unmerged",
+    "best_sharer": "best sharer (AUROC: of all sharers)",  # every sharer's own adapter is attacked, once
     "uniform": "uniform average",
     "per_pcs": "Per-Pcs",
 }
@@ -87,7 +87,7 @@ def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping
     known = known_points(runs[0])
     blind, sharers = (first([aurocs(run, part) for run in runs]) for part in ("blind", "sharers"))
     told: dict[str, dict[str, Any]] = {
-        "base": blind,
+        "base": {},  # not attacked: the blind baseline is the task-adapted base's
         "task_lora": {**blind, "similarity": known["task_lora"]},
         "best_sharer": {**sharers, "similarity": known["best_sharer"]},
         "uniform": {},

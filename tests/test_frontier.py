@@ -189,7 +189,7 @@ def made_up_run(folder: Path, penalty: float, weights: Sequence[list[float]], at
     (folder / "users" / "user_7" / "evaluations.jsonl").write_text(lines)
     right, wrong = ({"id": name, "output": "comedy"} for name in ("q1", "q2"))
     best = [right, {"id": "q2", "output": "action"}]
-    predictions = {"prime": [right, wrong], "best_sharer": best, "uniform": [right, wrong]}
+    predictions = {"prime": [right, wrong], "base": [wrong], "best_sharer": best, "uniform": [right, wrong]}
     result = {"user_id": "7", "index": 0, "sharers": ["a", "b"], "best_sharer": "b", "similarity": 0.7}
     told = {method: {"k0": answers} for method, answers in predictions.items()}
     write_json(folder / "users" / "user_7" / "result.json", result | {"predictions": told})
@@ -208,8 +208,10 @@ def test_frontier_json_has_a_point_for_each_penalty_and_baseline(tmp_path: Path)
     assert [path.name for path in penalty_runs(tmp_path / "evo")] == ["penalty-0", "penalty-0.5"]
     found = write_frontier(tmp_path / "evo", MOVIE, {"q1": "comedy", "q2": "action"})
     points = {one["label"]: one for one in found["points"]}
-    assert list(points) == ["penalty 0", "penalty 0.5", "best sharer, unmerged", "uniform average"]
-    free, dear, best, uniform = points.values()
+    labels = ["penalty 0", "penalty 0.5", "base", "best sharer (AUROC: of all sharers)", "uniform average"]
+    assert list(points) == labels
+    free, dear, base, best, uniform = points.values()
+    assert base["auroc"] is None, "nobody attacked the untouched base; the blind baseline is the task-adapted one's"
     assert free["accuracy"]["mean"] == dear["accuracy"]["mean"] == 0.5 and best["accuracy"]["mean"] == 1.0
     assert (free["auroc"], free["controlled_auroc"]) == (interval(0.8), interval(0.6)) and dear["auroc"] is None
     assert free["similarity"]["mean"] == pytest.approx(0.7) and best["similarity"]["mean"] == pytest.approx(0.2)
