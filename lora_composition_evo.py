@@ -36,7 +36,7 @@ from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, Predictions, load_engine, predict
 from prime.errors import tell
-from prime.evolution import Evaluation, Population, add_search, check_share, chosen, evolve, key_of
+from prime.evolution import Evaluation, Population, add_search, check_search, chosen, evolve, key_of
 from prime.export import export_full, save_personal
 from prime.fitness import Objective
 from prime.journal import Journal
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = cli.asked_as_queries(args, texts)
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    check_share(args.top_share, len(pool.ranking[0]))
+    check_search(args, len(pool.ranking[0]))
     runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"), args)
     todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:

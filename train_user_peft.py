@@ -140,7 +140,7 @@ def finish_group(
     engine.bank.load([load_adapter(run.user_dir(user.user_id) / PERSONAL) for _, user in group])
     todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
     cli.for_each(todo, len(todo), partial(predict_user, args, texts, engine, run, results))
-    trained.unlink()
+    trained.unlink(missing_ok=True)  # another process tidies it away once its last user is finished
 
 
 def main(argv: list[str] | None = None) -> None:

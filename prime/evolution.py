@@ -31,7 +31,7 @@ from prime.lora import RULES
 from prime.prompts import Record, history_records, query_records
 from prime.runs import derive_seed, write_text
 from prime.sampling import Sampler
-from prime.search import PARETO, STEP, Points, Search, capped, lockstep, ranked_weights
+from prime.search import STEP, Points, Search, capped, is_pareto, lockstep, ranked_weights
 
 STARTS = ("zero", "uniform", "ranked")
 
@@ -136,10 +136,13 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     cli.add_history_decoding(fitness)
 
 
-def check_share(share: float, n: int) -> None:
-    """InputError where n sharers cannot keep to `--top_share`."""
-    if share * n < 1:
-        raise InputError(f"--top_share {share:g}: {n} sharers cannot all have less than 1 / {n} of the weights")
+def check_search(args: argparse.Namespace, n: int) -> None:
+    """InputError where n sharers cannot keep to `--top_share`, or there is nothing that pareto could trade."""
+    if args.top_share * n < 1:
+        told = f"{n} sharers cannot all have less than 1 / {n} of the weights"
+        raise InputError(f"--top_share {args.top_share:g}: {told}")
+    if is_pareto(args.opt_type) and args.objective == "nll":
+        raise InputError(f"--opt_type {args.opt_type}: --objective nll knows no resemblance to trade utility for")
 
 
 class Population:
@@ -311,7 +314,7 @@ def evolve(
     memory.learn(known)
     for trace in traces:
         trace.add(memory, known, ["base"] + ["sharer"] * population.n)
-    search = search_both if population.args.opt_type == PARETO else search_each
+    search = search_both if is_pareto(population.args.opt_type) else search_each
     search(population, memory, traces, seed)
     return [trace.found for trace in traces]
 

@@ -46,7 +46,7 @@ RESULT = {
     "scores?": Each(ANY_KEY, SIDES),
     "blind?": Each(ANY_KEY, SIDES),
 }
-EVALUATION = {"loss": (float, int), "origin": str}
+EVALUATION = {"loss": (float, int), "origin": re.compile("base|sharer|start|search")}
 # Of a run at one of several penalties: its settings, its results, a line of its evaluations, and
 # (ATTACKED) an attack on it.
 PENALISED = {"sim_penalty": (float, int)}

@@ -1,4 +1,4 @@
-"""The report as a web page: report.html of a run, and the one across tasks. Each is one file that loads nothing.
+"""The report as a web page: report.html of a run, one file that loads nothing (across tasks: `prime.across`).
 
 What the page says is gathered here, how it looks is in prime/templates/. The templates escape every text, and the
 page's own policy (Content-Security-Policy) forbids scripts and the network.
@@ -6,26 +6,25 @@ page's own policy (Content-Security-Policy) forbids scripts and the network.
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
-from prime import figures, leakage, membership, metrics, plots, report
+from prime import figures, leakage, membership, metrics, report
+from prime.across import COMPARED, write_tasks_page
 from prime.forms import EVALUATION, MIA_SUMMARY, read_form, read_form_lines
-from prime.report import Cell, Predictions
+from prime.report import Cell, Predictions, leading
 from prime.runs import read_json, read_results, read_settings, write_text
 from prime.tasks import Task, extract
+from prime.web import Shown, render, show
 
 OURS = report.REFERENCE
 EXAMPLES = 10
 EXAMPLE_METHODS = ("base", "task_lora", "best_sharer", "uniform", "per_pcs", OURS)
 INPUT_LENGTH, OUTPUT_LENGTH = 280, 160  # characters shown of a text
-COMPARED = ("task_lora", "best_sharer")  # baselines of the page across tasks
 PART_OF = {"sharers": "search"}  # a part of seconds that another part holds already
 
 # What stands in a row of the table, for readers who meet the page before the README.
@@ -54,15 +53,6 @@ STAGES = {
     "train_user_peft": "",
     "mia": "how much leaks",
 }
-
-
-class Shown(NamedTuple):
-    """A figure of the page: its files' stem, and the drawing as the text of a data address."""
-
-    stem: str
-    title: str
-    sentence: str
-    data: str
 
 
 class Folder(NamedTuple):
@@ -156,12 +146,6 @@ def tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
             for key, rows in parts.items()]  # fmt: skip
 
 
-def leading(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows of the first test setting: k = 0 without profile."""
-    first = summary["rows"][0]
-    return [row for row in summary["rows"] if (row["k"], row["profile"]) == (first["k"], first["profile"])]
-
-
 def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """mia_summary.json of every attacked method."""
     found = {}
@@ -230,13 +214,6 @@ def gains(content: Content, baseline: str) -> list[float]:
     return [sign * (ours[user] - theirs[user]) for user in ours if user in theirs]
 
 
-def show(folder: Path, stem: str, title: str, drawn: figures.Drawn) -> Shown:
-    """Write a figure's two files, and hold it for the page."""
-    made, sentence = drawn
-    png, svg = plots.save(made, folder / stem)
-    return Shown(stem, title, sentence, base64.b64encode(svg.read_bytes()).decode("ascii"))
-
-
 def utility_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     rows, first = leading(content.summary), content.task.metrics[0]
     here = [p for p in content.summary["paired"] if (p["k"], p["profile"]) == (rows[0]["k"], rows[0]["profile"])]
@@ -248,6 +225,11 @@ def utility_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     }  # fmt: skip
 
 
+def no_single_sharer(settings: Mapping[str, Any]) -> bool:
+    """Whether the options of a search kept single sharers from being deployed (`prime.evolution.chosen`)."""
+    return bool(settings.get("search_only")) or settings.get("top_share", 1.0) != 1.0
+
+
 def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     shown: dict[str, list[Shown]] = {"traces": [], "weights": []}
     for method, source in content.sources.items():
@@ -255,7 +237,7 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
         if record["method"] != method:  # a baseline beside it
             continue
         if searches := searches_of(source):
-            drawn = figures.traces(searches, bool(record["settings"].get("search_only")))
+            drawn = figures.traces(searches, no_single_sharer(record["settings"]))
             shown["traces"].append(show(folder, f"search-{method}", f"Search of {method}", drawn))
         merged = [one for one in read_results(source) if one.get("sharers") and one.get("weights")]
         if merged:
@@ -411,15 +393,6 @@ def missing(content: Content, folders: Sequence[Folder]) -> dict[str, list[str]]
 # --- pages -----------------------------------------------------------------------------------------
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from a template; every value is escaped, and one that is missing is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template(template).render(**values)
-
-
 def write_run_page(content: Content) -> Path:
     """<output>/<task>/report.html and the files in figures/ beside it."""
     folder = content.root / "figures"
@@ -452,66 +425,6 @@ def versions(folders: Sequence[Folder]) -> dict[str, str]:
     """Each library's versions; several where stages ran with several."""
     names = dict.fromkeys(name for folder in folders for name in folder.versions)
     return {n: ", ".join(sorted({f.versions[n] for f in folders if n in f.versions})) for n in names}
-
-
-def task_summaries(output: Path) -> dict[str, dict[str, Any]]:
-    """summary.json of every folder in `output` that is named after its task, by name."""
-    found = {}
-    for path in sorted(output.glob("*/summary.json")):
-        summary = read_json(path)
-        if isinstance(summary, dict) and summary.get("task") == path.parent.name and summary.get("rows"):
-            found[path.parent.name] = summary
-    return found
-
-
-def task_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Tasks by methods: the first metric at k = 0 without profile, then PriME's leakage."""
-    present = {row["method"] for summary in summaries.values() for row in leading(summary)}
-    methods = sorted(present, key=lambda name: Cell(name, 0, False).order())
-    rows = [["task", "metric", *methods, f"AUROC of {OURS}", "blind baseline"]]
-    for task, summary in summaries.items():
-        own = {row["method"]: row for row in leading(summary)}
-        name = report.metric_names(summary)[0]
-        better = "higher" if metrics.METRICS[name].higher_is_better else "lower"
-        cells = [report.cell_text(own[m][name]) if m in own else "-" for m in methods]
-        ours = own.get(OURS, {})
-        leaked = [report.cell_text(ours.get(key)) for key in ("auroc", "blind_auroc")]
-        rows.append([task, f"{name} ({better} is better)", *cells, *leaked])
-    return rows
-
-
-def tasks_figures(summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
-    shown = []
-    for baseline in COMPARED:
-        wanted = Cell(baseline, 0, False)
-        found = {task: pair for task, summary in summaries.items() for pair in summary["paired"]
-                 if Cell(pair["method"], pair["k"], pair["profile"]) == wanted}  # fmt: skip
-        if found:
-            drawn = figures.tasks_paired(found, baseline, OURS)
-            shown.append(show(folder, f"tasks-{baseline}", f"{OURS} against {baseline}, by task", drawn))
-    attacked = [
-        (task, row["auroc"], row["blind_auroc"]) for task, summary in summaries.items() for row in leading(summary)
-        if row["method"] == OURS and row["auroc"] and row["blind_auroc"]
-    ]  # fmt: skip
-    if attacked:
-        drawn = figures.leakage(attacked, membership.PUBLISHED_ATTACK)
-        shown.append(show(folder, "tasks-leakage", f"Leakage of {OURS}, by task", drawn))
-    return shown
-
-
-def write_tasks_page(output: Path) -> Path:
-    """<output>/report.html from the summaries of the tasks in it."""
-    summaries = task_summaries(output)
-    path = output / "report.html"
-    partial_tasks = [
-        f"{task}: {method} has {n['present']} of {n['expected']} users." for task, summary in summaries.items()
-        for method, n in summary["users"].items() if n["present"] < n["expected"]
-    ]  # fmt: skip
-    write_text(path, render(
-        "tasks.html", table_rows=task_rows(summaries), figures=tasks_figures(summaries, output / "figures"),
-        partial=partial_tasks, links=[task for task in summaries if (output / task / "report.html").is_file()],
-    ))  # fmt: skip
-    return path
 
 
 def write_pages(content: Content) -> list[Path]:

@@ -13,7 +13,7 @@ from prime.decode import EncodedRecord
 from prime.gates import Gates
 from prime.prompts import Record, task_records
 from prime.rehearsal import PUBLISHED_ANCHORS, Plan, Rehearsal
-from prime.search import generation_size, make_optimizer
+from prime.search import generation_size, is_pareto, make_optimizer
 from prime.sharers import anchor_idx_path, anchor_users
 from prime.tasks import Task
 from prime.train import train_settings
@@ -56,16 +56,16 @@ def train_user_peft(args: argparse.Namespace, run: Rehearsal) -> None:
 
 
 def lora_composition_evo(args: argparse.Namespace, run: Rehearsal) -> None:
-    """The population with most candidates, and the predictions."""
-    n = args.n_sim or PUBLISHED_ANCHORS
+    """The population with most candidates (searches side by side evaluate theirs together), and the predictions."""
+    n, several = args.n_sim or PUBLISHED_ANCHORS, len(args.sim_penalty)
     generation = generation_size(make_optimizer(np.zeros(n), args.opt_type, args.opt_budget or 1, 0))
-    candidates = max(1 + n, generation)
+    candidates = max(1 + n, generation * (1 if is_pareto(args.opt_type) else several))
     for_history, for_query = run.limits()
     run.load(n, rank_of(args.anchor_dir))
     run.combine(candidates, args.merge_rule)
     run.answer(run.histories(test_users)[0], candidates, for_history if args.objective == "metric" else 0)
-    run.combine(3, args.merge_rule)
-    run.answer(run.queries(test_users), 2, for_query)
+    run.combine(2 + several, args.merge_rule)
+    run.answer(run.queries(test_users), 1 + several, for_query)
 
 
 def lora_composition(args: argparse.Namespace, run: Rehearsal) -> None:

@@ -293,6 +293,12 @@ def cell_text(value: Mapping[str, float] | None, sign: str = "") -> str:
     return f"{value['mean']:{sign}.3f} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"
 
 
+def leading(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows of the first test setting: k = 0 without profile."""
+    first = summary["rows"][0]
+    return [row for row in summary["rows"] if (row["k"], row["profile"]) == (first["k"], first["profile"])]
+
+
 def metric_names(summary: Mapping[str, Any]) -> list[str]:
     return [m for m in metrics.METRICS if m in summary["rows"][0]]
 

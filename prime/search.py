@@ -38,6 +38,10 @@ def optimizer_name(opt_type: str) -> str:
     return name
 
 
+def is_pareto(opt_type: str) -> bool:
+    return opt_type.lower() == PARETO
+
+
 def make_optimizer(
     start: np.ndarray, opt_type: str, budget: int, seed: int, step: float = STEP
 ) -> ng.optimizers.base.Optimizer:

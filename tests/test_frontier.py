@@ -14,7 +14,7 @@ import lora_composition_evo
 import postprocess
 from prime.data import User, read_json
 from prime.errors import InputError
-from prime.evolution import Evaluation, chosen, distinct, evolve
+from prime.evolution import Evaluation, check_search, chosen, distinct, evolve
 from prime.fitness import Objective, Trial
 from prime.frontier import frontier_table, write_frontier
 from prime.journal import Journal
@@ -143,6 +143,16 @@ def volume(found: Sequence[Evaluation]) -> float:
         area += max(0.0, -loss) * max(0.0, lowest - cost)
         lowest = min(lowest, cost)
     return area
+
+
+def test_pareto_in_any_case_is_pareto_and_needs_a_resemblance(tmp_path: Path) -> None:
+    one, other = (run(Hills(opt_type=name), PENALTIES, tmp_path / name) for name in ("pareto", "Pareto"))
+    assert [[e.line() for e in found] for found in one] == [[e.line() for e in found] for found in other]
+    check_search(options(opt_type="Pareto", objective="metric"), 3)
+    with pytest.raises(InputError, match="--opt_type Pareto: --objective nll knows no resemblance"):
+        check_search(options(opt_type="Pareto", objective="nll"), 3)
+    with pytest.raises(InputError, match="--top_share 0.3: 3 sharers cannot"):
+        check_search(options(top_share=0.3, objective="metric"), 3)
 
 
 def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path: Path) -> None:

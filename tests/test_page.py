@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime import figures, leakage, page
+from prime import across, figures, leakage, page
 from prime.data import read_lines
 from prime.errors import InputError
 from prime.runs import Run, machine, read_json, user_dirname
@@ -222,6 +222,17 @@ def test_ten_examples_evenly_spaced(written: Path) -> None:
         assert len([1 for tag, attrs in tags if attrs.get("data-name") == method]) == page.EXAMPLES
 
 
+def test_a_search_that_may_not_deploy_a_sharer_is_told_so() -> None:
+    """Under --search_only and under --top_share below 1 the winner told is the one deployed: never a single sharer."""
+    own = [{"loss": loss, "origin": origin} for loss, origin in ((-1.0, "base"), (-1.3, "sharer"), (-1.2, "search"))]
+    for settings, winner in (
+        ({}, "a single sharer"), ({"search_only": False, "top_share": 1.0}, "a single sharer"),
+        ({"search_only": True}, "a candidate of the search"), ({"top_share": 0.4}, "a candidate of the search"),
+    ):  # fmt: skip
+        _, sentence = figures.traces([own], page.no_single_sharer(settings))
+        assert f"{winner} for 1" in sentence
+
+
 def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Path) -> None:
     reader, folder = run_page(written), written / TASK.name / "figures"
     images = [attrs for tag, attrs in reader.tags if tag == "img"]
@@ -244,7 +255,7 @@ def test_the_page_across_tasks_has_the_folders_named_after_their_task(written: P
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "news_headline" / "summary.json").write_text(json.dumps(dict(summary, task="news_headline")))
-    assert list(page.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
+    assert list(across.task_summaries(tmp_path)) == [TASK.name, "news_headline"]
 
 
 def test_a_run_outside_a_task_folder_leaves_its_parent_alone(written: Path, tmp_path: Path) -> None:

@@ -210,3 +210,13 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         Rehearsal(arguments("mia", str(tmp_path / "none")))
     with pytest.raises(InputError, match="--device cuda: this machine"):
         Rehearsal(arguments("mia", str(tmp_path), "--device", "cuda"))
+
+
+def test_several_penalties_are_searched_together(small: str) -> None:
+    """Their candidates are in the bank at once; those of one pareto search are not more for more penalties."""
+    stage = "lora_composition_evo"
+    one, four, both = (
+        plan_of(stage, arguments(stage, small, "--anchor_dir", "none", "--k_list", "", *words)).adapters
+        for words in ((), ("--sim_penalty", "0,1,2,3"), ("--sim_penalty", "0,1,2,3", "--opt_type", "pareto"))
+    )
+    assert one <= both < 2 * one < four < 4 * one
