@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--users_per_batch", type=cli.natural, default=16, help="users answered together; 0 = all")
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=False, named=MODEL)
+    cli.add_device_map(parser)
     cli.add_prompts(parser)
     cli.add_sampling(parser, max_gen_len=160)
     return parser

@@ -61,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_history_decoding(group)
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
+    cli.add_device_map(parser)
     cli.add_history(parser)
     parser.set_defaults(recent_k=2000)
     cli.add_decoding(parser)

@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_search(parser)
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
+    cli.add_device_map(parser)
     cli.add_history(parser)
     cli.add_decoding(parser)
     add_selection(parser)

@@ -74,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--users_per_batch", type=cli.positive, default=8, help="adapters in the bank together")
     cli.add_seed(parser)
     cli.add_model(parser, with_task_adapter=True)
+    cli.add_device_map(parser)
     cli.add_history(parser)
     return parser
 

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.errors import InputError
 from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
+from prime.placement import place_of
 from prime.runs import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -44,6 +45,7 @@ class BankLinear(nn.Module):
         self.base = base
         self.number = number
         self.route = route
+        self.place = place_of(base)
         self.scale = 1.0
         self.A: Tensor | None = None
         self.B: Tensor | None = None
@@ -56,6 +58,7 @@ class BankLinear(nn.Module):
             return y
         if x.shape[0] % len(groups):
             raise ValueError(f"{x.shape[0]} rows cannot be parted into {len(groups)} equal groups")
+        groups = groups.to(x.device)
         if self.under is not None:
             y = self._add(y, x, groups, *self.under, 1.0, None)
         return self._add(y, x, groups, self.A, self.B, self.scale, self.route.scaler)
@@ -71,7 +74,7 @@ class BankLinear(nn.Module):
             rows = scaler(self.number, rows)
         low = torch.bmm(rows, a.transpose(1, 2))
         if self.route.on_base is not None:
-            low = low.masked_fill(self.route.on_base, 0.0)
+            low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
         out = y.reshape(len(groups), -1, y.shape[-1])
         if out.dtype == b.dtype:
             return torch.baddbmm(out, low, b.transpose(1, 2), alpha=scale).view_as(y)
@@ -92,7 +95,8 @@ class AdapterBank:
     def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config
-        self.device = next(model.parameters()).device
+        whole: Any = model
+        self.device = place_of(whole.get_input_embeddings())  # of ids and logits; each layer has its own
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
         self.layers = 1 + max(layer_of(name) for name in self.wrappers)
@@ -141,7 +145,7 @@ class AdapterBank:
         """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
         rank = max(part.rank for part in parts)
         pairs = [pad_rank(*part.factors[name], rank) for part in parts]
-        a, b = (torch.stack([part.to(self.device) for part in side]) for side in zip(*pairs, strict=True))
+        a, b = (torch.stack([part.to(self.wrappers[name].place) for part in side]) for side in zip(*pairs, strict=True))
         return a, b
 
     def _check_fits(self, adapter: Adapter) -> None:
@@ -187,8 +191,8 @@ class AdapterBank:
             base = wrapper.base
             bound = 1 / math.sqrt(base.in_features)
             draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
-            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(self.device).requires_grad_()
-            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=self.device, requires_grad=True)
+            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(wrapper.place).requires_grad_()
+            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=wrapper.place, requires_grad=True)
             wrapper.scale, wrapper.under = alpha / rank, self._stack(parts, name) if parts else None
             self._stored.pop(name, None)
 

@@ -19,6 +19,7 @@ from prime.locks import turn
 from prime.lora import Adapter
 from prime.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
+from prime.placement import dispatched, read_map
 from prime.published import open_adapter
 from prime.tensors import check_hub_dir, shown_error
 from prime.weight_files import check_loaded, weight_files
@@ -47,8 +48,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    path: str, device: str = "auto", dtype: str = "auto", task_adapter: str | None = None
-) -> nn.Module:
+    path: str, device: str = "auto", dtype: str = "auto", task_adapter: str | None = None,
+    device_map: str | None = None,
+) -> nn.Module:  # fmt: skip
     """A frozen causal LM in evaluation mode.
 
     Args:
@@ -56,6 +58,7 @@ def load_model(
         device: auto, cpu, cuda, mps.
         dtype: auto, float32, bfloat16, float16.
         task_adapter: PEFT directory or published lora_ckpt.pt folded into the weights; None: the untouched model.
+        device_map: parts the model among devices, see `prime.placement.read_map`; None: all on one.
 
     Raises:
         InputError: no such model, or an adapter that does not fit it.
@@ -64,11 +67,13 @@ def load_model(
     check_model_dir(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    parts = None if device_map is None else read_map(device_map)
     load = _load_meta if is_meta_dir(path) else _load_hugging_face
-    model = load(path, place, pick_dtype(dtype, place))
+    model = load(path, place if parts is None else torch.device("cpu"), pick_dtype(dtype, place))
     if task_adapter is not None:
         fold(model, open_adapter(task_adapter, path), task_adapter)
-    return nn.Module.to(model, place).requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    return nn.Module.to(model, place) if parts is None else dispatched(model, parts, place)
 
 
 def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:

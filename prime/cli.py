@@ -24,7 +24,7 @@ from prime.workers import limit_threads, share, start_missing, user_cost, wait_f
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full", "gradient_checkpointing", "plan", "device_memory", "noise_key",
+    "convert_to", "export_full", "gradient_checkpointing", "plan", "device_memory", "device_map", "noise_key",
 )  # fmt: skip
 
 
@@ -102,7 +102,17 @@ def add_plan(group: argparse._ArgumentGroup) -> None:
         "--device_memory",
         type=non_negative,
         default=0.0,
-        help="GiB that --plan may use, also of a GPU that is not there; 0 = what is free now",
+        help="GiB that --plan may use, also of GPUs that are not there (with --device_map of all together); 0 = what "
+        "is free now",
+    )
+
+
+def add_device_map(parser: argparse.ArgumentParser) -> None:
+    """For stages that train nothing: one model on several devices, see `prime.placement`."""
+    parser.add_argument(
+        "--device_map",
+        help="part the model among all GPUs: auto, balanced, balanced_low_0, sequential, or a JSON file of modules "
+        "and devices (docs/models.md); default: all on one device",
     )
 
 
@@ -155,6 +165,8 @@ def add_training(parser: argparse.ArgumentParser, lr: float, clip: float, ranks:
 
 
 def add_checkpointing(group: argparse._ArgumentGroup) -> None:
+    """Options of every stage that trains."""
+    group.add_argument("--device_map", type=_not_in_training, help=argparse.SUPPRESS)
     group.add_argument(
         "--gradient_checkpointing",
         action="store_true",
@@ -194,6 +206,11 @@ def add_users(parser: argparse.ArgumentParser, whom: str) -> None:
 
 
 # -- option types ---------------------------------------------------------------------------------------------------
+
+
+def _not_in_training(text: str) -> str:
+    told = "a stage that trains keeps its model on one device; on more GPUs run more processes (docs/scaling.md)"
+    raise argparse.ArgumentTypeError(told)
 
 
 def _number(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:

@@ -165,7 +165,10 @@ class _Prefix:
     def expand(self, rows: list[_Row]) -> RoomyCache:
         """The prefix under each row's adapter, with room for what the row is fed first."""
         places = torch.tensor([self.place[row.adapter] for row in rows], device=self.layers[0][0].device)
-        chosen = ((keys.index_select(0, places), values.index_select(0, places)) for keys, values in self.layers)
+        chosen = (
+            (keys.index_select(0, places.to(keys.device)), values.index_select(0, places.to(values.device)))
+            for keys, values in self.layers
+        )
         return RoomyCache.holding(chosen, max(len(row.suffix) for row in rows) + ROOM)
 
 
@@ -366,8 +369,9 @@ def _moments(logits: Tensor) -> Tensor:
 
 
 def auto_batch_tokens(bank: AdapterBank) -> int:
-    """Tokens per forward pass that suit the bank's device; see `batch_tokens`."""
-    memory = torch.cuda.get_device_properties(bank.device).total_memory if bank.device.type == "cuda" else None
+    """Tokens per forward pass that suit the bank's devices together; see `batch_tokens`."""
+    gpus = {wrapper.place for wrapper in bank.wrappers.values()} if bank.device.type == "cuda" else ()
+    memory = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) or None
     return batch_tokens(bank.config, weight_bytes(bank.model), memory)
 
 
@@ -521,7 +525,7 @@ def rehearse(
         logits = batch.feed([row.suffix for row in batch.rows], guesses)
         if limit:
             choose(logits.flatten(0, 1))
-            batch.accept(torch.zeros(len(batch.rows), dtype=torch.long), max(map(len, guesses)))
+            batch.accept(torch.zeros(len(batch.rows), dtype=torch.long, device=bank.device), max(map(len, guesses)))
             waiting.append(batch)
         largest = max(largest, batch.cache.bytes(), sum(one.cache.bytes() for one in waiting))
         if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:

@@ -63,7 +63,7 @@ def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) ->
     if not args.tokenizer_path:
         check_model_dir(base)  # else a wrong model directory is told as a wrong tokenizer's
     tokenizer = load_tokenizer(args.tokenizer_path or base)
-    model = load_model(base, args.device, args.dtype, task_adapter)
+    model = load_model(base, args.device, args.dtype, task_adapter, args.device_map)
     embeddings = check_vocabulary(tokenizer, model, args.tokenizer_path or base)
     bank = AdapterBank(model, target_modules(args))
     encoder = Encoder(tokenizer, args.max_length, embeddings)

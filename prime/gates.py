@@ -95,7 +95,7 @@ class Gates:
 
     def __init__(self, bank: AdapterBank, gates: Sequence[Gate]):
         self.names = list(bank.wrappers)
-        self.stacks = [torch.stack([gate[name] for gate in gates]).to(bank.device) for name in self.names]
+        self.stacks = [torch.stack([gate[name] for gate in gates]).to(bank.wrappers[name].place) for name in self.names]
 
     @classmethod
     def zeros(cls, bank: AdapterBank) -> "Gates":
@@ -111,7 +111,7 @@ class Gates:
         index = torch.as_tensor(places, device=self.stacks[0].device)
 
         def scale(module: int, x: Tensor) -> Tensor:
-            own = self.stacks[module].index_select(0, index)
+            own = self.stacks[module].index_select(0, index.to(x.device))
             return x * torch.bmm(x, own[:, :, None]).sigmoid()
 
         return scale
@@ -172,17 +172,17 @@ def compose(
         Per module the averaged weights `[n]`, a sum of 1, that made the adapter.
     """
     factors = {name: (wrapper.A, wrapper.B) for name, wrapper in bank.wrappers.items()}
-    totals: Weights = {name: torch.zeros(bank.n, device=bank.device) for name in bank.wrappers}
+    totals: Weights = {name: torch.zeros(bank.n, device=wrapper.place) for name, wrapper in bank.wrappers.items()}
 
     def hook(name: str, gate: Tensor, positions: Tensor, module: nn.Module, inputs: tuple[Tensor]) -> None:
-        weights = aggregation_weights(gate_scores(inputs[0], positions, gate), topk, temperature)
+        weights = aggregation_weights(gate_scores(inputs[0], positions.to(gate.device), gate), topk, temperature)
         totals[name] += weights / len(batches)
         _merge(bank.wrappers[name], *factors[name], weights)
 
     for batch in batches:
         ids, positions = teacher_forced(batch)
-        place = positions.to(bank.device)
-        hooks = {name: partial(hook, name, gate, place) for name, gate in zip(gates.names, gates.stacks, strict=True)}
+        own = zip(gates.names, gates.stacks, strict=True)
+        hooks = {name: partial(hook, name, gate, positions) for name, gate in own}
         with bank.routed([0]), _hooked(bank, hooks):
             bank.model(input_ids=ids.to(bank.device), logits_to_keep=1, use_cache=False)
         if progress:

@@ -41,6 +41,7 @@ Load = Callable[[argparse.Namespace, Task], Sequence[User]]
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 PUBLISHED_RANK, PUBLISHED_ANCHORS = 8, 50
+TOGETHER = "free memory of all devices together, each has a part of the peak"
 
 
 @dataclass
@@ -65,6 +66,7 @@ class Plan:
     waiting: int = 0  # tokens of rows that wait to be decoded together
     train_batch: int = 0  # tokens of a forward and backward pass
     longest: int = 0  # tokens of the longest prompt with its target
+    device_map: str = ""  # how the model is parted among devices
     lengths: str = ""  # where the lengths are from
 
     @property
@@ -82,6 +84,7 @@ class Plan:
             ("activations, training", size(self.training)),
             ("   with --gradient_checkpointing", size(self.training_checkpointed)),
             ("process before the model", size(self.process)), ("gaps between tensors", size(self.gaps)),
+            ("device map", self.device_map and f"{self.device_map}: {TOGETHER}"),
             ("peak", size(self.peak)), ("free memory", f"{size(self.memory)} ({self.device})"),
             ("fits", "yes" if self.fits else "no"),
         ]  # fmt: skip
@@ -97,16 +100,17 @@ def size(n: int) -> str:
 
 
 def planned_device(args: argparse.Namespace) -> tuple[str, int]:
-    """Kind of device and its memory; a GPU of --device_memory need not be in this machine."""
+    """Kind of device and its memory, with --device_map that of all; a GPU of --device_memory need not be here."""
     given = int(args.device_memory * GIB)
     kind = args.device if given and args.device != "auto" else pick_device(args.device).type
-    return kind, given or device_memory(kind)
+    return kind, given or device_memory(kind, bool(args.device_map))
 
 
-def device_memory(kind: str) -> int:
-    """Bytes that a run could take now; on a CPU within the container's limit, if there is one."""
+def device_memory(kind: str, together: bool) -> int:
+    """Bytes that a run could take now, on one GPU or all `together`; on a CPU within the container's limit."""
     if kind == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        gpus = range(torch.cuda.device_count()) if together else [torch.cuda.current_device()]
+        return sum(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)
     limits = [int(text) for text in map(_read, CGROUP_LIMITS) if text.isdigit()]
     return min([psutil.virtual_memory().available, *limits])
 
@@ -139,6 +143,7 @@ class Rehearsal:
         self.plan = Plan(
             path, sum(p.numel() for p in model.parameters()), str(dtype).removeprefix("torch."), kind, memory, weights,
             process=process, batch=budget, waiting=waiting_tokens(self.bank.config, budget, self.on_cpu),
+            device_map=args.device_map or "",
         )  # fmt: skip
 
     @contextmanager
