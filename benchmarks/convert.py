@@ -14,7 +14,6 @@ the process holds of its own (RssAnon, sampled), without them.
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import report, status_mb  # noqa: E402
+from benchmarks.measuring import child_report, report, status_mb  # noqa: E402
 from prime import cli  # noqa: E402
 from prime.checkpoint import load_tokenizer  # noqa: E402
 from prime.meta import convert  # noqa: E402
@@ -86,14 +85,12 @@ def child(folder: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    folder = Path(args.work_dir)
+    folder = Path(args.work_dir).resolve()
     if args.child:
         return report(child(folder))
     shutil.rmtree(folder, ignore_errors=True)
     size = make(folder / "meta", args.layers) / 2**20
-    command = [sys.executable, __file__, "--child", "--work_dir", str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-    found = json.loads(done.stdout.decode().splitlines()[-1])
+    found = child_report([__file__, "--child", "--work_dir", str(folder)])
     shutil.rmtree(folder)
     ratios = {"peak_over_checkpoint": found["peak"] / size, "anonymous_over_checkpoint": found["anonymous"] / size}
     print(f"a checkpoint of {size:.0f} MB: at most {found['peak']:.0f} MB resident, {found['anonymous']:.0f} MB own")

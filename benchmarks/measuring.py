@@ -9,6 +9,7 @@ import ctypes
 import gc
 import json
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any
 import torch
 
 from prime import cli
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def new_parser(
@@ -193,6 +196,12 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def report(found: Mapping[str, Any]) -> None:
     print(json.dumps(found))
+
+
+def child_report(words: Sequence[str]) -> dict[str, Any]:
+    """Run a benchmark in a process of its own, so that its peak is its own; what it reports."""
+    done = subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, cwd=ROOT)
+    return json.loads(done.stdout.decode().splitlines()[-1])
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:

@@ -14,9 +14,7 @@ part that both sides share cannot hide an error.
 
 import argparse
 import importlib
-import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,9 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo_runs import trained  # noqa: E402
-from benchmarks.measuring import add_threads, names_of, report, set_threads, status_mb, table  # noqa: E402
-from benchmarks.shapes import DEMO, make_model, random_adapter  # noqa: E402
+from benchmarks.measuring import (  # noqa: E402
+    add_threads,
+    child_report,
+    names_of,
+    report,
+    set_threads,
+    status_mb,
+    table,
+)
+from benchmarks.shapes import DEMO, model_dir, random_adapter  # noqa: E402
 from prime import cli  # noqa: E402
+from prime.checkpoint import load_model  # noqa: E402
 from prime.data import load_users  # noqa: E402
 from prime.lora import save_adapter  # noqa: E402
 from prime.plan import plan_of  # noqa: E402
@@ -34,7 +41,7 @@ from prime.sharers import adapter_folder  # noqa: E402
 from prime.tasks import get_task  # noqa: E402
 
 TASK = "movie_tagging"
-DATA, MODEL = ROOT / "data/demo" / TASK, ROOT / "data/demo/model"
+DATA = ROOT / "data/demo" / TASK
 # Enough work for the peak, and no more: the demo as reproduce.sh runs it, 30m with short histories.
 STAGES = {
     "search": ["lora_composition_evo.py", "--user_idxs", "0-1"],
@@ -72,24 +79,19 @@ def child(kind: str, words: list[str]) -> dict[str, float]:
 
 
 def in_process(kind: str, words: list[str], threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--threads", str(threads), "--child", kind, "--", *words]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=ROOT)
-    return json.loads(done.stdout.decode().splitlines()[-1])
+    return child_report([__file__, "--threads", str(threads), "--child", kind, "--", *words])
 
 
 def prepare(shape: str, demo: Path, folder: Path) -> tuple[Path, Path]:
     """Model directory, and the folder with task-base_LLM and Anchor_PEFT/LoRA; of the shape unless it is the demo."""
+    directory = model_dir(shape, folder, "cpu", "float32")
     if shape == DEMO:
-        return MODEL, demo
-    model = make_model(shape, "cpu", "float32")
-    model.save_pretrained(folder / "model")
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
-        if (MODEL / name).exists():
-            shutil.copy(MODEL / name, folder / "model")
+        return directory, demo
+    model = load_model(str(directory), "cpu")
     save_adapter(random_adapter(model, 0), folder / "task-base_LLM", "base")
     for place, user in enumerate(load_users(DATA / "user_anchor_candidate.json", get_task(TASK)), start=1):
         save_adapter(random_adapter(model, place), adapter_folder(folder / "Anchor_PEFT/LoRA", user.user_id), "base")
-    return folder / "model", folder
+    return directory, folder
 
 
 def command(stage: str, shape: str, model: Path, made: Path, demo: Path, folder: Path, more: list[str]) -> list[str]:
@@ -117,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     more = ["--gradient_checkpointing"] if args.gradient_checkpointing else []
     found = {}
     for shape in args.shapes:
-        folder = Path(args.work_dir) / shape
+        folder = Path(args.work_dir).resolve() / shape
         model, made = prepare(shape, demo, folder)
         for stage in args.stages:
             shutil.rmtree(folder / stage, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Models, adapters and work that the benchmarks share: shapes by name, rows with answers of prescribed length.
 
 Reads   data/demo/model for the shape `demo`; the other shapes are random weights
-Writes  nothing
+Writes  nothing, but for `model_dir` and `encoder_dir`
 
 The models' own answers would be noise with random weights, so a script fixes them: every contender computes its
 logits in full, and the token it then takes is the scripted one (`prime`'s sampler and Hugging Face's logits processor
@@ -12,15 +12,16 @@ Shapes: `c` candidates, `p` prompts.
 """
 
 import random
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, DebertaV2Config, LlamaConfig
 
 from prime.bank import DEFAULT_TARGETS
 from prime.checkpoint import load_model, pick_device, pick_dtype
@@ -33,12 +34,13 @@ PAD, BOS, EOS = 0, 1, 2
 
 # Llama's width, layers, heads, key-value heads, feed-forward width, vocabulary, tied embeddings.
 SHAPES = {
-    "tiny": (64, 2, 4, 2, 96, 256, False),
+    "tiny": (64, 2, 4, 2, 96, 2048, False),
     "30m": (512, 8, 8, 8, 1376, 4000, False),
     "llama-3.2-3b": (3072, 28, 24, 8, 8192, 128_256, True),
     "llama-2-7b": (4096, 32, 32, 32, 11_008, 32_000, False),
 }
 DEMO = "demo"
+DEMO_MODEL = ROOT / "data/demo/model"
 
 
 class Shares(NamedTuple):
@@ -164,7 +166,7 @@ def scripted_answer(rng: random.Random, kind: Kind, vocabulary: int, known: Sequ
 def make_model(shape: str, device: str, dtype: str) -> nn.Module:
     """A frozen causal LM of the named shape, random weights but for `demo`."""
     if shape == DEMO:
-        return load_model(str(ROOT / "data/demo/model"), device, dtype)
+        return load_model(str(DEMO_MODEL), device, dtype)
     width, layers, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
@@ -176,6 +178,38 @@ def make_model(shape: str, device: str, dtype: str) -> nn.Module:
     with torch.device(place):
         model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, place))
     return model.requires_grad_(False).eval()
+
+
+def model_dir(shape: str, folder: Path, device: str, dtype: str) -> Path:
+    """The shape as a directory that stages load, with the demo's tokenizer: written into `folder` once."""
+    if shape == DEMO:
+        return DEMO_MODEL
+    return _written(folder / "model", lambda: make_model(shape, device, dtype))
+
+
+def encoder_dir(folder: Path) -> Path:
+    """Random weights of the shape of DeBERTa-v3-large, the published encoder of stage 2, written into `folder` once."""
+    config = DebertaV2Config(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, relative_attention=True,
+        position_buckets=256, pos_att_type=["p2c", "c2p"], share_att_key=True, norm_rel_ebd="layer_norm",
+        position_biased_input=False, type_vocab_size=0,
+    )  # fmt: skip
+    return _written(folder / "encoder", lambda: AutoModel.from_config(config))
+
+
+def _written(target: Path, make: Callable[[], nn.Module]) -> Path:
+    """A directory of the model and the demo's tokenizer; an interrupted one is made again."""
+    if not target.exists():
+        part = target.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        model: Any = make()
+        model.save_pretrained(part)
+        for file in DEMO_MODEL.glob("tokenizer*"):
+            shutil.copy(file, part)
+        part.rename(target)
+        del model
+        torch.cuda.empty_cache()
+    return target
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:

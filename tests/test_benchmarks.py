@@ -19,6 +19,7 @@ from benchmarks import (
     privacy,
     shapes,
     sharer_search,
+    stages,
     time_to_quality,
     train_anchors,
 )
@@ -137,6 +138,21 @@ def test_first_phase_that_is_as_good_as_the_published_end() -> None:
     assert found["speedup_whole_search"] == 20.0 and found["answers_from_drafts"] == 0.5
     ours[0]["held"] = [bad, bad, bad]
     assert time_to_quality.summary(Start(), published, ours)["speedup_to_quality"] is None
+
+
+def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real stages on a saved model; in this process, to spare five starts of Python."""
+    monkeypatch.setattr(stages, "in_process", lambda words, threads: {"seconds": 0.0, **stages.child(words)})
+    sizes = ["--users", "2", "--queries", "2", "--items", "3", "--anchors", "5", "--base_users", "2", "--epochs", "1"]
+    stages.main(["--shape", "tiny", *sizes, "--work_dir", str(tmp_path)])
+    found = last_line(capsys)
+    assert list(found["stages"]) == [
+        "task_lora.py", "history_anchor.py", "train_anchor_peft.py", "lora_composition_evo.py", "mia.py",
+    ]  # fmt: skip
+    assert (found["users"], found["anchors"]) == (2, 5)
+    assert all(own["peak_mb"] > 0 and own["work_seconds"] > 0 for own in found["stages"].values())
+    assert (tmp_path / "tiny/run/merged/mia_summary.json").is_file()
+    assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
 
 
 def test_sharer_search(capsys: pytest.CaptureFixture) -> None:

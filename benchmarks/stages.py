@@ -1,0 +1,134 @@
+"""What do stages 1 to 5 take at a model's real size? Seconds and peak memory of each stage script, one after the other.
+
+Reads   nothing; data/demo/model (its tokenizer for every shape, its weights for the shape `demo`)
+Writes  <work_dir>/<shape>/   the model with random weights, written once as a Hugging Face directory and loaded by the
+        stages as any other; generated data and what the stages write, anew each time
+Takes   shape demo 2 minutes, 30m about an hour (2 CPU cores), less with --items, --anchors, --queries
+
+Each stage is a process of its own, so that its peak is its own: on a GPU that of torch's allocations, on a CPU that of
+the process. Options that are not given here are the published ones. The data are those of the embedded demo's
+generator, in the demo's tokens, which are more to a word than Llama's. For a Llama shape, stage 2 embeds with random
+weights of the published encoder's shape (DeBERTa-v3-large), for the others with the model itself, as reproduce.sh does.
+Random weights hardly ever end an answer, so nearly all have the full length; what is learned means nothing.
+
+    python benchmarks/stages.py --shape demo
+    python benchmarks/stages.py --shape llama-3.2-3b --device cuda
+"""
+
+import argparse
+import importlib
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import measuring, shapes  # noqa: E402
+from prime import cli, demo  # noqa: E402
+from prime.checkpoint import pick_device, pick_dtype  # noqa: E402
+from prime.runs import read_results, write_text  # noqa: E402
+
+MEMBERS = 3  # sharers of a merge, the announcement's --n_sim
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
+    names = (shapes.DEMO, *shapes.SHAPES)
+    parser.add_argument("--shape", choices=names, default=shapes.DEMO, help="model; see benchmarks/shapes.py")
+    parser.add_argument("--task_name", choices=tuple(demo.WORLDS), default="movie_tagging", help="whose data are made")
+    parser.add_argument("--users", type=cli.positive, default=4, help="test users")
+    parser.add_argument("--queries", type=cli.positive, default=30, help="of a test user, at most")
+    parser.add_argument("--items", type=cli.positive, default=50, help="history items used (--recent_k)")
+    parser.add_argument("--anchors", type=cli.positive, default=16, help="at most, more than 3 (--k of stage 2)")
+    parser.add_argument("--base_users", type=cli.positive, default=40, help="whose queries train the task adapter")
+    parser.add_argument("--epochs", type=cli.positive, default=3, help="of stages 1 and 3")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="in stages 1 and 3")
+    parser.add_argument("--work_dir", default=str(ROOT / "output/benchmarks/stages"), help="what is made on the way")
+    measuring.add_machine(parser)
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def write_data(args: argparse.Namespace, folder: Path) -> None:
+    """The task's files of the demo's generator, with as many users as asked for."""
+    for name, content in demo.files(args.task_name).items():
+        found: Any = content
+        if name == "user_base_LLM.json":
+            found = found[: args.base_users]
+        if name == "test_100/user_test_100.json":
+            found = [user | {"query": user["query"][: args.queries]} for user in found[: args.users]]
+        write_text(folder / name, demo.to_json(found))
+
+
+def commands(args: argparse.Namespace, model: Path, encoder: Path, folder: Path) -> dict[str, list[str]]:
+    """The stages' options, by script."""
+    data = ["--task_name", args.task_name, "--data_dir", str(folder / "data")]
+    machine = ["--device", args.device, "--dtype", args.dtype, "--max_batch_tokens", str(args.max_batch_tokens)]
+    base = [*data, "--llama_model_path", str(model), "--seed", str(args.seed), *machine]
+    training = ["--epochs", str(args.epochs)] + ["--gradient_checkpointing"] * args.gradient_checkpointing
+    task, chosen, anchors, merged = (str(folder / name) for name in ("task", "selection", "anchors", "merged"))
+    adapted = [*base, "--lora_ckpt", task, "--recent_k", str(args.items)]
+    selected = ["--anchor_selection_dir", chosen]
+    sharers = ["--anchor_dir", anchors, "--n_sim", str(MEMBERS)]
+    select = ["--encoder", str(encoder), "--k", str(args.anchors), "--device", args.device]
+    search = ["--opt_type", "cma", "--opt_budget", "10", "--sim_penalty", "0.1"]
+    return {
+        "task_lora.py": [*base, *training, "--output_dir", task],
+        "history_anchor.py": [*data, *select, "--output_dir", chosen],
+        "train_anchor_peft.py": [*adapted, *selected, *training, "--output_dir", anchors],
+        "lora_composition_evo.py": [*adapted, *selected, *sharers, *search, "--output_dir", merged],
+        "mia.py": [*adapted, *sharers, "--exp_dir", merged],
+    }
+
+
+def child(words: Sequence[str]) -> dict[str, float]:
+    """One stage in this process: seconds of its work without imports, CPU seconds with them, peak memory."""
+    stage = importlib.import_module(words[0].removesuffix(".py"))
+    started = time.perf_counter()
+    stage.main(words[1:])
+    seconds = time.perf_counter() - started
+    peak = measuring.peak_mb(pick_device(stage.build_parser().parse_args(words[1:]).device))
+    return {"work_seconds": round(seconds, 2), "cpu_seconds": round(time.process_time(), 2), "peak_mb": round(peak, 1)}
+
+
+def in_process(words: Sequence[str], threads: int) -> dict[str, float]:
+    started = time.perf_counter()
+    found = measuring.child_report([__file__, "--threads", str(threads), "--child", "--", *words])
+    return {"seconds": round(time.perf_counter() - started, 2)} | found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    measuring.set_threads(args.threads)
+    if args.child:
+        return measuring.report(child(args.words))
+    folder = Path(args.work_dir).resolve() / args.shape
+    device = pick_device(args.device)
+    model = shapes.model_dir(args.shape, folder, args.device, args.dtype)
+    encoder = shapes.encoder_dir(folder) if args.shape.startswith("llama") else model
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    write_data(args, run / "data")
+    found = {}
+    for script, words in commands(args, model, encoder, run).items():
+        found[script] = in_process([script, *words], args.threads)
+        print(f"{script}: {found[script]}", file=sys.stderr, flush=True)
+    head = ("seconds", "work_seconds", "cpu_seconds", "peak_mb")  # `seconds` with the start of Python and imports
+    print(measuring.table([[name, *(own[key] for key in head)] for name, own in found.items()], ("stage", *head)))
+    measuring.report(
+        {
+            "benchmark": "stages", "shape": args.shape, "stages": found,
+            "users": len(read_results(run / "merged")), "anchors": len(read_results(run / "anchors")),
+            "settings": {key: value for key, value in vars(args).items() if key not in ("child", "words")},
+            "environment": measuring.environment(device, pick_dtype(args.dtype, device)),
+        }
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    cli.run(main)
