@@ -19,7 +19,7 @@ from prime.data import User, load_users
 from prime.errors import InputError
 from prime.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
 from prime.prompts import RECENT_K
-from prime.runs import Run, read_json, read_results, write_json
+from prime.runs import read_json, read_results, write_json
 from prime.tasks import Task, get_task
 
 MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
@@ -71,7 +71,7 @@ def write_by_model(args: argparse.Namespace, users: Sequence[User], task: Task, 
     folder = Path(args.output_dir or f"./output/{args.task_name}/profiles")
     prompts = load_profile_prompts(args.prompt_path, task)
     check_target(target, folder)
-    run = Run(folder, "gen_profile", "profiles", cli.settings_of(args) | {"data": data})
+    run = cli.open_run(args, folder, "gen_profile", "profiles", data=data)
     index = {user.user_id: place for place, user in enumerate(users)}
     groups = cli.open_groups(users, args.users_per_batch, run.done)
     if groups:

@@ -13,16 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.anchors import (
-    ANCHOR_IDX,
-    Encoder,
-    check_k,
-    choose_anchors,
-    cluster,
-    embed_users,
-    load_encoder,
-    save_selection,
-)
+from prime.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
 from prime.checkpoint import pick_device
 from prime.data import User, load_users
 from prime.errors import InputError
@@ -70,18 +61,15 @@ def open_run(args: argparse.Namespace) -> Run:
     folder = output_folder(args)
     if (folder / ANCHOR_IDX).exists() and not (folder / "settings.json").exists():
         raise InputError(f"{folder}: holds a selection that was not made here; give another --output_dir")
-    return Run(folder, "history_anchor", "anchors", cli.settings_of(args))
+    return cli.open_run(args, folder, "history_anchor", "anchors")
 
 
 def select_anchors(
-    args: argparse.Namespace,
-    task: Task,
-    candidates: Sequence[User],
-    tests: Sequence[User],
-    folder: Path,
-    encoder: Encoder,
+    args: argparse.Namespace, task: Task, candidates: Sequence[User], tests: Sequence[User], folder: Path
 ) -> None:
     """Embed, cluster, choose, and write the selection."""
+    check_k(args.k, len(candidates))
+    encoder = load_encoder(args.encoder, pick_device(args.device))
     users = [*candidates, *tests]
     texts = [item_texts(args, user, task) for user in users]
     both = embed_users([user.user_id for user in users], texts, encoder, args.max_batch_tokens)
@@ -99,15 +87,10 @@ def main(argv: list[str] | None = None) -> None:
     args.candidate_path = args.candidate_path or str(cli.data_dir(args) / "user_anchor_candidate.json")
     candidates = load_users(args.candidate_path, task)
     tests = load_users(cli.data_dir(args) / "test_100" / "user_test_100.json", task)
-    encoder = None
-    if not (output_folder(args) / ANCHOR_IDX).exists():
-        # Before the run is opened: a wrong --k or --encoder must not bind the folder to settings that never worked.
-        check_k(args.k, len(candidates))
-        encoder = load_encoder(args.encoder, pick_device(args.device))
     run = open_run(args)
     with run.turn("the anchors"):
-        if encoder and not (run.root / ANCHOR_IDX).exists():
-            select_anchors(args, task, candidates, tests, run.root, encoder)
+        if not (run.root / ANCHOR_IDX).exists():
+            select_anchors(args, task, candidates, tests, run.root)
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     pool = load_shared(args, cli.load_candidates(args, texts.task), len(users))
     check_inputs(args, pool, select(users, args.user_idxs))
     folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition"
-    run = Run(folder, "lora_composition", "per_pcs", cli.settings_of(args))
+    run = cli.open_run(args, folder, "lora_composition", "per_pcs")
     todo = cli.open_users(users, args.user_idxs, run.done)
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)

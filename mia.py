@@ -110,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     settings = {key: value for key, value in cli.settings_of(args).items() if key not in NOT_SETTINGS}
     settings |= {"attacked": stage["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
     attacks = [
-        (Run(exp_dir / "mia", "mia", "users", settings), users),
-        (Run(exp_dir / "mia" / "sharers", "mia", "sharers", settings), sharers),
+        (Run(exp_dir / "mia", "mia", "users", settings, args.parser.get_default), users),
+        (Run(exp_dir / "mia" / "sharers", "mia", "sharers", settings, args.parser.get_default), sharers),
     ]
     todo = [(run, cli.open_groups(subjects, args.users_per_batch, run.done)) for run, subjects in attacks]
     if any(groups for _, groups in todo):

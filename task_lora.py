@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output_dir or f"./output/{args.task_name}/task-base_LLM")
     texts = cli.load_texts(args)
     base_users, users = load_base_users(args, texts), cli.load_test_users(args, texts.task)
-    run = Run(folder, "task_lora", "task_lora", cli.settings_of(args))
+    run = cli.open_run(args, folder, "task_lora", "task_lora")
     todo = cli.open_users(users, args.user_idxs, run.done)
     trained = folder / "adapter_config.json"
     if trained.exists() and not todo:

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     order = {user.user_id: place for place, user in enumerate(anchors)}
     folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA")
     terms = terms_of(args, folder, cli.settings_of(args))
-    run = Run(folder, "train_anchor_peft", "anchors", cli.settings_of(args))
+    run = cli.open_run(args, folder, "train_anchor_peft", "anchors")
     groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
     if not groups:
         return

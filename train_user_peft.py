@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users)) if args.method == "mta" else None
     folder = args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.method]}"
-    run = Run(folder, "train_user_peft", args.method, cli.settings_of(args))
+    run = cli.open_run(args, folder, "train_user_peft", args.method)
     groups = cli.open_groups(select(users, args.user_idxs), args.users_per_batch, run.done)
     if not groups:
         return

@@ -24,12 +24,8 @@ from prime.workers import limit_threads, share, start_missing, user_cost, wait_f
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
     "output_dir", "user_idxs", "max_batch_tokens", "device", "debug", "anchors_per_batch", "users_per_batch",
-    "convert_to", "export_full", "gradient_checkpointing", "plan", "device_memory", "device_map", "noise_key",
+    "convert_to", "export_full", "gradient_checkpointing", "plan", "device_memory", "device_map", "noise_key", "parser",
 )  # fmt: skip
-
-
-# Options that came later are left out of a run's record while they are off: runs made before them still resume.
-OFF = {"penalty": "output", "keep_rank": 0, "top_share": 1.0}
 
 
 class HasId(Protocol):
@@ -41,7 +37,12 @@ WithId = TypeVar("WithId", bound=HasId)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the script's docstring as it is written."""
+    """Shows defaults that tell something, and the script's docstring as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def new_parser(doc: str | None, *, reads_data: bool = True) -> argparse.ArgumentParser:
@@ -51,6 +52,7 @@ def new_parser(doc: str | None, *, reads_data: bool = True) -> argparse.Argument
     if reads_data:
         parser.add_argument("--data_dir", help="folder of the task's data files; default ./data/<task_name>")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(parser=parser)  # for the options' defaults, see `open_run`
     return parser
 
 
@@ -63,7 +65,7 @@ def add_model(parser: argparse.ArgumentParser, *, with_task_adapter: bool, named
     group = parser.add_argument_group("model")
     if named:
         told = "instruction-tuned model: a name of the Hugging Face hub, or a directory"
-        group.add_argument("--model_name", dest="llama_model_path", default=named, help=told)
+        group.add_argument("--model_name", dest="llama_model_path", metavar="NAME_OR_DIR", default=named, help=told)
     else:
         told = "directory of the base model, of Hugging Face or Meta"
         group.add_argument("--llama_model_path", required=True, help=told)
@@ -308,8 +310,15 @@ def target_modules(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     """The options a result depends on, for the run's record."""
-    asked = {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
-    return {key: value for key, value in asked.items() if key not in OFF or value != OFF[key]}
+    return {key: value for key, value in vars(args).items() if key not in NOT_SETTINGS}
+
+
+def open_run(args: argparse.Namespace, root: Path | str, stage: str, method: str, **more: Any) -> Run:
+    """The run directory `root` of a stage; `more` are settings beside the options.
+
+    A directory made before an option came was made with the option left alone.
+    """
+    return Run(root, stage, method, settings_of(args) | more, args.parser.get_default)
 
 
 def bar(total: int, what: str, unit: str = "row") -> tqdm:

@@ -89,18 +89,55 @@ def _lock(path: Path) -> int | None:
         os.close(handle)  # the holder before us removed the file under this name
 
 
+def hold(path: Path) -> int:
+    """An open handle of a file that keeps `unheld` away as long as it is open; any number of processes have one."""
+    while True:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with suppress_without_locks():
+                fcntl.flock(handle, fcntl.LOCK_SH)
+            if _is_still(path, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # replaced in the meantime
+
+
+@contextmanager
+def unheld(path: Path) -> Iterator[bool]:
+    """Whether nobody holds a file; while this lasts, nobody begins to. Never where the file system knows no locks."""
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        yield False
+        return
+    try:
+        yield grab(handle) is True and _is_still(path, handle)
+    finally:
+        os.close(handle)
+
+
 def grab(handle: int) -> bool | None:
     """Lock an open file, without waiting; None where the file system knows no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress_without_locks():
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
     except BlockingIOError:
         return False
+    return None
+
+
+@contextmanager
+def suppress_without_locks() -> Iterator[None]:
+    """Warn, once, and go on where the file system knows no locks."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in WITHOUT_LOCKS:
             raise
         _warn_once()
-        return None
-    return True
 
 
 def remove_abandoned(path: Path) -> None:

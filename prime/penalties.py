@@ -23,7 +23,7 @@ def open_runs(folder: Path, args: argparse.Namespace) -> list[Run]:
     several = len(args.sim_penalty) > 1
     folders = [folder / f"{PENALTY_DIR}{penalty:g}" if several else folder for penalty in args.sim_penalty]
     return [
-        Run(root, "lora_composition_evo", args.name, cli.settings_of(alone(args, place)))
+        cli.open_run(alone(args, place), root, "lora_composition_evo", args.name)
         for place, root in enumerate(folders)
     ]
 

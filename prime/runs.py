@@ -1,6 +1,7 @@
 """A run directory: one result file per user, written last; its presence is the only mark of being finished.
 
-    <root>/settings.json                 what the run was asked to do; resuming under other settings is refused
+    <root>/settings.json                 what the run was asked to do; resuming under other settings is refused, once
+                                         anything was made under these
     <root>/users/<name>/result.json      one per finished user (or anchor): a function of settings, seed and user alone
     <root>/users/<name>/seconds.json     how long it took, the one file that differs from run to run
     <root>/working/                      locks and unfinished work of those at it now; gone when nobody is
@@ -16,7 +17,8 @@ import platform
 import re
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +27,11 @@ from typing import Any
 from prime.data import read_json
 from prime.errors import InputError
 from prime.forms import RESULT, SETTINGS, merge_problems, read_form
-from prime.locks import claim, grab, remove_abandoned, turn
+from prime.locks import claim, grab, hold, remove_abandoned, turn, unheld
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 DRIVER = Path("/proc/driver/nvidia/gpus")
+NOTHING_MADE = ("settings.json", "noise.key")  # a key's noise is of the settings, too
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
 
 
@@ -182,36 +185,63 @@ class Run:
         root: the directory; made if absent.
         stage: name of the script that fills it.
         method: label of its predictions in the final table (`prime`, `task_lora`, ...).
-        settings: everything a result depends on. A directory made under other settings is refused with an
-            InputError that names each differing key with both values.
+        settings: everything a result depends on. A directory that holds something made under other settings, or
+            in which another process is at work under others, is refused with an InputError that names each
+            differing key with both values.
+        default: what a setting is where it is not told: an option's default, for runs made before the option came.
     """
 
-    def __init__(self, root: Path | str, stage: str, method: str, settings: Mapping[str, Any]):
+    def __init__(
+        self, root: Path | str, stage: str, method: str, settings: Mapping[str, Any],
+        default: Callable[[str], Any] = lambda key: None,
+    ):  # fmt: skip
         self.root = Path(root)
         self.working = self.root / "working"
-        asked = {"stage": stage, "method": method, "settings": json.loads(json.dumps(dict(settings)))}
-        path = self.root / "settings.json"
-        if not path.exists():
+        self._path, self._default = self.root / "settings.json", default
+        asked: dict[str, Any] = {"stage": stage, "method": method, "settings": _as_json(dict(settings))}
+        if not self._path.exists() or self._problem(asked):
             with self.turn("settings"):
-                if not path.exists():
-                    write_json(path, asked | {"versions": library_versions(), "machine": machine()})
-        self._refuse_other(path, asked)
+                self._settle(asked)
+        # Held until this run is dropped, and compared after that: from here on nobody replaces them.
+        weakref.finalize(self, os.close, hold(self._path))
+        if problem := self._problem(asked):
+            raise InputError(problem)
         self._tidy()
 
-    @staticmethod
-    def _refuse_other(path: Path, asked: dict) -> None:
-        found = read_settings(path.parent)
+    def _settle(self, asked: dict[str, Any]) -> None:
+        """Write the settings where there are none, or others that led to nothing and that nobody works under."""
+        whole = asked | {"versions": library_versions(), "machine": machine()}
+        if not self._path.exists():
+            write_json(self._path, whole)
+        elif self._problem(asked):
+            with unheld(self._path) as free:
+                if free and not self._made_something():
+                    write_json(self._path, whole)
+
+    def _made_something(self) -> bool:
+        """Whether anything is there that was computed, finished or not."""
+        names = (name for _, _, files in os.walk(self.root) for name in files)
+        return any(name not in NOTHING_MADE and not name.endswith((".lock", ".tmp")) for name in names)
+
+    def _problem(self, asked: Mapping[str, Any]) -> str:
+        """What keeps this run from going on in the directory; "" if nothing does."""
+        found = read_settings(self.root)
         if found["stage"] != asked["stage"]:
-            made = found["stage"]
-            raise InputError(f"{path}: made by {made}.py, not {asked['stage']}.py; use another --output_dir")
-        old, new = found["settings"], asked["settings"]
-        changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-        if changed:
-            lines = [f"  {key}: there {old.get(key)!r}, now {new.get(key)!r}" for key in changed]
-            raise InputError(
-                f"{path}: this directory holds results of other settings:\n" + "\n".join(lines)
-                + "\nUse another --output_dir, or remove it to start over."
-            )
+            return f"{self._path}: made by {found['stage']}.py, not {asked['stage']}.py; use another --output_dir"
+        keys = sorted(found["settings"].keys() | asked["settings"].keys())
+        both = {key: (self._told(found["settings"], key), self._told(asked["settings"], key)) for key in keys}
+        changed = [f"  {key}: there {old!r}, now {new!r}" for key, (old, new) in both.items() if old != new]
+        if not changed:
+            return ""
+        if self._made_something():
+            what, remedy = f"{self._path}: this directory holds results of other settings:", "remove it to start over."
+        else:
+            what = f"{self._path}: another process is at work in this directory under other settings:"
+            remedy = "wait until it has ended."
+        return "\n".join([what, *changed, f"Use another --output_dir, or {remedy}"])
+
+    def _told(self, settings: Mapping[str, Any], key: str) -> Any:
+        return settings[key] if key in settings else _as_json(self._default(key))
 
     def user_dir(self, user_id: str) -> Path:
         return self.root / "users" / user_dirname(user_id)
@@ -282,6 +312,11 @@ class Run:
     def _is_void(self, path: Path) -> bool:
         folder = path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else path.name.rsplit(".", 2)[0]
         return (self.root / "users" / folder / "result.json").exists()
+
+
+def _as_json(value: Any) -> Any:
+    """As it reads from a file: JSON knows no tuples."""
+    return json.loads(json.dumps(value))
 
 
 def read_result(path: Path) -> dict:

@@ -56,6 +56,7 @@ def test_every_option_has_help_and_is_read(name: str) -> None:
         if isinstance(action, argparse._HelpAction):
             continue
         assert action.help, f"{name} {action.option_strings}: no help"
+        assert "None" not in parser(name)._get_formatter()._expand_help(action), f"{name} {action.dest}"
         assert action.type is not bool, f"{name} {action.option_strings}: type=bool"
         read = re.search(rf"args\.{action.dest}\b", SOURCE) or action.dest == "debug"
         assert read, f"{name} {action.option_strings}: never read"

@@ -221,6 +221,13 @@ def test_other_data_other_settings_and_other_peoples_profiles_are_refused(here: 
         describe(here, "kept", "--temperature", "0")
 
 
+def test_a_wrong_model_binds_no_folder(here: Path) -> None:
+    with pytest.raises(InputError, match="no directory"):
+        describe(here, "corrected", "--model_name", "./not/a/name/of/the/hub")
+    assert (here / "corrected" / "settings.json").exists()
+    assert describe(here, "corrected")
+
+
 def test_too_little_room_names_the_user(here: Path) -> None:
     with pytest.raises(InputError, match=r"user \w+: not one item fits \(--max_length 20\)"):
         describe(here, "small", "--max_length", "20")

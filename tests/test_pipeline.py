@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import lamp_world
 import pytest
@@ -215,6 +216,43 @@ def test_resuming_under_other_settings_is_refused_by_name(inside: Path) -> None:
     with pytest.raises(InputError, match=r"sim_penalty: there 0\.1, now 0\.7"):
         world.run([*command("lora_composition_evo.py"), "--sim_penalty", "0.7"])
     assert results(EVO) == before
+
+
+class Computes(Exception):
+    """The stage found all it needs."""
+
+
+@pytest.mark.parametrize("name", [*(name for name in QUICK if name != "history_anchor.py"), "mia.py"])
+def test_a_wrong_model_path_does_not_bind_the_folder(inside: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is opened before the model loads; the corrected command goes on there."""
+    words, folder = command(name), Path("./output/failed") / name
+    if name == "mia.py":
+        shutil.copytree(EVO, folder, ignore=shutil.ignore_patterns("mia*"))
+    option = "--exp_dir" if name == "mia.py" else "--output_dir"
+    place = words.index(option) + 1 if option in words else len(words)
+    words[place - 1 : place + 1] = [option, str(folder)]
+    with pytest.raises(InputError, match="wrong: no such model directory"):
+        world.run([*words, "--llama_model_path", "./llama/wrong"])
+    assert list(folder.rglob("settings.json"))
+    monkeypatch.setattr(world.script(name), "load_engine", Mock(side_effect=Computes))
+    with pytest.raises(Computes):
+        world.run(words)
+
+
+def test_runs_made_before_an_option_came_resume_without_it(inside: Path) -> None:
+    """Options of later days are away from the record; with their defaults, nothing is computed again."""
+    own = Path("./output/older")
+    shutil.copytree(ANCHORS, own)
+    record = world.read(own / "settings.json")
+    later = ("holdout", "enable_dp", "epsilon", "sigma", "delta", "max_per_sample_grad_norm", "accountant")
+    for key in later:
+        del record["settings"][key]
+    world.write(own / "settings.json", record)
+    words = [*command("train_anchor_peft.py"), "--output_dir", str(own)]
+    world.run(words)
+    with pytest.raises(InputError, match=r"other settings:\n  holdout: there 0.0, now 0.2\nUse another"):
+        world.run([*words, "--holdout", "0.2"])
+    assert world.read(own / "settings.json") == record
 
 
 def test_full_adapters_are_exported_of_finished_users_and_cards_hold_the_attack(inside: Path) -> None:

@@ -1,7 +1,10 @@
 """Run directories: folder names, atomic writing, resuming."""
 
 import json
+import multiprocessing
 import os
+import signal
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -175,8 +178,91 @@ def test_other_settings_are_refused_with_every_differing_key(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-def test_another_stages_directory_is_refused(tmp_path: Path) -> None:
+COMPUTED = ["users/user_7/evaluations.jsonl", "working/user_7.jsonl", "adapter_config.json", "sharers/users/a/x.bin"]
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_settings_that_led_to_nothing_make_way_and_others_do_not(tmp_path: Path, name: str) -> None:
+    """A wrong model path, say: the stage failed after it had opened its run."""
+    make(tmp_path, path="wrong")
+    for path in ("users/user_7", "sharers", "working"):
+        (tmp_path / path).mkdir(exist_ok=True, parents=True)
+    for path in ("noise.key", "users/user_7/.x.json.1.tmp", "sharers/settings.json", "working/user_7.lock"):
+        (tmp_path / path).write_text("left behind")
+    make(tmp_path, path="right")
+    assert read_settings(tmp_path)["settings"] == SETTINGS | {"path": "right"}
+    write_text(tmp_path / name, "")
+    with pytest.raises(InputError, match="results of other settings:\n  path: there 'right', now 'wrong'\nUse another"):
+        make(tmp_path, path="wrong")
+    assert read_settings(tmp_path)["settings"]["path"] == "right"
+
+
+def work_in(root: Path, seed: int, opened: Barrier, done: Barrier) -> None:
+    """Open the run at the same time as others, and finish a user under its settings; `done` while it is held."""
+    opened.wait()
+    try:
+        run = make(root, seed=seed)
+        run.finish(str(seed), {"user_id": str(seed), "index": 0, "weights": [seed]})
+    finally:
+        done.wait()
+
+
+def start(work: object, *args: object) -> multiprocessing.Process:
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    return process
+
+
+def test_of_processes_with_different_settings_one_gets_the_directory(tmp_path: Path) -> None:
+    """Begun by settings that led to nothing, which all of them would replace."""
+    for attempt in range(5):
+        root = tmp_path / str(attempt)
+        make(root, seed=99)
+        opened, done = (multiprocessing.get_context("fork").Barrier(6) for _ in range(2))
+        begun = [start(work_in, root, seed, opened, done) for seed in range(6)]
+        for process in begun:
+            process.join()
+        (result,) = read_results(root)
+        assert read_settings(root)["settings"]["seed"] == int(result["user_id"])
+        assert sorted(process.exitcode or 0 for process in begun) == [0, 1, 1, 1, 1, 1]
+
+
+def test_settings_under_which_somebody_works_stay_until_he_is_gone(tmp_path: Path) -> None:
+    opened, never = (multiprocessing.get_context("fork").Barrier(2) for _ in range(2))
+
+    def wait_inside() -> None:
+        run = make(tmp_path, path="his")
+        opened.wait()
+        never.wait()
+        assert run
+
+    other = start(wait_inside)
+    opened.wait()
+    make(tmp_path, path="his")  # to share the work
+    with pytest.raises(InputError, match="is at work in this directory under other settings:\n  path: "):
+        make(tmp_path)
+    os.kill(other.pid or 0, signal.SIGKILL)
+    other.join()
     make(tmp_path)
+    assert read_settings(tmp_path)["settings"] == SETTINGS
+
+
+def test_settings_older_than_an_option_are_those_with_its_default(tmp_path: Path) -> None:
+    defaults = {"holdout": 0.0, "k_list": (1, 2), "gone": 3}
+
+    def opened(**changes: object) -> Run:
+        return Run(tmp_path, "mia", "mia", SETTINGS | changes, defaults.get)
+
+    Run(tmp_path, "mia", "mia", SETTINGS | {"gone": 3}).finish("7", {"user_id": "7", "index": 0})
+    before = (tmp_path / "settings.json").read_bytes()
+    assert opened(holdout=0.0, k_list=(1, 2)).done("7")
+    with pytest.raises(InputError, match="\n  holdout: there 0.0, now 0.2\n  k_list: there .1, 2., now .1.\nUse"):
+        opened(holdout=0.2, k_list=(1,))
+    assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_another_stages_directory_is_refused(tmp_path: Path) -> None:
+    make(tmp_path).finish("7", {"user_id": "7", "index": 0})
     with pytest.raises(InputError, match=r"settings.json: made by lora_composition_evo.py, not mia.py"):
         Run(tmp_path, "mia", "prime", SETTINGS)
 
