@@ -214,10 +214,11 @@ def start(work: object, *args: object) -> multiprocessing.Process:
 
 
 def test_of_processes_with_different_settings_one_gets_the_directory(tmp_path: Path) -> None:
-    """Begun by settings that led to nothing, which all of them would replace."""
-    for attempt in range(5):
+    """A new directory, or one of settings that led to nothing, which all of them would replace."""
+    for attempt in range(6):
         root = tmp_path / str(attempt)
-        make(root, seed=99)
+        if attempt % 2:
+            make(root, seed=99)
         opened, done = (multiprocessing.get_context("fork").Barrier(6) for _ in range(2))
         begun = [start(work_in, root, seed, opened, done) for seed in range(6)]
         for process in begun:

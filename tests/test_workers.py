@@ -234,29 +234,6 @@ def test_what_is_left_of_finished_users_is_removed(tmp_path: Path) -> None:
     )
 
 
-OPEN = """
-import sys
-from prime.runs import Run
-from prime.errors import InputError
-sys.stdin.readline()
-try:
-    Run(sys.argv[1], "stage", "method", {"seed": sys.argv[2]})
-    print("opened")
-except InputError as error:
-    print("refused" if "seed: there" in str(error) else error)
-"""
-
-
-def test_of_two_that_open_a_new_directory_under_other_settings_one_is_refused(tmp_path: Path) -> None:
-    for attempt in range(3):
-        processes = [start(OPEN, str(tmp_path / str(attempt)), seed) for seed in "12"]
-        for process in processes:
-            assert process.stdin
-            process.stdin.write("\n")
-            process.stdin.flush()
-        assert sorted(process.communicate()[0] for process in processes) == ["opened\n", "refused\n"]
-
-
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +330,7 @@ def test_the_number_accelerate_was_asked_for(words: list[str], expected: int) ->
 
 
 def test_other_settings_are_refused_whoever_came_first(tmp_path: Path) -> None:
-    Run(tmp_path, "stage", "method", {"seed": 0})
+    first = Run(tmp_path, "stage", "method", {"seed": 0})
+    assert not first.done("1")
     with pytest.raises(InputError, match="seed: there 0, now 1"):
         Run(tmp_path, "stage", "method", {"seed": 1})
