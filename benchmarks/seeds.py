@@ -32,6 +32,7 @@ from prime.runs import read_json, write_json  # noqa: E402
 from prime.tasks import TASKS, Task, get_task  # noqa: E402
 
 DEMO = ROOT / "data" / "demo"
+LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,14 +70,23 @@ def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
     return {user: {m: sum(own[user][m] for own in seeds) for m in seeds[0][user]} for user in users}
 
 
-def leakage(summaries: Sequence[Mapping[str, Any]], method: str) -> dict[str, float | None]:
-    """Mean over the seeds of the published attack's AUROC on a method, and of its blind baseline."""
-    rows = [next((row for row in one["rows"] if row["method"] == method), {}) for one in summaries]
-    found: dict[str, float | None] = {}
-    for key in ("auroc", "blind_auroc"):
-        values = [row[key]["mean"] for row in rows if row.get(key)]
-        found[key] = fmean(values) if len(values) == len(rows) else None
-    return found
+def attacked(folder: Path) -> dict[str, dict[str, Any]]:
+    """Of one seed: method -> figures of every attack in the published experiment, of all runs that were attacked."""
+    found = [read_json(path) for path in sorted(folder.glob("*/mia_summary.json"))]
+    return {one["method"]: one["attacks"] for one in found}
+
+
+def leakage(seeds: Sequence[Mapping[str, Mapping[str, Any]]], method: str) -> dict[str, float | None]:
+    """Mean over the seeds: AUROC of the published attack and its blind baseline, and of the base-calibrated attack,
+    whose blind baseline is 0.5 by construction.
+    """
+    if not all(method in own for own in seeds):
+        return dict.fromkeys(LEAKAGE)
+    return {
+        "auroc": fmean(own[method]["loss"]["auroc"]["mean"] for own in seeds),
+        "blind_auroc": fmean(own[method]["loss"]["blind_auroc"]["mean"] for own in seeds),
+        "calibrated_auroc": fmean(own[method]["calibrated"]["auroc"]["mean"] for own in seeds),
+    }
 
 
 def verdict(task: Task, difference: Mapping[str, float]) -> str:
@@ -92,14 +102,14 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     golds = load_labels(test / "user_test_100_label.json")
     users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
     by_seed = [stats_of(task, folder, users, golds) for folder in folders.values()]
-    summaries = [read_json(folder / "summary.json") for folder in folders.values()]
+    attacks = [attacked(folder) for folder in folders.values()]
     rows = []
     for method in sorted(by_seed[0], key=lambda name: Cell(name, 0, False).order()):
         if not all(method in own for own in by_seed):
             continue
         total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
         stacked = report.stack(total, list(total))
-        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leakage(summaries, method)}
+        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leakage(attacks, method)}
         singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
         row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
         if method != report.REFERENCE:
@@ -113,7 +123,8 @@ def table(found: Mapping[str, Any]) -> str:
     """One task as a table in Markdown."""
     metric = found["metric"]
     direction = "higher" if METRICS[metric].higher_is_better else "lower"
-    header = ["method", metric, "seeds", "minus prime", "users better/equal/worse", "AUROC", "blind", "prime"]
+    header = ["method", metric, "seeds", "minus prime", "users better/equal/worse", "AUROC"]
+    header += ["blind", "calibrated AUROC", "prime"]
     body = []
     for row in found["rows"]:
         pair = row.get("paired")
@@ -124,7 +135,7 @@ def table(found: Mapping[str, Any]) -> str:
                 ", ".join(f"{value:.3f}" for value in row["seeds"]),
                 report.cell_text(pair[metric], sign="+") if pair else "-",
                 f"{pair['better']}/{pair['equal']}/{pair['worse']}" if pair else "-",
-                *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("auroc", "blind_auroc")),
+                *("-" if row[key] is None else f"{row[key]:.3f}" for key in LEAKAGE),
                 row.get("verdict", "-").removeprefix("prime "),
             ]
         )
