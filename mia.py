@@ -27,6 +27,7 @@ train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
 """
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -90,7 +91,10 @@ def attack_open(args: argparse.Namespace, owners: Owners, todo: Sequence[tuple[R
     scorer = Scorer(engine, records, args.users_per_batch, [owners.adapter(name) for name in references.order])
     for run, groups in todo:
         for group in share(run, groups, lambda group: [s.user_id for s in group], len):
-            run.finish_all(attack_group(scorer, owners, references, group))
+            started = time.perf_counter()
+            results = attack_group(scorer, owners, references, group)
+            seconds = {"attack": round((time.perf_counter() - started) / len(group), 3)}
+            run.finish_all([result | {"seconds": seconds} for result in results])
 
 
 def main(argv: list[str] | None = None) -> None:

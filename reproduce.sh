@@ -6,30 +6,33 @@
 #   --data_dir DIR             holds <task>/user_base_LLM.json, ...       (data/demo)
 #   --output_dir DIR           results go to DIR/<task>/                  (output/demo; output with a real model)
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
+#   --k N                      clusters of stage 2, so sharers at most    (16; the published 50 with a real model)
 #   --seed N                   run seed                                   (0)
 #   --methods prime | all      all: its published settings, Per-Pcs, LoraHub, OPPU, merge-then-adapt too (prime)
 #   --holdout SHARE            of sharers' items, held out for the controlled attack (0)
 #   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
 #
-# Each step is printed before it runs and timed after; steps that finished under the same command are skipped.
+# Each step is printed before it runs and timed after; steps that finished under the same command are skipped. Stage 2
+# comes before stage 1: it is short, so a wrong --k or --encoder is told before the model trains.
 set -euo pipefail
 CALLED_FROM="$PWD"
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
-tasks=movie_tagging model="" data="" output="" encoder="" seed=0 methods=prime until=postprocess
+tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
 holdout=0 processes=1
 
-usage() { sed -n '2,16s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,17s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
-        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --seed | --methods | --holdout | --processes \
-            | --until)
-            [ $# -ge 2 ] || { echo "reproduce.sh: $1 needs a value" >&2; exit 2; } ;;
+        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
+            | --processes | --until)
+            [ $# -ge 2 ] || wrong "$1 needs a value" ;;
         *) echo "reproduce.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
     case "$1" in
@@ -38,6 +41,7 @@ while [ $# -gt 0 ]; do
         --data_dir) data="$(absolute "$2")" ;;
         --output_dir) output="$(absolute "$2")" ;;
         --encoder) if [ -d "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
+        --k) k="$2" ;;
         --seed) seed="$2" ;;
         --methods) methods="$2" ;;
         --holdout) holdout="$2" ;;
@@ -46,13 +50,18 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
+cd "$ROOT"
 [ "$tasks" != all ] || tasks="$ALL_TASKS"
 case "$until" in
     task_lora | history_anchor | train_anchor_peft | lora_composition_evo | mia | postprocess) ;;
-    *) echo "reproduce.sh: --until names a step (task_lora, history_anchor, ...), not $until" >&2; exit 2 ;;
+    *) wrong "--until names a step (task_lora, history_anchor, ...), not $until" ;;
 esac
-case "$processes" in *[!0-9]* | "" | 0) echo "reproduce.sh: --processes is a number from 1, not $processes" >&2; exit 2 ;; esac
-case "$methods" in prime | all) ;; *) echo "reproduce.sh: --methods is prime or all, not $methods" >&2; exit 2 ;; esac
+case "$methods" in prime | all) ;; *) wrong "--methods is prime or all, not $methods" ;; esac
+whole() { case "$2" in *[!0-9]* | "") false ;; *) [ "${#2}" -le 9 ] && [ "$((10#$2))" -ge "$3" ] ;; esac || wrong "$1 is a whole number from $3, not $2"; }
+whole --processes "$processes" 1
+whole --seed "$seed" 0
+[ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
+[[ "$holdout" =~ ^(0|0?\.[0-9]+)$ ]] || wrong "--holdout is a share from 0 to less than 1, not $holdout"
 
 # The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
 # settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
@@ -62,15 +71,31 @@ if [ -z "$model" ]; then
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
     task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
     answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
-    selection=(--k 16 --embed target) attack_options=(--max_records 20)
+    selection=(--k "${k:-16}" --embed target) attack_options=(--max_records 20)
 else
-    [ -n "$data" ] || { echo "reproduce.sh: --llama_model_path needs --data_dir" >&2; exit 2; }
+    [ -n "$data" ] || wrong "--llama_model_path needs --data_dir"
+    [ -d "$model" ] || wrong "--llama_model_path $model: no such directory"
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
-    task_training=() anchor_training=() gate_training=() answers=() history=() selection=() attack_options=()
+    task_training=() anchor_training=() gate_training=() answers=() history=() attack_options=()
+    selection=(${k:+--k "$k"})
 fi
 
+# What is needed of a task, and which command makes it.
+check_task() {
+    local task="$1" known="$ALL_TASKS news_categorize" file
+    case " $known " in *" $task "*) ;; *) wrong "--tasks: $task is none of all, ${known// /, }" ;; esac
+    for file in user_base_LLM.json user_anchor_candidate.json test_100/user_test_100.json \
+        test_100/user_test_100_label.json; do
+        [ -f "$data/$task/$file" ] || wrong "$data/$task/$file is not there. From the official LaMP files this makes it:
+    python prepare_data.py --task_name $task --lamp_dir DIR --output_dir $data/$task"
+    done
+    [ -f "$data/$task/profile-id2text.json" ] || echo "[$task] prompts with a textual profile are left out. This adds them:
+    python gen_profile.py --task_name $task --data_dir $data/$task     (--rule: without a model)" >&2
+}
+[ -n "${tasks// /}" ] || wrong "--tasks names no task"
+for task in $tasks; do check_task "$task"; done
+
 install_requirements requirements.txt
-cd "$ROOT"
 # Processes share a step's users among them and give the same files as one (docs/scaling.md).
 launcher=("$PY")
 [ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")
@@ -141,10 +166,10 @@ for task in $tasks; do
     data_options=(--task_name "$task" --data_dir "$data/$task")
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
-    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${answers[@]}" \
-        --output_dir "$out/task-base_LLM"
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \
         --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
+    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${answers[@]}" \
+        --output_dir "$out/task-base_LLM"
     step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${anchor_training[@]}" "${history[@]}" \
         --holdout "$holdout" --output_dir "$out/Anchor_PEFT/LoRA"
     step lora_composition_evo lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \

@@ -156,7 +156,7 @@ def plot(task: Task, base: dict, rows: dict[str, dict[str, Any]], stem: Path) ->
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     task = get_task(args.task)
-    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="history_anchor")
+    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="task_lora")
     golds = load_labels(ROOT / "data/demo" / args.task / "test_100" / "user_test_100_label.json")
     rows: dict[str, dict[str, Any]] = {}
     for arm, words in arms(args).items():

@@ -100,7 +100,7 @@ def line(name: str, found: dict) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="history_anchor")
+    folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="task_lora")
     path = folder / "dp_tuning.json"
     known = read_json(path) if path.exists() else {}
     engine = None

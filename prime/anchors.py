@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -44,16 +45,22 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     """Any Hugging Face encoder or causal LM without its head (`AutoModel`), in float32."""
     from transformers import AutoModel, AutoTokenizer, logging
 
-    if Path(name).is_dir():
+    local = Path(name).is_dir()
+    if local:
         check_hub_dir(Path(name))
+    away = "" if local else hub_is_away(name)
     logging.set_verbosity_error()  # a causal LM's unused head is no news
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": bool(away)}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
-        local = Path(name).is_dir()
+        unreachable = f"it is no directory, and the Hugging Face hub cannot be reached: {away}"
+        reason = unreachable if away else shown_error(error)
         remedy = "" if local else "\nWithout a network, download it elsewhere and give its directory (--encoder)."
-        raise InputError(f"--encoder {name}: no encoder could be loaded: {shown_error(error)}{remedy}") from error
+        raise InputError(f"--encoder {name}: no encoder could be loaded: {reason}{remedy}") from error
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     positions = getattr(model.config, "max_position_embeddings", None) or MAX_TOKENS
     limit = min(MAX_TOKENS, tokenizer.model_max_length, positions)
@@ -62,6 +69,20 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
         return tokenizer(text, truncation=True, max_length=limit)["input_ids"]
 
     return Encoder(model.to(device).eval().requires_grad_(False), tokens, pad)
+
+
+def hub_is_away(name: str, seconds: float = 10) -> str:
+    """Why the Hugging Face hub cannot be asked for a model, "" if it can: one try, where transformers makes dozens."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
+    except (HfHubHTTPError, HFValidationError):  # it answers, or would never be asked
+        return ""
+    except Exception as error:  # of the network, whatever library carries it
+        return shown_error(error)
+    return ""
 
 
 def _batches(rows: Sequence[Sequence[int]], max_batch_tokens: int) -> Iterator[list[int]]:
@@ -118,7 +139,7 @@ def embed_users(
 def check_k(k: int, n: int) -> None:
     """InputError for more clusters than candidates."""
     if k > n:
-        raise InputError(f"--k {k}: more clusters than the {n} anchor candidates")
+        raise InputError(f"--k {k}: more clusters than the {n} anchor candidates; give --k {n} or less")
 
 
 def cluster(embeddings: torch.Tensor, k: int = 50) -> list[int]:

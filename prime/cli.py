@@ -278,7 +278,7 @@ def load_texts(args: argparse.Namespace) -> Texts:
     path = data_dir(args) / "profile-id2text.json"
     profiles = load_profiles(path) if path.exists() else None
     if profiles is None:
-        tell(f"{path}: not there; prompts with a textual profile are left out")
+        tell(f"{path}: not there; prompts with a textual profile are left out (gen_profile.py makes it)")
     return Texts(task, load_templates(args.prompt_path, task), profiles)
 
 

@@ -50,6 +50,7 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
     `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
     `need_golds`: each query must tell its gold answer (training).
     """
+    _check_there(Path(path), task)
     rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, list):
         raise InputError(f"{path}: expected a list of users, found {kind_of(rows)}")
@@ -77,6 +78,8 @@ def load_profiles(path: Path_) -> dict[str, str]:
 
 def load_labels(path: Path_) -> dict[str, str]:
     """`user_test_100_label.json`: the gold answer of each query, by query id."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; prepare_data.py makes it together with the users of the test")
     data = read_json(path, DATA_BYTES)
     rows = data.get("golds") if isinstance(data, dict) else None
     if not isinstance(rows, list):
@@ -95,6 +98,17 @@ def load_labels(path: Path_) -> dict[str, str]:
     if problems:
         raise InputError.many(problems)
     return golds
+
+
+def _check_there(path: Path, task: Task) -> None:
+    """InputError for a file of users that is not there; it says where it is instead, or what makes it."""
+    if path.exists():
+        return
+    folder = path.parent.parent if path.parent.name == "test_100" else path.parent
+    if (folder / task.name / path.relative_to(folder)).exists():
+        raise InputError(f"{path}: no such file; give --data_dir {folder / task.name}, where there is one")
+    made = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"
+    raise InputError(f"{path}: no such file; from the official LaMP files this makes it: {made}")
 
 
 def select(users: Sequence[User], spec: str | None) -> list[User]:

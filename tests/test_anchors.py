@@ -229,13 +229,22 @@ def test_an_encoder_that_cannot_be_had_is_replaced_by_one_that_can(stage, monkey
     """The error says what to do without a network, and doing it is enough: nothing has to be removed before."""
     argv, out = stage
 
+    asked = []
+
     def unreachable(*_, **__):
-        raise OSError("We couldn't connect to the hub")
+        asked.append("hub")
+        raise ConnectionError("no such host")
+
+    def cached(*_, local_files_only, **__):
+        asked.append("cache" if local_files_only else "transformers, which tries again and again")
+        raise OSError("not there")
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.AutoTokenizer.from_pretrained", unreachable)
-        with pytest.raises(InputError, match=r"--encoder no/such: .* hub\n.*give its directory \(--encoder\)"):
+        patch.setattr("huggingface_hub.get_hf_file_metadata", unreachable)
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", cached)
+        with pytest.raises(InputError, match=r"--encoder no/such: .* no such host\n.*give its directory \(--encoder\)"):
             history_anchor.main([*argv, "--k", "4", "--encoder", "no/such"])
+    assert asked == ["hub", "cache"]
     with pytest.warns(UserWarning, match="user 14: empty history"):
         history_anchor.main([*argv, "--k", "3"])
     assert (out / "anchor_user_idx.pt").exists()
@@ -243,7 +252,7 @@ def test_an_encoder_that_cannot_be_had_is_replaced_by_one_that_can(stage, monkey
 
 def test_the_stage_refuses_too_many_clusters_and_foreign_selections(stage):
     argv, out = stage
-    with pytest.raises(InputError, match="--k 50: more clusters than the 12"):
+    with pytest.raises(InputError, match="--k 50: more clusters than the 12 .*; give --k 12 or less"):
         history_anchor.main(argv)
     assert not (out / "anchor_user_idx.pt").exists()
     history_folder = out.parent / "published"

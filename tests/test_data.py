@@ -155,10 +155,25 @@ def test_not_a_file_of_users(write, text: str, told: str) -> None:
 
 
 def test_unreadable_files(tmp_path) -> None:
-    assert problems(tmp_path / "none.json") == ["No such file or directory"]
+    made = f"python prepare_data.py --task_name movie_tagging --lamp_dir DIR --output_dir {tmp_path}"
+    for name in ("none.json", "test_100/none.json"):
+        assert problems(tmp_path / name) == [f"no such file; from the official LaMP files this makes it: {made}"]
+    with pytest.raises(InputError, match="labels.json: no such file; prepare_data.py makes it"):
+        load_labels(tmp_path / "labels.json")
     assert problems(tmp_path) == ["not a regular file"]
     (tmp_path / "latin.json").write_bytes('["é"]'.encode("latin-1"))
     assert problems(tmp_path / "latin.json") == ["not UTF-8 text (byte 2)"]
+
+
+@pytest.mark.parametrize("name", ["user_base_LLM.json", "test_100/user_test_100.json"])
+def test_the_folder_above_the_task_is_told(tmp_path, name: str) -> None:
+    """--data_dir ./data, as reproduce.sh takes it, in place of ./data/movie_tagging."""
+    path = tmp_path / "movie_tagging" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("[]")
+    assert problems(tmp_path / name) == [
+        f"no such file; give --data_dir {tmp_path / 'movie_tagging'}, where there is one"
+    ]
 
 
 def test_byte_order_mark(tmp_path) -> None:

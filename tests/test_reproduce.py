@@ -1,0 +1,102 @@
+"""reproduce.sh: its own errors, what it tells to do, the commands it runs. Python is a stand-in that takes notes."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import world
+
+DATA = ("user_base_LLM.json", "user_anchor_candidate.json", "test_100/user_test_100.json",
+        "test_100/user_test_100_label.json")  # fmt: skip
+PYTHON = '#!/bin/sh\necho "$@" >> "$NOTES"\nfor last; do :; done\nmkdir -p "$last"\n'
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    """reproduce.sh in a folder of its own, nothing to install, a model and data of one task."""
+    for name in ("reproduce.sh", "setup_env.sh", "requirements.txt"):
+        shutil.copy(world.ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    shutil.copy(tmp_path / "requirements.txt", tmp_path / ".venv" / "installed-requirements.txt")
+    for name in DATA:
+        world.write(tmp_path / "data" / "movie_tagging" / name, [])
+    (tmp_path / "llama").mkdir()
+    return tmp_path
+
+
+def reproduce(here: Path, *words: str) -> subprocess.CompletedProcess:
+    call = ["bash", str(here / "reproduce.sh"), *words]
+    return subprocess.run(call, cwd=here, env={"PATH": "/usr/bin:/bin", "NOTES": str(here / "notes")},
+                          capture_output=True, text=True)  # fmt: skip
+
+
+def commands(here: Path) -> list[list[str]]:
+    return [shlex.split(line) for line in (here / "notes").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--tasks movies", "--tasks: movies is none of all, citation, movie_tagging, "),
+        ("--tasks ' '", "--tasks names no task"),
+        ("--seed one", "--seed is a whole number from 0, not one"),
+        ("--seed -1", "--seed is a whole number from 0, not -1"),
+        ("--seed 12345678901234567890", "--seed is a whole number"),
+        ("--k 2", "--k is a whole number from 3, not 2"),
+        ("--holdout 1", "--holdout is a share from 0 to less than 1, not 1"),
+        ("--processes 0", "--processes is a whole number from 1, not 0"),
+        ("--methods some", "--methods is prime or all, not some"),
+        ("--until mai", "--until names a step"),
+        ("--seed", "--seed needs a value"),
+        ("--llama_model_path nowhere --data_dir data", "nowhere: no such directory"),
+        ("--llama_model_path llama", "--llama_model_path needs --data_dir"),
+    ],
+)
+def test_a_wrong_option_is_one_line_of_its_own(here: Path, words: str, told: str) -> None:
+    done = reproduce(here, *shlex.split(words))
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("reproduce.sh: ") and told in line
+    assert not (here / "notes").exists()
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_missing_data_is_told_with_the_command_that_makes_it(here: Path, name: str) -> None:
+    (here / "data" / "movie_tagging" / name).unlink()
+    done = reproduce(here, "--llama_model_path", "llama", "--data_dir", "data")
+    told, command = done.stderr.splitlines()
+    assert done.returncode == 2 and f"{here}/data/movie_tagging/{name} is not there" in told
+    words = shlex.split(command)
+    args = world.script(words[1]).build_parser().parse_args(words[2:])
+    assert args.task_name == "movie_tagging" and args.output_dir == f"{here}/data/movie_tagging"
+
+
+def test_small_data_take_fewer_clusters_and_stage_2_comes_first(here: Path) -> None:
+    """So a wrong --k is told before anything is trained."""
+    words = ["--llama_model_path", "llama", "--data_dir", "data"]
+    for more, found in ((["--k", "7"], ["--k", "7"]), (["--output_dir", "other"], [])):
+        done = reproduce(here, *words, *more)
+        assert done.returncode == 0, done.stderr
+        assert "gen_profile.py --task_name movie_tagging --data_dir" in done.stderr
+        run = commands(here)
+        (here / "notes").unlink()
+        assert [command[0] for command in run] == [
+            "history_anchor.py", "task_lora.py", "train_anchor_peft.py", "lora_composition_evo.py", "mia.py",
+            "postprocess.py",
+        ]  # fmt: skip
+        for script, *options in run:
+            args = world.script(script).build_parser().parse_args(options)
+            assert args.task_name == "movie_tagging"
+        assert run[0][run[0].index("--k") :][:2] == found if found else "--k" not in run[0]
+
+
+def test_help_tells_every_option(here: Path) -> None:
+    told = reproduce(here, "--help").stdout
+    taken = re.findall(r"^        (--\w+)\) ", (here / "reproduce.sh").read_text(), re.MULTILINE)
+    assert {"--tasks", "--k", "--until"} <= set(taken) and all(f"  {option} " in told for option in taken)
+    assert "set -euo" not in told and "before the model trains" in told
