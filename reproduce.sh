@@ -25,7 +25,7 @@ holdout=0 processes=1
 
 usage() { sed -n '2,17s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
-absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/$1" ;; esac; }
+absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/${1#./}" ;; esac; }
 
 while [ $# -gt 0 ]; do
     case "$1" in

@@ -317,7 +317,7 @@ def roc(
         caught: {attack: {false positive rate: true positive rate with its interval, None with too few non-members}}.
     """
     made = plots.roc({"": curves})
-    made.set_size_inches(WIDTH, 3.8)
+    made.set_size_inches(WIDTH, 4.3)
     rate = "0.01" if all(of["0.01"] for of in caught.values()) else "0.1"
     found = {attack: of[rate]["mean"] for attack, of in caught.items() if of[rate]}
     if not found:
@@ -351,16 +351,19 @@ def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> Drawn:
     axes[0].set_ylabel(f"{metric} ({_better(metric)})")
     pairs = [pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True)]
     known = {label: handle for handle, label in pairs}
-    made.legend(known.values(), known.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=4)
+    columns = 1 + max(1, len(shown))  # the longest names fit beside each other
+    made.legend(known.values(), known.keys(), loc="outside lower center", frameon=False, fontsize=8, ncols=columns)
     return made, frontier_sentence(points, metric)
 
 
 def _penalties(axes: Axes, points: Sequence[Mapping[str, Any]], key: str, metric: str) -> None:
     """The points of the penalties, joined, each with its number beside it."""
+    places: dict[tuple[float, float], list[str]] = {}
     for one in points:
         _cross(axes, one[key], one[metric], COLOURS[0], MARKERS[0], "merged, by penalty")
-        place = one[key]["mean"], one[metric]["mean"]
-        axes.annotate(f"{one['penalty']:g}", place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        places.setdefault((one[key]["mean"], one[metric]["mean"]), []).append(f"{one['penalty']:g}")
+    for place, penalties in places.items():
+        axes.annotate(", ".join(penalties), place, xytext=(4, 4), textcoords="offset points", fontsize=7)
     xs, ys = ([one[name]["mean"] for one in points] for name in (key, metric))
     axes.plot(xs, ys, color=COLOURS[7], linewidth=0.8, zorder=0)
 
@@ -370,8 +373,12 @@ def frontier_sentence(points: Sequence[Mapping[str, Any]], metric: str) -> str:
     own = [one for one in points if one["penalty"] is not None]
     keys = [metric, *(key for key in TRADED if own[0].get(key) and own[-1].get(key))]
     titles = {metric: metric} | TRADED
+    ends = f"From penalty {own[0]['penalty']:g} to {own[-1]['penalty']:g}"
+    if all(one.get(key) == own[0][key] for one in own for key in keys):
+        alike = [f"{titles[key]} {own[0][key]['mean']:.3f}" for key in keys]
+        return f"{ends} nothing changes: {listed(alike)}."
     told = [f"{titles[key]} {own[0][key]['mean']:.3f} to {own[-1][key]['mean']:.3f}" for key in keys]
-    return f"From penalty {own[0]['penalty']:g} to {own[-1]['penalty']:g}: {listed(told)}."
+    return f"{ends}: {listed(told)}."
 
 
 # --- across tasks ----------------------------------------------------------------------------------

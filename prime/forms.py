@@ -1,7 +1,7 @@
 """The form that stored JSON has to have: results, settings and attack summaries of earlier stages, checked when read.
 
 A form is a type, a list of one form, a dictionary of forms by key (`"key?"` may be absent; further keys are left
-alone), an `Each` for objects whose keys are data, or a tuple of forms any of which will do.
+alone), an `Each` for objects whose keys are data, a `Within` for numbers, or a tuple of forms any of which will do.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ class Each(NamedTuple):
     value: Any
 
 
+class Within(NamedTuple):
+    """A number from `low` to `high`."""
+
+    low: float
+    high: float
+
+
 NUMBERS = [(float, int)]
 SIDES = {"member": NUMBERS, "non_member": NUMBERS}
-INTERVAL = {"mean": (float, int), "low": (float, int), "high": (float, int)}
-AUROCS = {"auroc": (INTERVAL, None), "blind_auroc": (INTERVAL, None)}
+RATE, DRAWN = Within(0, 1), Within(-1e12, 1e12)  # DRAWN: what has room on a figure's axis
+RATES, DRAWN_INTERVAL = ({"mean": one, "low": one, "high": one} for one in (RATE, DRAWN))
+AUROCS = {"auroc": (RATES, None), "blind_auroc": (RATES, None)}
 
 SETTINGS = {"stage": str, "method": METHOD, "settings": {}}
 RESULT = {
@@ -46,7 +54,7 @@ RESULT = {
     "scores?": Each(ANY_KEY, SIDES),
     "blind?": Each(ANY_KEY, SIDES),
 }
-EVALUATION = {"loss": (float, int), "origin": re.compile("base|sharer|start|search")}
+EVALUATION = {"loss": DRAWN, "origin": re.compile("base|sharer|start|search")}
 # Of a run at one of several penalties: its settings, its results, a line of its evaluations, and
 # (ATTACKED) an attack on it.
 PENALISED = {"sim_penalty": (float, int)}
@@ -54,9 +62,17 @@ SEARCHED = {"sharers": [str], "best_sharer": str, "similarity": (float, int)}
 EVALUATED = {"weights": [(float, int, NUMBERS)], "similarity": (float, int)}
 TRAINED = {"seed": int, "recent_k": int, "holdout?": (float, int), "enable_dp?": bool}  # settings that make records
 ATTACKS = Each(ANY_KEY, AUROCS)
+TPRS = dict.fromkeys(("0.1", "0.01", "0.001"), (RATES, None))
+# What the page shows of an attack's sets.
+SHOWN = {"auroc": RATES, "blind_auroc": RATES, "tpr_at_fpr": TPRS, "blind_tpr_at_fpr": TPRS}
+SHOWN_SETS = {"sets?": Each(ANY_KEY, {"attacks": Each(ANY_KEY, SHOWN)})}
+SHOWN_SUMMARY = {**SHOWN_SETS, "sharers": SHOWN_SETS}
 SETS = {"sets?": Each(ANY_KEY, {"attacks": ATTACKS})}
 ATTACKED = {**SETS, "sharers?": SETS}
 MIA_SUMMARY = {"method": METHOD, "attacks": ATTACKS, "sharers": {"users": int, "attacks": ATTACKS}}
+CURVES = {"curves": [{"attack": str, "set": str, "model": str, "fpr": [RATE], "tpr": [RATE]}]}
+FRONTIER = {"metric": str, "points": [{"label": str, "penalty": (DRAWN, None)}]}
+TRADED = {"similarity?": (DRAWN_INTERVAL, None), "auroc?": (RATES, None), "controlled_auroc?": (RATES, None)}
 
 
 def read_form(path: Path, form: Any) -> Any:
@@ -79,7 +95,7 @@ def read_form_lines(path: Path, form: Any) -> list[dict[str, Any]]:
 
 def form_problems(value: Any, form: Any, where: str) -> list[str]:
     """What keeps a JSON value from having a form, a line each, with the place in the file."""
-    if isinstance(form, tuple) and not isinstance(form, Each):
+    if isinstance(form, tuple) and not isinstance(form, Each | Within):
         tries = [form_problems(value, one, where) for one in form]
         return [] if [] in tries else max(tries, key=len) if isinstance(value, dict | list) else tries[0]
     if isinstance(form, list):
@@ -90,6 +106,8 @@ def form_problems(value: Any, form: Any, where: str) -> list[str]:
         return _expected(value, dict, where) or _each_problems(value, form, where)
     if isinstance(form, dict):
         return _expected(value, dict, where) or _key_problems(value, form, where)
+    if isinstance(form, Within):
+        return form_problems(value, (float, int), where) or _within(value, form, where)
     if isinstance(form, re.Pattern):
         fits = isinstance(value, str) and form.fullmatch(value)
         return [] if fits else [f"{where} is {_shown(value)}, expected a name like {form.pattern}"]
@@ -122,6 +140,11 @@ def _key_problems(value: Mapping[str, Any], form: Mapping[str, Any], where: str)
         elif name == key:
             problems.append(f"{where}.{name} is missing")
     return problems
+
+
+def _within(value: float, form: Within, where: str) -> list[str]:
+    right = form.low <= value <= form.high
+    return [] if right else [f"{where} is {value:.10g}, expected a number from {form.low:g} to {form.high:g}"]
 
 
 def _expected(value: Any, kind: type | None, where: str) -> list[str]:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from prime import figures, plots, report
-from prime.forms import ATTACKED, read_form
+from prime.errors import InputError
+from prime.forms import ATTACKED, DRAWN_INTERVAL, FRONTIER, TRADED, form_problems, read_form
 from prime.metrics import METRICS, bootstrap
 from prime.penalties import penalty_of, penalty_runs, read_evaluations, shared_evaluations, sharing_text
 from prime.report import Cell
@@ -46,6 +47,18 @@ def write_frontier(folder: Path, task: Task, golds: Mapping[str, str]) -> dict[s
     plots.save(made, folder / "frontier")
     found["sentence"] = sentence
     write_json(folder / "frontier.json", found)
+    return found
+
+
+def read_frontier(path: Path, task: Task) -> dict[str, Any]:
+    """A frontier.json of the task."""
+    found = read_form(path, FRONTIER)
+    metric = found["metric"]
+    if metric not in task.metrics:
+        raise InputError(f"{path}: metric is {metric!r}; {task.name} has {', '.join(task.metrics)}")
+    form = [{f"{metric}?": (DRAWN_INTERVAL, None), **TRADED}]
+    if problems := form_problems(found["points"], form, f"{path}: points"):
+        raise InputError.many(problems)
     return found
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from prime import membership, plots
+from prime.errors import InputError
 from prime.export import add_attacks
+from prime.forms import CURVES, MIA_SUMMARY, SHOWN_SUMMARY, form_problems, read_form
 from prime.report import cell_text
 from prime.runs import write_json
 from prime.tables import aligned
@@ -55,6 +57,19 @@ def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping],
     }
 
 
+def read_attacks(path: Path) -> dict[str, Any]:
+    """mia_summary.json, with all that a report shows of it."""
+    summary = read_form(path, MIA_SUMMARY)
+    problems = form_problems(summary, SHOWN_SUMMARY, f"{path}: the file")
+    published = membership.PUBLISHED_ATTACK
+    if not problems:
+        sets = [*summary.get("sets", {}).values(), *summary["sharers"].get("sets", {}).values()]
+        problems = [f"{path}: a set without the attack {published}" for one in sets if published not in one["attacks"]]
+    if problems:
+        raise InputError.many(problems)
+    return summary
+
+
 # -- the ROC --------------------------------------------------------------------------------------------------------
 
 
@@ -74,6 +89,15 @@ def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Seq
         for name in membership.SETS
     }
     plots.save(plots.roc({title: lines for title, lines in panels.items() if lines}), exp_dir / "mia_roc")
+
+
+def read_curves(path: Path) -> list[dict[str, Any]]:
+    """The curves of mia_roc.json."""
+    curves = read_form(path, CURVES)["curves"]
+    uneven = [i for i, curve in enumerate(curves) if len(curve["fpr"]) != len(curve["tpr"])]
+    if uneven:
+        raise InputError.many([f"{path}: curves[{i}]: not as many true positive rates as false ones" for i in uneven])
+    return curves
 
 
 def pooled_rocs(results: Sequence[Mapping], key: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -15,9 +15,10 @@ import numpy as np
 
 from prime import figures, leakage, membership, metrics, report
 from prime.across import COMPARED, write_tasks_page
-from prime.forms import EVALUATION, MIA_SUMMARY, read_form, read_form_lines
+from prime.forms import EVALUATION, read_form_lines
+from prime.frontier import read_frontier
 from prime.report import Cell, Predictions, leading
-from prime.runs import read_json, read_results, read_settings, write_text
+from prime.runs import read_results, read_settings, write_text
 from prime.tasks import Task, extract
 from prime.web import Shown, render, show
 
@@ -151,7 +152,7 @@ def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     found = {}
     for method, folder in sorted(sources.items(), key=lambda one: Cell(one[0], 0, False).order()):
         path = folder / "mia_summary.json"
-        if path.is_file() and (summary := read_form(path, MIA_SUMMARY))["method"] == method:
+        if path.is_file() and (summary := leakage.read_attacks(path))["method"] == method:
             found[method] = summary
     return found
 
@@ -259,7 +260,7 @@ def roc_figures(content: Content, name: str, attacked: Mapping[str, Any], folder
         return []
     curves = {
         curve["attack"]: (curve["fpr"], curve["tpr"])
-        for curve in read_json(path)["curves"] if (curve["set"], curve["model"]) == (name, "deployed")
+        for curve in leakage.read_curves(path) if (curve["set"], curve["model"]) == (name, "deployed")
     }  # fmt: skip
     caught = {attack: one["tpr_at_fpr"] for attack, one in attacked[method].items()}
     drawn = figures.roc(curves, caught, method)
@@ -270,7 +271,7 @@ def frontier_figures(content: Content, folder: Path) -> list[Shown]:
     """Utility against each kind of leakage over the penalties, of every stage folder that holds several."""
     shown = []
     for path in sorted(content.root.glob("*/frontier.json")):
-        found = read_json(path)
+        found = read_frontier(path, content.task)
         points = [one for one in found["points"] if one.get(found["metric"])]
         for key, title in figures.TRADED.items():
             if sum(bool(one.get(key)) for one in points if one["penalty"] is not None) < 2:
@@ -355,11 +356,22 @@ def findings(content: Content) -> list[str]:
     for pair in content.summary["paired"]:
         if pair["method"] in COMPARED and (pair["k"], pair["profile"]) == Cell("", 0, False)[1:]:
             told.append(figures.pair_sentence(pair, first, OURS))
+    told += base_won(content)
     ours = rows.get(OURS, {})
     if ours.get("auroc"):
         blind = f", where the same attack on the base gives {report.cell_text(ours['blind_auroc'])}"
         told.append(f"The published attack finds sharers' records with AUROC {report.cell_text(ours['auroc'])}{blind}.")
     return told
+
+
+def base_won(content: Content) -> list[str]:
+    """A sentence about users who merge nothing, where there are any."""
+    results = read_results(content.sources[OURS]) if OURS in content.sources else []
+    alone = sum(result.get("deployed") == "base" for result in results)
+    if alone and alone == len(results):
+        told = f"Nobody's adapters are merged: for all of {figures.people(alone)} the base won the search"
+        return [f"{told}, so {OURS} answers as task_lora does, and the attack on it is the blind one."]
+    return [f"For {figures.people(alone, len(results))} the base won the search: nothing is merged."] if alone else []
 
 
 def missing(content: Content, folders: Sequence[Folder]) -> dict[str, list[str]]:

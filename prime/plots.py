@@ -64,5 +64,8 @@ def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("false positive rate")
     axes[0].set_ylabel("true positive rate")
-    axes[-1].legend(loc="lower right", frameon=False, fontsize=7)
+    handles = {label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    made.legend(
+        handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=7, ncols=3 * len(axes)
+    )
     return made

@@ -231,7 +231,7 @@ def test_frontier_json_has_a_point_for_each_penalty_and_baseline(tmp_path: Path)
     assert "penalty 0.5" in frontier_table(found) and "0.600 [0.500, 0.700]" in frontier_table(found)
     stored = json.loads((tmp_path / "evo" / "frontier.json").read_text())
     assert stored["points"] == found["points"]
-    assert stored["sentence"].startswith("From penalty 0 to 0.5: accuracy 0.500")
+    assert stored["sentence"].startswith("From penalty 0 to 0.5 nothing changes: accuracy 0.500")
     assert (tmp_path / "evo" / "frontier.png").stat().st_size > 0 and (tmp_path / "evo" / "frontier.svg").exists()
 
 

@@ -18,16 +18,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
 
 import lora_composition_evo
-from prime import report
+from prime import figures, plots, report
 from prime.anchors import save_selection
 from prime.checkpoint import check_model_dir, load_model, load_tokenizer
 from prime.data import load_labels, load_users
 from prime.errors import InputError
 from prime.forms import EVALUATION, read_form_lines
+from prime.frontier import read_frontier
 from prime.gates import load_gate, save_gate
+from prime.leakage import read_curves
 from prime.lora import load_adapter, save_adapter
 from prime.meta import MetaCheckpoint
 from prime.penalties import open_runs
@@ -95,6 +98,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "output" / "evo" / "mia_summary.json",
         {"method": "prime", "attacks": attacks, "sharers": {"users": 0, "attacks": {}}},
     )
+    curves = [{"attack": "loss", "set": "published", "model": "deployed", "fpr": [0.0, 1.0], "tpr": [0.0, 1.0]}]
+    world.write(folder / "output" / "evo" / "mia_roc.json", {"method": "prime", "curves": curves})
+    points = [{"label": f"at {p}", "penalty": p, "accuracy": interval, "auroc": interval} for p in (0.0, 0.5, None)]
+    world.write(folder / "output" / "Penalties" / "frontier.json", {"metric": "accuracy", "points": points})
     meta = meta_world.LLAMA2
     meta_world.save(folder / "meta", meta, meta_world.weights(meta, 97, 192))
     torch.save(meta_world.published_adapter(meta), folder / "lora_ckpt.pt")
@@ -132,6 +139,17 @@ def table(folder: Path, _: Path) -> None:
     report.about_methods(sources)
 
 
+def curves(_: Path, path: Path) -> None:
+    drawn = {curve["attack"]: (curve["fpr"], curve["tpr"]) for curve in read_curves(path)}
+    pyplot.close(plots.roc({"": drawn}))
+
+
+def frontier(_: Path, path: Path) -> None:
+    found = read_frontier(path, TASK)
+    if points := [one for one in found["points"] if one.get(found["metric"])]:
+        pyplot.close(figures.frontier(points, found["metric"])[0])
+
+
 def anchors_results(folder: Path, _: Path) -> None:
     read_results(folder / "anchors")
     read_settings(folder / "anchors")
@@ -162,6 +180,8 @@ DOORS: dict[str, Callable[[Path, Path], object]] = {
     "output/evo/users/*/result.json": table,
     "output/evo/users/*/seconds.json": table,
     "output/evo/mia_summary.json": table,
+    "output/evo/mia_roc.json": curves,
+    "output/Penalties/frontier.json": frontier,
     "output/evo/users/*/evaluations.jsonl": lambda _, path: read_form_lines(path, EVALUATION),
     "anchors/settings.json": anchors_results,
     "anchors/users/*/result.json": anchors_results,

@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import postprocess
 from prime import across, figures, leakage, page
 from prime.data import read_lines
 from prime.errors import InputError
+from prime.frontier import read_frontier
 from prime.runs import Run, machine, read_json, user_dirname
 from prime.tasks import TASKS
 
@@ -265,7 +268,7 @@ def test_a_run_outside_a_task_folder_leaves_its_parent_alone(written: Path, tmp_
     postprocess.main(["--task_name", TASK.name, "--data_dir", str(data), "--output_dir", str(root / "task-base_LLM")])
     assert [path.name for path in root.parent.iterdir()] == ["run"]
     text = " ".join(Reader(root / "report.html").text.split())
-    assert "There is no row of prime to compare with" in text and "No attack has run" in text
+    assert "There is no row of prime to compare with" in text and "No row of the table was attacked" in text
 
 
 # --- safe, and the same each time
@@ -301,6 +304,76 @@ def test_a_broken_trace_names_its_line(tmp_path: Path) -> None:
     path.write_text('{"loss": 1}\n{"loss": ')
     with pytest.raises(InputError, match="evaluations.jsonl: line 2: not JSON"):
         read_lines(path)
+
+
+DAMAGED = [
+    ("mia_roc.json", '"curves"', '"curve"', "mia_roc.json: curves is missing"),
+    ("mia_roc.json", '"fpr": [0.0', '"fpr": [1.5', r"curves\[0\].fpr\[0\] is 1.5, expected a number from 0 to 1"),
+    ("mia_roc.json", '"fpr": [0.0, ', '"fpr": [', r"curves\[0\]: not as many true positive rates as false ones"),
+    ("mia_summary.json", '"tpr_at_fpr"', '"x"', r"attacks.'loss'.tpr_at_fpr is missing"),
+    ("mia_summary.json", '"loss": {"auroc"', '"los": {"auroc"', "a set without the attack loss"),
+    ("frontier.json", '"penalty": 0.0', '"penalty": "0"', r"points\[0\].penalty is a text"),
+    ("frontier.json", '"metric": "accuracy"', '"metric": "MAE"', "metric is 'MAE'; movie_tagging has accuracy, f1"),
+    ("frontier.json", '"auroc": {"mean": 0.8', '"auroc": {"mean": 1e300', r"auroc.mean is 1e\+300, expected"),
+    ("frontier.json", '"high": 0.6', '"hi": 0.6', r"points\[0\].accuracy.high is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "told"), DAMAGED)
+def test_a_damaged_file_is_one_clear_error(
+    written: Path, tmp_path: Path, name: str, old: str, new: str, told: str
+) -> None:
+    """What the page reads beside the stages' results; whole, it is read."""
+    read = {"mia_roc.json": leakage.read_curves, "mia_summary.json": leakage.read_attacks,
+            "frontier.json": partial(read_frontier, task=TASK)}[name]  # fmt: skip
+    whole = json.dumps(read_json(next((written / TASK.name).glob(f"*/{name}"))))
+    path = tmp_path / name
+    path.write_text(whole)
+    read(path)
+    assert old in whole
+    path.write_text(whole.replace(old, new))
+    with pytest.raises(InputError, match=told) as error:
+        read(path)
+    assert str(path) in str(error.value)
+
+
+def test_users_who_merge_nothing_are_told(tmp_path: Path) -> None:
+    run = Run(tmp_path / "evo", "lora_composition_evo", "prime", {})
+    content = page.Content(tmp_path, TASK, {}, {}, {}, {"prime": run.root}, {})
+    told = []
+    for index, deployed in enumerate(("base", "merge")):
+        run.finish(str(index), {"user_id": str(index), "index": index, "deployed": deployed})
+        told += page.base_won(content)
+    assert told[0].startswith("Nobody's adapters are merged: for all of 1 user the base won the search")
+    assert told[1:] == ["For 1 of 2 users the base won the search: nothing is merged."]
+    assert page.base_won(content._replace(sources={})) == []
+
+
+def test_penalties_that_deploy_alike_are_told_and_drawn_as_one() -> None:
+    """As a real frontier of three users gave it: their numbers lay on each other."""
+    same = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    points = [{"label": f"penalty {p}", "penalty": p, "accuracy": same, "similarity": same} for p in (0.0, 0.1, 0.5)]
+    points.append({**points[0], "label": "best sharer (AUROC: of all sharers)", "penalty": None})
+    made, sentence = figures.frontier(points, "accuracy")
+    assert sentence == "From penalty 0 to 0.5 nothing changes: accuracy 0.500 and similarity to the sharers 0.500."
+    assert [text.get_text() for text in made.axes[0].texts] == ["0, 0.1, 0.5"]
+    inside(made)
+
+
+def test_the_legend_of_the_roc_lies_beside_its_curves() -> None:
+    curves = {f"attack {i}": ([0.0, 0.5, 1.0], [0.0, 0.9, 1.0]) for i in range(7)}
+    rates = {rate: {"mean": 0.5, "low": 0.4, "high": 0.6} for rate in ("0.1", "0.01")}
+    made, _ = figures.roc(curves, {**dict.fromkeys(curves, rates), "loss": rates}, "prime")
+    inside(made)
+
+
+def inside(made: Figure) -> None:
+    """Legends lie within the figure and outside of its axes."""
+    made.canvas.draw()
+    drawn = made.canvas.get_renderer()
+    (box,) = [legend.get_window_extent(drawn) for legend in made.legends]
+    assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= made.bbox.x1 and box.y1 <= made.bbox.y1
+    assert not any(box.overlaps(axes.get_tightbbox(drawn)) for axes in made.axes)
 
 
 def test_best_so_far_leaves_out_what_may_not_win() -> None:
