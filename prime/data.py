@@ -23,6 +23,7 @@ Path_ = str | os.PathLike[str]
 
 # Parsed, JSON takes five to twenty times its size in memory.
 DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
+PREPARING = ".prepare"  # within a task's folder: prepare_data.py at work; with its report in it, placing finished files
 JSON_BYTES = 256 << 20  # of any other JSON file
 
 
@@ -101,10 +102,14 @@ def load_labels(path: Path_) -> dict[str, str]:
 
 
 def _check_there(path: Path, task: Task) -> None:
-    """InputError for a file of users that is not there; it says where it is instead, or what makes it."""
+    """InputError for a file of users that is not there, with where it is instead, or what makes it; and for one of a
+    folder in which old and new files may lie together.
+    """
+    folder = path.parent.parent if path.parent.name == "test_100" else path.parent
+    if (folder / PREPARING / "prepare_report.json").exists():
+        raise InputError(f"{path}: prepare_data.py was stopped while it placed the files of this folder; run it again")
     if path.exists():
         return
-    folder = path.parent.parent if path.parent.name == "test_100" else path.parent
     if (folder / task.name / path.relative_to(folder)).exists():
         raise InputError(f"{path}: no such file; give --data_dir {folder / task.name}, where there is one")
     made = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"

@@ -106,8 +106,11 @@ def scores(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Drawn:
         _interval(axes, row[metric], place, markersize=6 if own else 5, **style)
     _names(axes, [row["method"] for row in rows])
     _label(axes, f"{metric} ({_better(metric)}), 95 % interval")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     sign = 1 if METRICS[metric].higher_is_better else -1
     best = max(rows, key=lambda row: (sign * row[metric]["mean"], row["method"] == ours))
+    if len({row[metric]["mean"] for row in rows}) == 1 < len(rows):
+        return made, f"All rows are alike: {metric} {value_text(best[metric])}."
     sentence = f"Best is {best['method']} with {metric} {value_text(best[metric])}"
     reference = next((row for row in rows if row["method"] == ours), None)
     if reference is None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from prime.data import PREPARING
 from prime.errors import InputError, harmless
 from prime.gather import OVERLAP, gather, question_names
 from prime.histories import Citations, Histories
@@ -33,7 +34,7 @@ FILES = {
 }
 LABELS = "test_100/user_test_100_label.json"
 REPORT = "prepare_report.json"
-WORK = ".prepare"  # folder of a conversion under way, within the output's
+WORK = PREPARING  # folder of a conversion under way, within the output's
 TEST_USERS, BASE_SHARE, RESERVE_SHARE = 100, 0.4, 0.1
 
 Bar = Callable[[int, str, str], AbstractContextManager[Any]]  # (total, what, unit), with update(n): `prime.cli.bar`
@@ -173,10 +174,12 @@ def prepare(
     Raises:
         InputError: wrong input, or a target that holds other people's files; nothing is changed then.
     """
-    parts = find_parts(source)
     with claim(target / f"{WORK}.lock") as mine:
         if not mine:
             raise InputError(f"{target}: another prepare_data.py is at it")
+        if (target / WORK / REPORT).exists():
+            _publish(target / WORK, target)  # an earlier run was cut off at that
+        parts = find_parts(source)
         folder = _workplace(target)
         try:
             report = _convert(task, parts, folder, options, cited, bar)
@@ -190,12 +193,17 @@ def prepare(
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Put the finished files in place: labels after users, the report last. A signal waits, a crash leaves `folder`."""
+    """Put the finished files in place: labels after users, the report last.
+
+    A signal waits. After a crash `folder` still holds the report, so that no stage reads old and new files together
+    (`prime.data.load_users`), and the next conversion goes on here.
+    """
     with uninterrupted():
         for name in (*FILES.values(), LABELS, REPORT):
-            make_folder((target / name).parent)
-            os.replace(folder / name, target / name)
-            flush((target / name).parent)
+            if (folder / name).exists():  # not placed before a crash
+                make_folder((target / name).parent)
+                os.replace(folder / name, target / name)
+                flush((target / name).parent)
         shutil.rmtree(folder)
 
 

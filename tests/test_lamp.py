@@ -598,9 +598,13 @@ def test_a_run_that_fails_leaves_the_earlier_files(tmp_path: Path) -> None:
 def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
     place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of six files, `place` are new: labels come after users, the report last, and the next run makes all anew."""
+    """Of six files, `place` are new: labels come after users, the report last. No stage reads a mixture, and the next
+    run places the others, even if it fails for another reason.
+    """
     made, replace, moved = user_split("movie_tagging"), os.replace, []
     expected = contents(convert(made, tmp_path / "whole"))
+    target = convert(made, tmp_path / "part", "--seed", "1")
+    assert contents(target) != expected
 
     def crash(source: Path, target: Path) -> None:
         if ".prepare" not in target.parts:
@@ -614,6 +618,12 @@ def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
         convert(made, tmp_path / "part")
     assert REPORT not in moved and moved == [Path(name).name for name in (*FILES.values(), LABELS)][:place]
     monkeypatch.undo()
+    for name in FILES.values():
+        with pytest.raises(InputError, match=f"{name}: prepare_data.py was stopped while it placed"):
+            load_users(target / name, TASKS["movie_tagging"])
+    with pytest.raises(InputError, match="nowhere"):
+        prepare_data.main(["--task_name", made.task, "--lamp_dir", "nowhere", "--output_dir", str(target)])
+    assert contents(target) == expected and load_users(target / FILES["test"], TASKS["movie_tagging"])
     assert contents(convert(made, tmp_path / "part")) == expected
 
 

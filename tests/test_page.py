@@ -388,6 +388,7 @@ def test_rows_alike_are_told_as_such() -> None:
 
     score = {"mean": 0.5, "low": 0.25, "high": 0.75}
     rows = [{"method": name, "accuracy": score, "auroc": score} for name in ("base", "prime")]
+    assert figures.scores(rows, "accuracy", "prime")[1] == "All rows are alike: accuracy 0.500 [0.250, 0.750]."
     assert figures.trade(rows, "accuracy", "prime")[1].startswith("All are alike: prime (")
     none = {"mean": 0.0, "low": 0.0, "high": 0.0}
     pair = {"method": "base", "accuracy": none, "better": 0, "equal": 3, "worse": 0}
