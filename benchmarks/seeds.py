@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -143,6 +143,36 @@ def table(found: Mapping[str, Any]) -> str:
     return f"{title}\n\n{report.markdown([header, *body])}"
 
 
+def overview(results: Sequence[Mapping[str, Any]]) -> str:
+    """All tasks beside each other: the metric of each method, with + and - where it is better or worse than prime."""
+    signs = {"prime loses": " +", "prime wins": " -"}
+    names = {row["method"] for one in results for row in one["rows"]}
+    order = sorted(names, key=lambda name: Cell(name, 0, False).order())
+    return _side_by_side(
+        results, order, lambda row, metric: f"{row[metric]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
+    )
+
+
+def leakages(results: Sequence[Mapping[str, Any]]) -> str:
+    """All tasks beside each other: AUROC of the published attack (its blind baseline), and base-calibrated."""
+    names = {row["method"] for one in results for row in one["rows"] if row["auroc"] is not None}
+    order = sorted(names, key=lambda name: Cell(name, 0, False).order())
+    return _side_by_side(
+        results, order,
+        lambda row, _: f"{row['auroc']:.3f} ({row['blind_auroc']:.3f}), {row['calibrated_auroc']:.3f}",
+    )  # fmt: skip
+
+
+def _side_by_side(
+    results: Sequence[Mapping[str, Any]], order: Sequence[str], text: Callable[[Mapping[str, Any], str], str]
+) -> str:
+    header = ["method", *(f"{one['task']}, {one['metric']}" for one in results)]
+    rows = [
+        {row["method"]: text(row, one["metric"]) for row in one["rows"] if row["method"] in order} for one in results
+    ]
+    return report.markdown([header, *([name, *(own.get(name, "-") for own in rows)] for name in order)])
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     root = Path(args.output_dir)
@@ -159,6 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         if finished:
             results.append(compare_task(task, finished))
             print(table(results[-1]) + "\n")
+    if results:
+        print(f"{overview(results)}\n\n{leakages(results)}\n")
     write_json(root / "seeds.json", {"tasks": results})
     print(json.dumps({"tasks": results}))
 
