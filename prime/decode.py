@@ -10,6 +10,7 @@ Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
 """
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -501,8 +502,9 @@ def rehearse(
     budget: int,
     most: int,
     choose: Callable[[Tensor], object],
+    ending: float = 0.0,
 ) -> int:
-    """The passes of `decode` in which memory peaks, on tensors without data (`prime.plan`): no row ends early.
+    """The passes of `decode` in which memory peaks, on tensors without data (`prime.plan`).
 
     Args:
         records: prompts; their targets are the drafts.
@@ -511,6 +513,7 @@ def rehearse(
         budget: tokens per forward pass.
         most: tokens that wait, see `waiting_tokens`.
         choose: called with logits `[m, v]`, as a sampler would be.
+        ending: share of the rows that end in their first pass; the others go to their limit.
 
     Returns:
         Bytes of all caches at their largest.
@@ -519,15 +522,19 @@ def rehearse(
     pairs = every_pair(range(adapters), len(records))
     guessed = limit - 1 if limit else max(len(record.target) for record in records)
     waiting: list[_Batch] = []
+    dice = random.Random(0)
     largest = joins = 0
     for batch in _batches(bank, [r.ids for r in records], pairs, known, limit, budget, [0] * len(records)):
         guesses = [known.guess(row, guessed) for row in batch.rows]
         logits = batch.feed([row.suffix for row in batch.rows], guesses)
         if limit:
             choose(logits.flatten(0, 1))
+            #del logits
             batch.accept(torch.zeros(len(batch.rows), dtype=torch.long, device=bank.device), max(map(len, guesses)))
-            waiting.append(batch)
-        largest = max(largest, batch.cache.bytes(), sum(one.cache.bytes() for one in waiting))
+            largest = max(largest, batch.cache.bytes() + sum(one.cache.bytes() for one in waiting))
+            batch.keep([place for place in range(len(batch.rows)) if dice.random() >= ending])
+            waiting += [batch] if batch.rows else []
+        largest = max(largest, batch.cache.bytes())
         if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:
             largest, joins, waiting = max(largest, _rehearse_steps(waiting, limit, choose)), joins + 1, []
             if joins == REHEARSED_JOINS:

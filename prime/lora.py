@@ -160,7 +160,7 @@ def load_adapter(path: Path | str) -> Adapter:
             tensors, values that are not finite or norms above `MAX_NORM`; names the file and every such tensor.
     """
     folder = adapter_dir(path)
-    rank, scale = _read_config(folder / "adapter_config.json")
+    rank, scale = read_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
     tensors = read_safetensors(file)
     halves, problems = named_halves(tensors, WEIGHT_KEY, lambda found: (found["module"], found["factor"]))
@@ -226,7 +226,7 @@ def factor_problems(factors: Factors, scale: float) -> list[str]:
     return problems
 
 
-def _read_config(path: Path) -> tuple[int, float]:
+def read_config(path: Path) -> tuple[int, float]:
     """Rank and scale of an adapter_config.json; nothing else of it is used."""
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":

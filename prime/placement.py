@@ -5,7 +5,6 @@ model lies in the memory of the machine. Factors of the adapters lie where their
 values where the layer left them.
 """
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import check_device_map, get_balanced_memory, get_max_memory
 from torch import Tensor, nn
 
+from prime.data import read_json
 from prime.errors import InputError
 from prime.workers import world
 
@@ -34,11 +34,9 @@ def read_map(wanted: str) -> str | DeviceMap:
         raise InputError("--device_map: one process uses all devices; start no others beside it")
     if wanted in STRATEGIES:
         return wanted
-    try:
-        found = json.loads(Path(wanted).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        told = f"none of {', '.join(STRATEGIES)}, and no JSON file of a map"
-        raise InputError(f"--device_map {wanted}: {told}: {error}") from None
+    if not Path(wanted).is_file():
+        raise InputError(f"--device_map {wanted}: none of {', '.join(STRATEGIES)}, and no JSON file of a map")
+    found = read_json(wanted)
     if not isinstance(found, dict):
         raise InputError(f"--device_map {wanted}: expected an object, module to device; found {type(found).__name__}")
     odd = [f"{name}: no device {value!r} here" for name, value in found.items() if not _exists(value)]

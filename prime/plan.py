@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from prime import cli
-from prime.data import User, load_users, read_json, select
+from prime.data import User, load_users, select
 from prime.decode import EncodedRecord
 from prime.gates import Gates
+from prime.lora import read_config
 from prime.prompts import Record, task_records
 from prime.rehearsal import PUBLISHED_ANCHORS, Plan, Rehearsal
 from prime.search import generation_size, is_pareto, make_optimizer
@@ -32,14 +33,14 @@ def task_lora(args: argparse.Namespace, run: Rehearsal) -> None:
     run.train([[record for records in run.texts(base_users, own, 100) for record in records]], train_settings(args))
     run.load(1, args.lora_r)
     run.combine(2, "delta")
-    run.answer(run.queries(test_users), 1, run.limits()[1])
+    run.answer(run.queries(test_users), 1, 0.0, run.limits()[1])
 
 
 def train_anchor_peft(args: argparse.Namespace, run: Rehearsal) -> None:
     group = most_at_once(run.histories(anchors), args.anchors_per_batch)
     run.allocate(len(group))
     run.train(group, train_settings(args))
-    run.answer([record for records in group for record in records], 1, run.limits()[0])
+    run.answer([record for records in group for record in records], 1, 0.0, run.limits()[0])
 
 
 def train_anchor_gate(args: argparse.Namespace, run: Rehearsal) -> None:
@@ -52,34 +53,42 @@ def train_user_peft(args: argparse.Namespace, run: Rehearsal) -> None:
     group = most_at_once(run.histories(test_users), args.users_per_batch)
     run.allocate(len(group))
     run.train(group, train_settings(args))
-    run.answer(run.queries(test_users), 1, run.limits()[1])
+    run.answer(run.queries(test_users), 1, 0.0, run.limits()[1])
 
 
 def lora_composition_evo(args: argparse.Namespace, run: Rehearsal) -> None:
-    """The population with most candidates (searches side by side evaluate theirs together), and the predictions."""
+    """The population with most open rows (searches side by side evaluate theirs together), and the predictions."""
     n, several = args.n_sim or PUBLISHED_ANCHORS, len(args.sim_penalty)
     generation = generation_size(make_optimizer(np.zeros(n), args.opt_type, args.opt_budget or 1, 0))
-    candidates = max(1 + n, generation * (1 if is_pareto(args.opt_type) else several))
-    for_history, for_query = run.limits()
+    candidates = generation * (1 if is_pareto(args.opt_type) else several)
+    history, queries = run.histories(test_users)[0], run.queries(test_users)
     run.load(n, rank_of(args.anchor_dir))
-    run.combine(candidates, args.merge_rule)
-    run.answer(run.histories(test_users)[0], candidates, for_history if args.objective == "metric" else 0)
-    run.combine(2 + several, args.merge_rule)
-    run.answer(run.queries(test_users), 1 + several, for_query)
+    for ends in run.endings(history):
+        rows, share = most_open((1 + n, ends.golds), (candidates, ends.answers))
+        run.combine(rows, args.merge_rule)
+        run.answer(history, rows, share, ends.history_limit if args.objective == "metric" else 0)
+        run.combine(2 + several, args.merge_rule)
+        run.answer(queries, *most_open((1, 0.0), (1 + several, ends.golds)), ends.query_limit)
+
+
+def most_open(*phases: tuple[int, float]) -> tuple[int, float]:
+    """Of adapters that answer and the share of their rows that end at once, the pair that leaves most rows."""
+    return max(phases, key=lambda phase: phase[0] * (1 - phase[1]))
 
 
 def lora_composition(args: argparse.Namespace, run: Rehearsal) -> None:
     n = args.n_sim or PUBLISHED_ANCHORS
-    for_history, for_query = run.limits()
+    history, queries = run.histories(test_users)[0], run.queries(test_users)
     run.load(n + 1, rank_of(args.anchor_dir))
-    run.answer(run.histories(test_users)[0], n + 1, for_history)
-    run.answer(run.queries(test_users), 1, for_query)
+    for ends in run.endings(history):
+        run.answer(history, n + 1, ends.golds, ends.history_limit)
+        run.answer(queries, 1, 0.0, ends.query_limit)
 
 
 def mia(args: argparse.Namespace, run: Rehearsal) -> None:
     """Some anchors' records under the adapters that are attacked together."""
     run.load(args.users_per_batch, rank_of(args.exp_dir))
-    run.answer(run.histories(cli.load_candidates)[0], args.users_per_batch, 0)
+    run.answer(run.histories(cli.load_candidates)[0], args.users_per_batch, 0.0, 0)
 
 
 STAGES: dict[str, Callable[[argparse.Namespace, Rehearsal], None]] = {
@@ -122,6 +131,5 @@ def most_at_once(users: Sequence[list[EncodedRecord]], size: int) -> Sequence[li
 
 def rank_of(folder: str | Path) -> int:
     """Rank of the adapters below a folder, the published one where there are none."""
-    for path in sorted(Path(folder).glob("users/*/adapter/adapter_config.json"))[:1]:
-        return int(read_json(path)["r"])
-    return PUBLISHED_RANK
+    paths = sorted(Path(folder).glob("users/*/adapter/adapter_config.json"))
+    return read_config(paths[0])[0] if paths else PUBLISHED_RANK

@@ -12,10 +12,11 @@ made), the tensors, and the gaps that malloc leaves between them. On a GPU it is
 import argparse
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -41,7 +42,20 @@ Load = Callable[[argparse.Namespace, Task], Sequence[User]]
 GIB = 2**30
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 PUBLISHED_RANK, PUBLISHED_ANCHORS = 8, 50
+OF_DATA = "of the task's data"
+# Shares of rows that a draft answers where answers are labels, as counted on the trained demo: of base and sharers, and
+# of a search's candidates (benchmarks/README.md). Titles: 0.00 and 0.21, taken for none.
+GOLDS_RIGHT, ANSWERS_RIGHT = 0.53, 0.86
 TOGETHER = "free memory of all devices together, each has a part of the peak"
+
+
+class Endings(NamedTuple):
+    """When rows that are answered end: after at most so many tokens, some already in their first pass."""
+
+    history_limit: int
+    query_limit: int
+    golds: float  # share of rows that end in their first pass, a record's gold being the draft
+    answers: float  # the same with the answers of other candidates as further drafts
 
 
 @dataclass
@@ -61,7 +75,8 @@ class Plan:
     training_checkpointed: int = 0  # the same with --gradient_checkpointing
     process: int = 0  # on a CPU: the process before the model
     gaps: int = 0  # on a CPU: what malloc holds beyond the tensors
-    peak: int = 0  # all of that together, at the worst moment
+    peak: int = 0  # all of that together, at the worst moment, if no row ends before its limit
+    expected: int = 0  # the same if rows end as in `Rehearsal.endings`; 0: not told
     batch: int = 0  # tokens of a pass that answers or scores
     waiting: int = 0  # tokens of rows that wait to be decoded together
     train_batch: int = 0  # tokens of a forward and backward pass
@@ -72,6 +87,12 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.peak <= self.memory
+
+    @property
+    def verdict(self) -> str:
+        if self.fits or not self.expected:
+            return "yes" if self.fits else "no"
+        return "no, unless rows end as expected" if self.expected <= self.memory else "no"
 
     def text(self) -> str:
         rows = [
@@ -85,8 +106,9 @@ class Plan:
             ("   with --gradient_checkpointing", size(self.training_checkpointed)),
             ("process before the model", size(self.process)), ("gaps between tensors", size(self.gaps)),
             ("device map", self.device_map and f"{self.device_map}: {TOGETHER}"),
-            ("peak", size(self.peak)), ("free memory", f"{size(self.memory)} ({self.device})"),
-            ("fits", "yes" if self.fits else "no"),
+            ("peak", size(self.peak)), ("   if rows end as expected", size(self.expected)),
+            ("free memory", f"{size(self.memory)} ({self.device})"),
+            ("fits", self.verdict),
         ]  # fmt: skip
         return "\n".join(f"{name:33}{value}" for name, value in rows if value)
 
@@ -133,7 +155,6 @@ class Rehearsal:
         path = cli.base_name(args) if args.convert_to and Path(args.convert_to).is_dir() else args.llama_model_path
         config = model_config(path, dtype)
         self.tokenizer_path = args.tokenizer_path or path
-        self.encoder: Encoder | None = None
         self._mode, self._ledger = _fake_mode(), Ledger(shadow=self.on_cpu)
         with self.pretending():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -216,34 +237,56 @@ class Rehearsal:
 
     def _read(self, load: Load, own: Callable[[cli.Texts, User], list[Record]]) -> list[list[EncodedRecord]]:
         try:
-            encoder = Encoder(load_tokenizer(self.tokenizer_path), self.args.max_length)
-            texts = cli.load_texts(self.args)
+            encoder, texts = self.encoder, cli.load_texts(self.args)
             users = load(self.args, texts.task)
         except InputError as error:
             self.plan.lengths = f"assumed, since {str(error).splitlines()[0]}"
             return []
-        self.plan.lengths, self.encoder = "of the task's data", encoder
+        self.plan.lengths = OF_DATA
         found = ([encoder.record(r.id, r.input, r.target) for r in own(texts, user)] for user in users)
         return [records for records in found if records]
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """InputError where there is no tokenizer."""
+        return Encoder(load_tokenizer(self.tokenizer_path), self.args.max_length)
+
+    def endings(self, history: Sequence[EncodedRecord]) -> Iterator[Endings]:
+        """How rows end: first as expected, which then gives `plan.expected`; last none before its limit, the bound.
+
+        Expected are answers as long as the history's at most, and where they are labels, drafts that are right.
+        """
+        for_history, for_query = self.limits()
+        if self.plan.lengths == OF_DATA:
+            right = get_task(self.args.task_name).history_labels is not None
+            longest = max(len(record.target) for record in history)
+            limits = (min(for_history, longest), min(for_query, longest))
+            yield Endings(*limits, *((GOLDS_RIGHT, ANSWERS_RIGHT) if right else (0.0, 0.0)))
+            self.plan.expected = self.plan.process + self._ledger.most_held
+        yield Endings(for_history, for_query, 0.0, 0.0)
+
     def limits(self) -> tuple[int, int]:
         """New tokens at most of an answer to a history record, and to a test query (`prime.engine.Engine.limit`)."""
-        task, args = get_task(self.args.task_name), self.args
-        pairs = [(task.history_labels, "train_gen_len"), (task.labels, "max_gen_len")]
-        caps = [(labels, getattr(args, name, 1)) for labels, name in pairs]
-        return tuple(  # type: ignore[return-value]
-            cap if labels is None or self.encoder is None else min(cap, self.encoder.label_tokens(labels))
-            for labels, cap in caps
-        )
+        task = get_task(self.args.task_name)
+        return self._limit(task.history_labels, "train_gen_len"), self._limit(task.labels, "max_gen_len")
+
+    def _limit(self, labels: Sequence[str] | None, option: str) -> int:
+        cap = getattr(self.args, option, 1)
+        with suppress(InputError):  # without a tokenizer a label may be as long as any text
+            return cap if labels is None else min(cap, self.encoder.label_tokens(labels))
+        return cap
 
     # -- passes ------------------------------------------------------------------------------------------------
 
-    def answer(self, records: Sequence[EncodedRecord], adapters: int, limit: int) -> None:
-        """The passes that answer (limit 0: score) these prompts for this many adapters."""
+    def answer(self, records: Sequence[EncodedRecord], adapters: int, ending: float, limit: int) -> None:
+        """The passes that answer (limit 0: score) these prompts for this many adapters, and `ending` of the rows end in
+        their first pass.
+        """
+        budgets = (self.plan.batch, self.plan.waiting)
         with self.pretending():
             self._ledger.restart()
             before = self._ledger.now
-            cache = rehearse(self.bank, records, adapters, limit, self.plan.batch, self.plan.waiting, self._choose)
+            cache = rehearse(self.bank, records, adapters, limit, *budgets, self._choose, ending)
         self.plan.cache = max(self.plan.cache, cache)
         self.plan.forward = max(self.plan.forward, self._ledger.peak - before - cache)
 

@@ -6,16 +6,19 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 
 import lora_composition_evo
 import train_anchor_peft
 from benchmarks import (
+    convert,
     dp,
     dp_tuning,
     draft_shares,
     measuring,
     membership,
     merge,
+    plan,
     privacy,
     shapes,
     sharer_search,
@@ -24,6 +27,7 @@ from benchmarks import (
     train_anchors,
 )
 from benchmarks.shapes import Shares
+from prime.anchors import save_selection
 from prime.data import User
 from prime.metrics import METRICS, sum_stats
 from prime.tasks import get_task
@@ -153,6 +157,30 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
     assert all(own["peak_mb"] > 0 and own["work_seconds"] > 0 for own in found["stages"].values())
     assert (tmp_path / "tiny/run/merged/mia_summary.json").is_file()
     assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
+
+
+def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In this process, whose peak is that of all tests: the figures are there and follow from each other."""
+    monkeypatch.setattr(plan, "in_process", lambda kind, words, threads: plan.child(kind, words))
+    save_selection(tmp_path / "anchor_selection", torch.rand(30, 4), torch.rand(24, 4), list(range(5)))
+    plan.main(["--shapes", "tiny", "--demo_dir", str(tmp_path), "--work_dir", str(tmp_path / "work")])
+    found = last_line(capsys)
+    assert list(found) == ["tiny, search", "tiny, training"]
+    for own in found.values():
+        assert own["bound"] >= own["expected"] > own["before"] > 0 and own["measured"] > 0
+        assert own["bound_over_measured"] == pytest.approx(own["bound"] / own["measured"], abs=2e-3)
+    assert (tmp_path / "work/tiny/search/users").is_dir()
+
+
+def test_convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(convert, "WIDTH", 64)
+    monkeypatch.setattr(convert, "HIDDEN", 256)
+    monkeypatch.setattr(convert, "child_report", lambda words: convert.child(tmp_path / "work"))
+    convert.main(["--layers", "2", "--work_dir", str(tmp_path / "work")])
+    found = last_line(capsys)
+    assert found["checkpoint_mb"] == pytest.approx(2 * 64 * (2 * 32_000 + 2 * (4 * 64 + 3 * 256)) / 2**20, rel=0.05)
+    assert found["peak_over_checkpoint"] == pytest.approx(found["peak"] / found["checkpoint_mb"], abs=0.01)
+    assert found["seconds"] > 0 and not (tmp_path / "work").exists()
 
 
 def test_sharer_search(capsys: pytest.CaptureFixture) -> None:

@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
+from prime import plan
 from prime.bank import AdapterBank
 from prime.decode import EncodedRecord, batch_tokens, cache_bytes, decode, every_pair, waiting_tokens
 from prime.errors import InputError
 from prime.ledger import Ledger
-from prime.plan import STAGES, plan_of
+from prime.plan import STAGES, plan_of, rank_of
 from prime.rehearsal import Rehearsal
 from prime.sampling import Sampler
 from prime.train import Learner, TrainSettings, train
@@ -135,14 +136,16 @@ def test_training_is_what_the_profiler_counts(small: str, checkpointing: bool) -
     )
 
 
-def test_answering_is_what_real_tensors_take(small: str) -> None:
-    """No row of these ends early: the drafts are wrong, and no id ends an answer."""
+@pytest.mark.parametrize("ending", [0.0, 0.75])
+def test_answering_is_what_real_tensors_take(small: str, ending: float) -> None:
+    """Rows end in their first pass where the draft is the adapters' answer (all have the same), else at their limit."""
     rehearsal = Rehearsal(arguments("lora_composition_evo", small, "--device", "cpu"))
     rehearsal.load(3, 8)
-    rehearsal.answer(RECORDS, 3, 6)
+    rehearsal.answer(RECORDS, 3, ending, 6)
     bank = AdapterBank(tiny.model())
-    bank.load([tiny.adapter(tiny.model(), seed, rank=8) for seed in range(3)])
-    drafts = [[record.target[:-1]] for record in RECORDS]
+    bank.load([tiny.adapter(tiny.model(), 0, rank=8)] * 3)
+    answers = decode(bank, RECORDS, every_pair([0], 24), Sampler(0.1), 6, [])
+    drafts = [[answers[0, i] if i < 24 * ending else record.target[:-1]] for i, record in enumerate(RECORDS)]
     with Ledger(shadow=False) as ledger:
         decode(bank, RECORDS, every_pair(range(3), 24), Sampler(0.1), 6, [], drafts)
     assert rehearsal.plan.cache + rehearsal.plan.forward == pytest.approx(ledger.peak, rel=0.15)
@@ -210,6 +213,28 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
         Rehearsal(arguments("mia", str(tmp_path / "none")))
     with pytest.raises(InputError, match="--device cuda: this machine"):
         Rehearsal(arguments("mia", str(tmp_path), "--device", "cuda"))
+
+
+def test_the_expectation_is_below_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels are short, whatever --train_gen_len says, and their rows end early; without data nothing is expected."""
+    world.build(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    words = ["--device", "cpu", "--anchor_dir", "none", "--k_list", ""]
+    args = arguments("lora_composition_evo", world.CHECKPOINT, *words, "--data_dir", "data/movie_tagging")
+    rehearsal = Rehearsal(args)
+    history = rehearsal.histories(plan.test_users)[0]
+    expected, bound = rehearsal.endings(history)
+    assert expected.golds > 0 == bound.golds
+    assert expected.history_limit == max(len(record.target) for record in history) <= bound.history_limit < 10
+    assert rehearsal.plan.expected > 0
+    without = Rehearsal(arguments("lora_composition_evo", world.CHECKPOINT, *words))
+    assert [ends.golds for ends in without.endings(history)] == [0.0] and without.plan.expected == 0
+
+
+def test_an_adapter_of_a_broken_configuration(tmp_path: Path) -> None:
+    world.write(tmp_path / "users/user_1/adapter/adapter_config.json", {"peft_type": "LORA", "lora_alpha": 8})
+    with pytest.raises(InputError, match="adapter_config.json: r is None, expected a positive whole number"):
+        rank_of(tmp_path)
 
 
 def test_several_penalties_are_searched_together(small: str) -> None:
