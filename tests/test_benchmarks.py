@@ -159,9 +159,12 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
     assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
 
 
+@pytest.mark.slow
 def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In this process, whose peak is that of all tests: the figures are there and follow from each other."""
     monkeypatch.setattr(plan, "in_process", lambda kind, words, threads: plan.child(kind, words))
+    monkeypatch.setitem(plan.SHORT, "search", ["--recent_k", "2", "--opt_budget", "5", "--k_list", ""])
+    monkeypatch.setitem(plan.SHORT, "training", ["--recent_k", "2", "--user_idxs", "0-2"])
     save_selection(tmp_path / "anchor_selection", torch.rand(30, 4), torch.rand(24, 4), list(range(5)))
     plan.main(["--shapes", "tiny", "--demo_dir", str(tmp_path), "--work_dir", str(tmp_path / "work")])
     found = last_line(capsys)
