@@ -3,7 +3,7 @@
 Reads   nothing; data/demo/model (its tokenizer for every shape, its weights for the shape `demo`)
 Writes  <work_dir>/<shape>/   the model with random weights, written once as a Hugging Face directory and loaded by the
         stages as any other; generated data and what the stages write, anew each time
-Takes   shape demo 4 CPU minutes; 30m far longer on a CPU (not run there in full), less with --items, --anchors, --queries
+Takes   shape demo 4 CPU minutes; 30m was not run in full on a CPU; less with --items, --anchors, --queries
 
 Each stage is a process of its own, so that its peak is its own: on a GPU that of torch's allocations, on a CPU that of
 the process. Options that are not given here are the published ones. The data are those of the embedded demo's
