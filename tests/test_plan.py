@@ -192,6 +192,7 @@ def test_real_lengths_where_the_data_are(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     words = next(words for words in world.announcement() if words[0] == "lora_composition_evo.py")
     args = world.script(words[0]).build_parser().parse_args([*words[1:], "--k_list", "1", "--device_memory", "1"])
+    del args.parser  # cannot be sent to another process
     # In a process of its own, as a person runs it: this one's heap has room that the plan would find.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
         found = fresh.submit(plan_of, "lora_composition_evo", args).result()
