@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
         "tokens": tokens | {"distinct_over_total": round(tokens["distinct"] / tokens["total"], 4)},
         "product_peak_gflops": round(peak / 1e9, 1),
         "contenders": {
-            name: own.figures() | {"fraction_of_peak": round(flops / own.median / peak, 4)}
+            name: own.figures() | {"fraction_of_peak": float(f"{flops / own.median / peak:.3g}")}
             for name, own in measured.items()
         },
     }

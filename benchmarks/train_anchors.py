@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             "tokens": {"total": tokens, "answers": predicted},
             "product_peak_gflops": round(peak / 1e9, 1),
             "contenders": {
-                name: own.figures() | {"fraction_of_peak": round(flops / own.median / peak, 4)}
+                name: own.figures() | {"fraction_of_peak": float(f"{flops / own.median / peak:.3g}")}
                 for name, own in measured.items()
             },
             "settings": vars(args),
