@@ -148,8 +148,9 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
     signs = {"prime loses": " +", "prime wins": " -"}
     names = {row["method"] for one in results for row in one["rows"]}
     order = sorted(names, key=lambda name: Cell(name, 0, False).order())
+    heads = [f"{one['task']}, {one['metric']}" for one in results]
     return _side_by_side(
-        results, order, lambda row, metric: f"{row[metric]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
+        results, heads, order, lambda row, metric: f"{row[metric]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
     )
 
 
@@ -158,19 +159,19 @@ def leakages(results: Sequence[Mapping[str, Any]]) -> str:
     names = {row["method"] for one in results for row in one["rows"] if row["auroc"] is not None}
     order = sorted(names, key=lambda name: Cell(name, 0, False).order())
     return _side_by_side(
-        results, order,
+        results, [one["task"] for one in results], order,
         lambda row, _: f"{row['auroc']:.3f} ({row['blind_auroc']:.3f}), {row['calibrated_auroc']:.3f}",
     )  # fmt: skip
 
 
 def _side_by_side(
-    results: Sequence[Mapping[str, Any]], order: Sequence[str], text: Callable[[Mapping[str, Any], str], str]
-) -> str:
-    header = ["method", *(f"{one['task']}, {one['metric']}" for one in results)]
+    results: Sequence[Mapping[str, Any]], heads: Sequence[str], order: Sequence[str],
+    text: Callable[[Mapping[str, Any], str], str],
+) -> str:  # fmt: skip
     rows = [
         {row["method"]: text(row, one["metric"]) for row in one["rows"] if row["method"] in order} for one in results
     ]
-    return report.markdown([header, *([name, *(own.get(name, "-") for own in rows)] for name in order)])
+    return report.markdown([["method", *heads], *([name, *(own.get(name, "-") for own in rows)] for name in order)])
 
 
 def main(argv: list[str] | None = None) -> None:
