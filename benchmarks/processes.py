@@ -28,7 +28,6 @@ import kills  # noqa: E402
 from benchmarks import demo_runs  # noqa: E402
 from prime import cli  # noqa: E402
 
-TASK = "movie_tagging"
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node"),
     "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes"),
@@ -38,6 +37,7 @@ LAUNCHERS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
     parser.add_argument("--processes", type=cli.int_list, default=(1, 2, 4), help="how many at once, with commas")
+    parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
     parser.add_argument("--launcher", choices=tuple(LAUNCHERS), default="torchrun", help="of several processes")
     parser.add_argument("--demo_dir", help="folder of a task's finished stages 1 to 3; default: made by reproduce.sh")
@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command(args: argparse.Namespace, demo: Path, processes: int, output: Path) -> list[str]:
     """Stage 4; one process is started without a launcher."""
-    words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.stage_words(TASK, 0, demo)]
+    words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.stage_words(args.task, 0, demo)]
     words += ["--user_idxs", f"0-{args.users}", "--output_dir", str(output)]
     launcher = ["-m", *LAUNCHERS[args.launcher], str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, *words]
@@ -72,7 +72,7 @@ def measure(words: list[str], output: Path) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    demo = Path(args.demo_dir or demo_runs.trained(TASK, 0, args.output_dir))
+    demo = Path(args.demo_dir or demo_runs.trained(args.task, 0, args.output_dir))
     runs: dict[int, dict] = {}
     files: dict[int, dict[str, bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         own["work_speedup"] = round(runs[1]["work_seconds"] / own["work_seconds"], 3)
         own["cpu_over_one"] = round(own["cpu_seconds"] / runs[1]["cpu_seconds"], 3)
     equal = all(not kills.differing(own, files[1]) for own in files.values())
-    about = {"users": args.users, "cores": os.cpu_count(), "threads_each": 1, "launcher": args.launcher}
+    about = {"task": args.task, "users": args.users, "cores": os.cpu_count(), "threads_each": 1, "launcher": args.launcher}
     about["peak_mb_of_a_process"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)  # KB on Linux
     print(json.dumps(about | {"files_equal": equal, "processes": runs}))
 

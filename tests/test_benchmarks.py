@@ -161,7 +161,8 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.slow
 def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In this process, whose peak is that of all tests: the figures are there and follow from each other."""
+    """In this process, whose peak is that of all tests: the figures are there and follow from each other. What earlier
+    tests gave back to the heap may hold a tiny run, so it need not grow."""
     monkeypatch.setattr(plan, "in_process", lambda kind, words, threads: plan.child(kind, words))
     monkeypatch.setitem(plan.SHORT, "search", ["--recent_k", "2", "--opt_budget", "5", "--k_list", ""])
     monkeypatch.setitem(plan.SHORT, "training", ["--recent_k", "2", "--user_idxs", "0-2"])
@@ -170,7 +171,7 @@ def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tm
     found = last_line(capsys)
     assert list(found) == ["tiny, search", "tiny, training"]
     for own in found.values():
-        assert own["bound"] >= own["expected"] > own["before"] > 0 and own["measured"] > 0
+        assert own["bound"] >= own["expected"] >= own["before"] > 0 and own["measured"] > 0
         assert own["bound_over_measured"] == pytest.approx(own["bound"] / own["measured"], abs=2e-3)
     assert (tmp_path / "work/tiny/search/users").is_dir()
 
