@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         own["work_speedup"] = round(runs[1]["work_seconds"] / own["work_seconds"], 3)
         own["cpu_over_one"] = round(own["cpu_seconds"] / runs[1]["cpu_seconds"], 3)
     equal = all(not kills.differing(own, files[1]) for own in files.values())
-    about = {"task": args.task, "users": args.users, "cores": os.cpu_count(), "threads_each": 1, "launcher": args.launcher}
+    about = {"task": args.task, "users": args.users, "launcher": args.launcher}
+    about |= {"cores": os.cpu_count(), "threads_each": 1}
     about["peak_mb_of_a_process"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)  # KB on Linux
     print(json.dumps(about | {"files_equal": equal, "processes": runs}))
 
