@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -146,32 +146,34 @@ def table(found: Mapping[str, Any]) -> str:
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
     """All tasks beside each other: the metric of each method, with + and - where it is better or worse than prime."""
     signs = {"prime loses": " +", "prime wins": " -"}
-    names = {row["method"] for one in results for row in one["rows"]}
-    order = sorted(names, key=lambda name: Cell(name, 0, False).order())
-    heads = [f"{one['task']}, {one['metric']}" for one in results]
-    return _side_by_side(
-        results, heads, order, lambda row, metric: f"{row[metric]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
-    )
+    columns = {
+        f"{one['task']}, {one['metric']}": {
+            row["method"]: f"{row[one['metric']]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
+            for row in one["rows"]
+        }
+        for one in results
+    }
+    return _side_by_side(columns)
 
 
 def leakages(results: Sequence[Mapping[str, Any]]) -> str:
     """All tasks beside each other: AUROC of the published attack (its blind baseline), and base-calibrated."""
-    names = {row["method"] for one in results for row in one["rows"] if row["auroc"] is not None}
-    order = sorted(names, key=lambda name: Cell(name, 0, False).order())
-    return _side_by_side(
-        results, [one["task"] for one in results], order,
-        lambda row, _: f"{row['auroc']:.3f} ({row['blind_auroc']:.3f}), {row['calibrated_auroc']:.3f}",
-    )  # fmt: skip
+    columns = {
+        one["task"]: {
+            row["method"]: f"{row['auroc']:.3f} ({row['blind_auroc']:.3f}), {row['calibrated_auroc']:.3f}"
+            for row in one["rows"]
+            if row["auroc"] is not None
+        }
+        for one in results
+    }
+    return _side_by_side(columns)
 
 
-def _side_by_side(
-    results: Sequence[Mapping[str, Any]], heads: Sequence[str], order: Sequence[str],
-    text: Callable[[Mapping[str, Any], str], str],
-) -> str:  # fmt: skip
-    rows = [
-        {row["method"]: text(row, one["metric"]) for row in one["rows"] if row["method"] in order} for one in results
-    ]
-    return report.markdown([["method", *heads], *([name, *(own.get(name, "-") for own in rows)] for name in order)])
+def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
+    """A row per method that any column has, in the order of the tables."""
+    names = sorted({name for own in columns.values() for name in own}, key=lambda name: Cell(name, 0, False).order())
+    rows = ([name, *(own.get(name, "-") for own in columns.values())] for name in names)
+    return report.markdown([["method", *columns], *rows])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -529,7 +529,6 @@ def rehearse(
         logits = batch.feed([row.suffix for row in batch.rows], guesses)
         if limit:
             choose(logits.flatten(0, 1))
-            #del logits
             batch.accept(torch.zeros(len(batch.rows), dtype=torch.long, device=bank.device), max(map(len, guesses)))
             largest = max(largest, batch.cache.bytes() + sum(one.cache.bytes() for one in waiting))
             batch.keep([place for place in range(len(batch.rows)) if dice.random() >= ending])
