@@ -57,7 +57,12 @@ case "$until" in
     *) wrong "--until names a step (task_lora, history_anchor, ...), not $until" ;;
 esac
 case "$methods" in prime | all) ;; *) wrong "--methods is prime or all, not $methods" ;; esac
-whole() { case "$2" in *[!0-9]* | "") false ;; *) [ "${#2}" -le 9 ] && [ "$((10#$2))" -ge "$3" ] ;; esac || wrong "$1 is a whole number from $3, not $2"; }
+# whole OPTION VALUE LEAST
+whole() {
+    local good=no
+    case "$2" in *[!0-9]* | "") ;; *) [ "${#2}" -gt 9 ] || [ "$((10#$2))" -lt "$3" ] || good=yes ;; esac
+    [ "$good" = yes ] || wrong "$1 is a whole number from $3, not $2"
+}
 whole --processes "$processes" 1
 whole --seed "$seed" 0
 [ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
