@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import string
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,20 @@ def readme_commands() -> list[list[str]]:
     """`python <script>.py ...` of the README's and docs' code blocks."""
     texts = [path.read_text() for path in [world.ROOT / "README.md", *sorted((world.ROOT / "docs").glob("*.md"))]]
     blocks = [block for text in texts for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)]
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    words = [shlex.split(line, comments=True) for line in lines]
+    words = [shlex.split(line, comments=True) for block in blocks for line in expanded_lines(block)]
     return [w[1:] for w in words if len(w) > 1 and w[0].endswith(("python", "python3")) and w[1] in SCRIPTS]
+
+
+def expanded_lines(block: str) -> list[str]:
+    """A code block as the shell reads it: lines joined at backslashes, with the block's `name="..."` put in."""
+    values: dict[str, str] = {}
+    lines = []
+    for line in block.replace("\\\n", " ").splitlines():
+        line = string.Template(line.strip()).safe_substitute(values)
+        if set_here := re.fullmatch(r'(\w+)="(.*)"', line):
+            values[set_here[1]] = set_here[2]
+        lines.append(line)
+    return lines
 
 
 @pytest.mark.parametrize("words", world.announcement(), ids=lambda words: words[0])
