@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from prime.decode import EncodedRecord
 from prime.gates import Gates
 from prime.lora import read_config
 from prime.prompts import Record, task_records
-from prime.rehearsal import PUBLISHED_ANCHORS, Plan, Rehearsal
+from prime.rehearsal import OF_DATA, PUBLISHED_ANCHORS, Plan, Rehearsal
 from prime.search import generation_size, is_pareto, make_optimizer
 from prime.sharers import anchor_idx_path, anchor_users
 from prime.tasks import Task
@@ -63,12 +65,12 @@ def lora_composition_evo(args: argparse.Namespace, run: Rehearsal) -> None:
     candidates = generation * (1 if is_pareto(args.opt_type) else several)
     history, queries = run.histories(test_users)[0], run.queries(test_users)
     run.load(n, rank_of(args.anchor_dir))
-    for ends in run.endings(history):
-        rows, share = most_open((1 + n, ends.golds), (candidates, ends.answers))
-        run.combine(rows, args.merge_rule)
-        run.answer(history, rows, share, ends.history_limit if args.objective == "metric" else 0)
-        run.combine(2 + several, args.merge_rule)
-        run.answer(queries, *most_open((1, 0.0), (1 + several, ends.golds)), ends.query_limit)
+    ends = run.endings(history)
+    rows, share = most_open((1 + n, ends.golds), (candidates, ends.answers))
+    run.combine(rows, args.merge_rule)
+    run.answer(history, rows, share, ends.history_limit if args.objective == "metric" else 0)
+    run.combine(2 + several, args.merge_rule)
+    run.answer(queries, *most_open((1, 0.0), (1 + several, ends.golds)), ends.query_limit)
 
 
 def most_open(*phases: tuple[int, float]) -> tuple[int, float]:
@@ -80,9 +82,9 @@ def lora_composition(args: argparse.Namespace, run: Rehearsal) -> None:
     n = args.n_sim or PUBLISHED_ANCHORS
     history, queries = run.histories(test_users)[0], run.queries(test_users)
     run.load(n + 1, rank_of(args.anchor_dir))
-    for ends in run.endings(history):
-        run.answer(history, n + 1, ends.golds, ends.history_limit)
-        run.answer(queries, 1, 0.0, ends.query_limit)
+    ends = run.endings(history)
+    run.answer(history, n + 1, ends.golds, ends.history_limit)
+    run.answer(queries, 1, 0.0, ends.query_limit)
 
 
 def mia(args: argparse.Namespace, run: Rehearsal) -> None:
@@ -99,8 +101,24 @@ STAGES: dict[str, Callable[[argparse.Namespace, Rehearsal], None]] = {
 }  # fmt: skip
 
 
+ENDINGS_EXPECTED = ("lora_composition_evo", "lora_composition")  # the stages that ask `Rehearsal.endings`
+
+
 def plan_of(stage: str, args: argparse.Namespace) -> Plan:
-    rehearsal = Rehearsal(args)
+    """The bound, and where the data are there what is expected.
+
+    What is expected is rehearsed in a process of its own: a heap that the other rehearsal has frayed would mislead.
+    """
+    plan = rehearsed(stage, args)
+    if stage in ENDINGS_EXPECTED and plan.lengths == OF_DATA:
+        plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "parser"})
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            plan.expected = fresh.submit(rehearsed, stage, plain, expecting=True).result().peak
+    return plan
+
+
+def rehearsed(stage: str, args: argparse.Namespace, expecting: bool = False) -> Plan:
+    rehearsal = Rehearsal(args, expecting)
     STAGES[stage](args, rehearsal)
     return rehearsal.done()
 

@@ -145,11 +145,14 @@ def _read(path: str) -> str:
 
 
 class Rehearsal:
-    """A run on tensors without data; `plan` is what it came to. Calls in the order of the run's own."""
+    """A run on tensors without data; `plan` is what it came to. Calls in the order of the run's own.
 
-    def __init__(self, args: argparse.Namespace):
+    With `expecting`, rows end as they are expected to (`endings`), and the plan's peak is no bound.
+    """
+
+    def __init__(self, args: argparse.Namespace, expecting: bool = False):
         kind, memory = planned_device(args)
-        self.args, self.on_cpu = args, kind == "cpu"
+        self.args, self.expecting, self.on_cpu = args, expecting, kind == "cpu"
         process = psutil.Process().memory_info().rss if self.on_cpu else 0
         dtype = pick_dtype(args.dtype, torch.device(kind))
         path = cli.base_name(args) if args.convert_to and Path(args.convert_to).is_dir() else args.llama_model_path
@@ -251,19 +254,17 @@ class Rehearsal:
         """InputError where there is no tokenizer."""
         return Encoder(load_tokenizer(self.tokenizer_path), self.args.max_length)
 
-    def endings(self, history: Sequence[EncodedRecord]) -> Iterator[Endings]:
-        """How rows end: first as expected, which then gives `plan.expected`; last none before its limit, the bound.
-
-        Expected are answers as long as the history's at most, and where they are labels, drafts that are right.
+    def endings(self, history: Sequence[EncodedRecord]) -> Endings:
+        """How rows end: none before its limit, or where `expecting`, as on the trained demo: answers as long as the
+        history's at most, and where they are labels, drafts that are right.
         """
         for_history, for_query = self.limits()
-        if self.plan.lengths == OF_DATA:
-            right = get_task(self.args.task_name).history_labels is not None
-            longest = max(len(record.target) for record in history)
-            limits = (min(for_history, longest), min(for_query, longest))
-            yield Endings(*limits, *((GOLDS_RIGHT, ANSWERS_RIGHT) if right else (0.0, 0.0)))
-            self.plan.expected = self.plan.process + self._ledger.most_held
-        yield Endings(for_history, for_query, 0.0, 0.0)
+        if not self.expecting:
+            return Endings(for_history, for_query, 0.0, 0.0)
+        right = get_task(self.args.task_name).history_labels is not None
+        longest = max(len(record.target) for record in history)
+        limits = (min(for_history, longest), min(for_query, longest))
+        return Endings(*limits, *((GOLDS_RIGHT, ANSWERS_RIGHT) if right else (0.0, 0.0)))
 
     def limits(self) -> tuple[int, int]:
         """New tokens at most of an answer to a history record, and to a test query (`prime.engine.Engine.limit`)."""
