@@ -32,6 +32,7 @@ from prime.runs import read_json, write_json  # noqa: E402
 from prime.tasks import TASKS, Task, get_task  # noqa: E402
 
 DEMO = ROOT / "data" / "demo"
+ATTACKS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.membership.SETS`
 LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 
 
@@ -39,14 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
     parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--holdout", default="0", help="share of sharers' items held out, for the controlled attack")
     parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "seeds"), help="runs and results")
     parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
     return parser
 
 
-def reproduce(task: str, seed: int, folder: Path) -> None:
+def reproduce(task: str, seed: int, holdout: str, folder: Path) -> None:
     """Run the whole job of one task and seed; steps that are finished are skipped."""
     command = ["bash", str(ROOT / "reproduce.sh"), "--methods", "all", "--tasks", task, "--seed", str(seed)]
+    command += ["--holdout", holdout]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{task}.log", "w", encoding="utf-8") as log:
         subprocess.run([*command, "--output_dir", str(folder)], check=True, stdout=log, env=os.environ)
@@ -71,21 +74,22 @@ def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
 
 
 def attacked(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of one seed: method -> figures of every attack in the published experiment, of all runs that were attacked."""
+    """Of one seed: method -> set of `prime.membership.SETS` -> its attacks, of all runs that were attacked."""
     found = [read_json(path) for path in sorted(folder.glob("*/mia_summary.json"))]
-    return {one["method"]: one["attacks"] for one in found}
+    return {one["method"]: one["sets"] for one in found}
 
 
-def leakage(seeds: Sequence[Mapping[str, Mapping[str, Any]]], method: str) -> dict[str, float | None]:
-    """Mean over the seeds: AUROC of the published attack and its blind baseline, and of the base-calibrated attack,
-    whose blind baseline is 0.5 by construction.
+def leakage(seeds: Sequence[Mapping[str, Mapping[str, Any]]], method: str, name: str) -> dict[str, float | None]:
+    """In one set, mean over the seeds: AUROC of the published attack and its blind baseline, and of the base-calibrated
+    attack, whose blind baseline is 0.5 by construction.
     """
-    if not all(method in own for own in seeds):
+    if not all(name in own.get(method, {}) for own in seeds):
         return dict.fromkeys(LEAKAGE)
+    attacks = [own[method][name]["attacks"] for own in seeds]
     return {
-        "auroc": fmean(own[method]["loss"]["auroc"]["mean"] for own in seeds),
-        "blind_auroc": fmean(own[method]["loss"]["blind_auroc"]["mean"] for own in seeds),
-        "calibrated_auroc": fmean(own[method]["calibrated"]["auroc"]["mean"] for own in seeds),
+        "auroc": fmean(own["loss"]["auroc"]["mean"] for own in attacks),
+        "blind_auroc": fmean(own["loss"]["blind_auroc"]["mean"] for own in attacks),
+        "calibrated_auroc": fmean(own["calibrated"]["auroc"]["mean"] for own in attacks),
     }
 
 
@@ -109,7 +113,9 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
             continue
         total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
         stacked = report.stack(total, list(total))
-        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leakage(attacks, method)}
+        found = {prefix: leakage(attacks, method, name) for prefix, name in ATTACKS.items()}
+        leaked = {prefix + key: value for prefix, own in found.items() for key, value in own.items()}
+        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leaked}
         singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
         row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
         if method != report.REFERENCE:
@@ -156,17 +162,17 @@ def overview(results: Sequence[Mapping[str, Any]]) -> str:
     return _side_by_side(columns)
 
 
-def leakages(results: Sequence[Mapping[str, Any]]) -> str:
-    """All tasks beside each other: AUROC of the published attack (its blind baseline), and base-calibrated."""
-    columns = {
-        one["task"]: {
-            row["method"]: f"{row['auroc']:.3f} ({row['blind_auroc']:.3f}), {row['calibrated_auroc']:.3f}"
-            for row in one["rows"]
-            if row["auroc"] is not None
-        }
-        for one in results
-    }
-    return _side_by_side(columns)
+def leakages(results: Sequence[Mapping[str, Any]], prefix: str) -> str:
+    """All tasks beside each other: AUROC of the published attack (its blind baseline), and base-calibrated; "" where
+    no method has any.
+    """
+    columns: dict[str, dict[str, str]] = {one["task"]: {} for one in results}
+    for one in results:
+        for row in one["rows"]:
+            auroc, blind, calibrated = (row[prefix + key] for key in LEAKAGE)
+            if auroc is not None:
+                columns[one["task"]][row["method"]] = f"{auroc:.3f} ({blind:.3f}), {calibrated:.3f}"
+    return _side_by_side(columns) if any(columns.values()) else ""
 
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
@@ -184,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = [get_task(name) for name in names]
     for seed in () if args.only_table else args.seeds:
         for task in tasks:
-            reproduce(task.name, seed, root / f"seed{seed}")
+            reproduce(task.name, seed, args.holdout, root / f"seed{seed}")
     results = []
     for task in tasks:
         folders = {seed: root / f"seed{seed}" / task.name for seed in args.seeds}
@@ -193,7 +199,10 @@ def main(argv: list[str] | None = None) -> None:
             results.append(compare_task(task, finished))
             print(table(results[-1]) + "\n")
     if results:
-        print(f"{overview(results)}\n\n{leakages(results)}\n")
+        print(f"{overview(results)}\n")
+    for prefix, name in ATTACKS.items():
+        if found := leakages(results, prefix):
+            print(f"{name}\n\n{found}\n")
     write_json(root / "seeds.json", {"tasks": results})
     print(json.dumps({"tasks": results}))
 

@@ -32,6 +32,11 @@ PART_OF_SEARCH = {"best_sharer": ("sharers",), "uniform": ()}
 NEED_GRADIENTS = ("mta", "oppu")  # on the user's own history
 # The blind baseline is the attack on the task-adapted base, before anybody's adapter is merged in.
 BLIND_ROWS = ("base", "task_lora")
+CONTROLLED_NOTE = "controlled: the same attack, records that the sharers trained on against their held-out ones."
+LEAKAGE = {  # key of a row -> its column; the controlled ones are shown where something was held out
+    "auroc": "AUROC", "blind_auroc": "AUROC, blind",
+    "controlled_auroc": "controlled AUROC", "controlled_blind_auroc": "controlled, blind",
+}  # fmt: skip
 
 Sample = Mapping[str, str]  # {"id", "output"}
 Stats = dict[str, np.ndarray]  # metric -> [u, s], or [s] of one user
@@ -169,7 +174,9 @@ def compare(task: Task, ours: Stats, reference: Stats) -> dict[str, Any]:
 
 
 def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """The published attack by row: each attacked method's AUROC and blind baseline; base rows are blind themselves."""
+    """The published attack by row: each attacked method's AUROC and blind baseline, in the published and the controlled
+    experiment (`prime.membership.SETS`); base rows are blind themselves.
+    """
     found: dict[str, dict[str, Any]] = {}
     for method in sorted(source, key=lambda name: name != REFERENCE):  # prime's blind baseline, if there
         path = source[method] / "mia_summary.json"
@@ -179,9 +186,11 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         attack = summary["attacks"].get(membership.PUBLISHED_ATTACK)
         if summary["method"] != method or attack is None:
             continue
-        found[method] = {"auroc": attack["auroc"], "blind_auroc": attack["blind_auroc"]}
+        held = summary.get("sets", {}).get("controlled", {}).get("attacks", {}).get(membership.PUBLISHED_ATTACK, {})
+        values = [attack["auroc"], attack["blind_auroc"], held.get("auroc"), held.get("blind_auroc")]
+        found[method] = dict(zip(LEAKAGE, values, strict=True))
         for row in BLIND_ROWS:
-            found.setdefault(row, {"auroc": attack["blind_auroc"]})
+            found.setdefault(row, {"auroc": attack["blind_auroc"], "controlled_auroc": held.get("blind_auroc")})
     return found
 
 
@@ -209,8 +218,7 @@ def about_methods(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     for method, folder in source.items():
         results = read_results(folder)
         found[method] = {
-            "auroc": attacks.get(method, {}).get("auroc"),
-            "blind_auroc": attacks.get(method, {}).get("blind_auroc"),
+            **{key: attacks.get(method, {}).get(key) for key in LEAKAGE},
             "seconds_per_user": seconds_per_user(method, results),
             "bytes_per_user": bytes_per_user(method, folder, results),
             "gradient": method in NEED_GRADIENTS,
@@ -321,11 +329,13 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and body of what a method has one value of: leakage beside its blind baseline, and the cost of a user."""
-    header = ["method", "AUROC", "AUROC, blind", "seconds/user", "bytes/user", "gradient"]
+    held_out = any(row["controlled_auroc"] for row in summary["rows"])
+    leakage = [key for key in LEAKAGE if held_out or not key.startswith("controlled")]
+    header = ["method", *(LEAKAGE[key] for key in leakage), "seconds/user", "bytes/user", "gradient"]
     body = []
     by_method = {row["method"]: row for row in summary["rows"]}
     for row in (by_method[method] for method in sorted(by_method, key=lambda name: Cell(name, 0, False).order())):
-        attack = [cell_text(row["auroc"]), cell_text(row["blind_auroc"])]
+        attack = [cell_text(row[key]) for key in leakage]
         cost = [
             "-" if row[key] is None else format(row[key], style)
             for key, style in (("seconds_per_user", ".1f"), ("bytes_per_user", ",.0f"))
@@ -342,6 +352,7 @@ def notes(summary: Mapping[str, Any]) -> str:
         f"Better: {directions}. Brackets: 95 % intervals from resampling users.",
         f"better/equal/worse: users, by {names[0]}, against {REFERENCE}.",
         f"AUROC of attack {summary['auroc_attack']}.",
+        CONTROLLED_NOTE if any(row["controlled_auroc"] for row in summary["rows"]) else "",
         "seconds/user: to search, compose or train, the share of each of those trained together; without predicting. "
         "bytes/user: of the stored adapter.\ngradient: whether the user's own history is trained on.",
     ]

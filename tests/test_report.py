@@ -74,7 +74,7 @@ def test_scores_carry_intervals(output):
     prime = row(rows, "prime")["accuracy"]
     assert prime["mean"] == pytest.approx((2 * 2 + 4 * 3) / 24)
     assert prime["low"] < prime["mean"] < prime["high"]
-    columns = {"auroc", "blind_auroc", "seconds_per_user", "bytes_per_user", "gradient"}
+    columns = {*report.LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient"}
     assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1"} | columns
 
 
@@ -129,6 +129,24 @@ def test_auroc_of_the_published_attack_and_its_blind_baseline(output):
     assert row(summary["rows"], "base")["blind_auroc"] is None
     assert row(summary["rows"], "uniform")["auroc"] is None
     assert summary["auroc_attack"].startswith("loss")
+    assert row(summary["rows"], "prime")["controlled_auroc"] is None
+    assert "controlled" not in aligned(report.method_rows(summary)) + report.notes(summary)
+
+
+def test_auroc_of_the_controlled_attack_where_records_were_held_out(output):
+    """By hand: columns of their own beside the published attack's, the base under its own blind baseline."""
+    means = {"auroc": 0.7, "blind_auroc": 0.6}, {"auroc": 0.55, "blind_auroc": 0.48}
+    published, held_out = ({k: {"mean": m, "low": m, "high": m} for k, m in one.items()} for one in means)
+    sets = {"published": {"attacks": {"loss": published}}, "controlled": {"attacks": {"loss": held_out}}}
+    content = SUMMARY | {"method": "prime", "attacks": {"loss": published}, "sets": sets}
+    (output / "LoRA-Composition-evo" / "mia_summary.json").write_text(json.dumps(content))
+    summary = summary_of(output)
+    assert row(summary["rows"], "prime")["controlled_auroc"] == held_out["auroc"]
+    assert row(summary["rows"], "task_lora")["controlled_auroc"] == held_out["blind_auroc"]
+    header, *body = report.method_rows(summary)
+    shown = dict(zip(header, next(cells for cells in body if cells[0] == "prime"), strict=True))
+    assert shown["AUROC"].startswith("0.700") and shown["controlled AUROC"].startswith("0.550")
+    assert shown["controlled, blind"].startswith("0.480") and "held-out" in report.notes(summary)
 
 
 METHOD_FOLDERS = {
