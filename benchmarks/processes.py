@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=cli.int_list, default=(1, 2, 4), help="how many at once, with commas")
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
+    parser.add_argument("--opt_budget", type=cli.positive, default=10, help="candidates of a search: how long it is")
     parser.add_argument("--launcher", choices=tuple(LAUNCHERS), default="torchrun", help="of several processes")
     parser.add_argument("--demo_dir", help="folder of a task's finished stages 1 to 3; default: made by reproduce.sh")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="where stages 1 to 3 are made")
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 def command(args: argparse.Namespace, demo: Path, processes: int, output: Path) -> list[str]:
     """Stage 4; one process is started without a launcher."""
     words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.stage_words(args.task, 0, demo)]
-    words += ["--user_idxs", f"0-{args.users}", "--output_dir", str(output)]
+    words += ["--user_idxs", f"0-{args.users}", "--opt_budget", str(args.opt_budget), "--output_dir", str(output)]
     launcher = ["-m", *LAUNCHERS[args.launcher], str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, *words]
 
