@@ -262,6 +262,9 @@ def test_what_protects_is_told_by_loss_relative_to_no_penalty(
     assert found["controlled"]["mean"] == pytest.approx(0.75) and found["similarity"]["mean"] == pytest.approx(0.5)
     assert privacy.figures(task, users(reference), users(reference))["relative_loss"]["mean"] == pytest.approx(0)
     assert "+" in privacy.table(task, {"penalty 1": found})
+    drawn = privacy.points(task, {"penalty 0.5": found, "keep_rank 1": found})
+    assert [(one["label"], one["penalty"]) for one in drawn] == [("penalty 0.5", 0.5), ("keep_rank 1", None)]
+    assert drawn[0]["controlled_auroc"] == found["controlled"] and drawn[0]["auroc"] == found["published"]
 
 
 @pytest.mark.parametrize("mechanism", privacy.MECHANISMS)
