@@ -189,11 +189,11 @@ def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as points of `prime.figures.frontier`, the penalties' numbers told."""
+    """The rows as points of `prime.figures.frontier`: short labels, and the numbers of the penalties."""
     metric = task.metrics[0]
     return [
         {
-            "label": name,
+            "label": name.replace("keep_rank", "rank").replace("top_share", "share"),
             "penalty": float(name.removeprefix("penalty ")) if name.startswith("penalty ") else None,
             metric: row[metric],
             "auroc": row["published"],

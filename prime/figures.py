@@ -348,7 +348,7 @@ def frontier(points: Sequence[Mapping[str, Any]], metric: str) -> Drawn:
     for panel, (key, title) in zip(axes, shown.items(), strict=False):
         for one in (one for one in points if one.get(key) and one["penalty"] is None):
             place = 1 + beside.index(one["label"])
-            _cross(panel, one[key], one[metric], COLOURS[place % 8], MARKERS[place % 8], plain(one["label"], 40))
+            _cross(panel, one[key], one[metric], COLOURS[place % 8], MARKERS[place % 8], plain(one["label"], 28))
         _penalties(panel, [one for one in points if one.get(key) and one["penalty"] is not None], key, metric)
         _label(panel, title)
     axes[0].set_ylabel(f"{metric} ({_better(metric)})")

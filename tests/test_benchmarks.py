@@ -162,7 +162,8 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In this process, whose peak is that of all tests: the figures are there and follow from each other. What earlier
-    tests gave back to the heap may hold a tiny run, so it need not grow."""
+    tests gave back to the heap may hold a tiny run, so it need not grow, and what is expected, rehearsed in a process
+    of its own, may be more (tests/test_plan.py compares the two from fresh processes)."""
     monkeypatch.setattr(plan, "in_process", lambda kind, words, threads: plan.child(kind, words))
     monkeypatch.setitem(plan.SHORT, "search", ["--recent_k", "2", "--opt_budget", "5", "--k_list", ""])
     monkeypatch.setitem(plan.SHORT, "training", ["--recent_k", "2", "--user_idxs", "0-2"])
@@ -171,7 +172,7 @@ def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tm
     found = last_line(capsys)
     assert list(found) == ["tiny, search", "tiny, training"]
     for own in found.values():
-        assert own["bound"] >= own["expected"] >= own["before"] > 0 and own["measured"] > 0
+        assert own["bound"] >= own["before"] > 0 and own["expected"] > 0 and own["measured"] > 0
         assert own["bound_over_measured"] == pytest.approx(own["bound"] / own["measured"], abs=2e-3)
     assert (tmp_path / "work/tiny/search/users").is_dir()
 
@@ -263,7 +264,7 @@ def test_what_protects_is_told_by_loss_relative_to_no_penalty(
     assert privacy.figures(task, users(reference), users(reference))["relative_loss"]["mean"] == pytest.approx(0)
     assert "+" in privacy.table(task, {"penalty 1": found})
     drawn = privacy.points(task, {"penalty 0.5": found, "keep_rank 1": found})
-    assert [(one["label"], one["penalty"]) for one in drawn] == [("penalty 0.5", 0.5), ("keep_rank 1", None)]
+    assert [(one["label"], one["penalty"]) for one in drawn] == [("penalty 0.5", 0.5), ("rank 1", None)]
     assert drawn[0]["controlled_auroc"] == found["controlled"] and drawn[0]["auroc"] == found["published"]
 
 
