@@ -32,7 +32,7 @@ from prime.runs import read_json, write_json  # noqa: E402
 from prime.tasks import TASKS, Task, get_task  # noqa: E402
 
 DEMO = ROOT / "data" / "demo"
-ATTACKS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.membership.SETS`
+EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.membership.SETS`
 LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 
 
@@ -113,7 +113,7 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
             continue
         total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
         stacked = report.stack(total, list(total))
-        found = {prefix: leakage(attacks, method, name) for prefix, name in ATTACKS.items()}
+        found = {prefix: leakage(attacks, method, name) for prefix, name in EXPERIMENTS.items()}
         leaked = {prefix + key: value for prefix, own in found.items() for key, value in own.items()}
         row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leaked}
         singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             print(table(results[-1]) + "\n")
     if results:
         print(f"{overview(results)}\n")
-    for prefix, name in ATTACKS.items():
+    for prefix, name in EXPERIMENTS.items():
         if found := leakages(results, prefix):
             print(f"{name}\n\n{found}\n")
     write_json(root / "seeds.json", {"tasks": results})

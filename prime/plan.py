@@ -113,7 +113,8 @@ def plan_of(stage: str, args: argparse.Namespace) -> Plan:
     if stage in ENDINGS_EXPECTED and plan.lengths == OF_DATA:
         plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "parser"})
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            plan.expected = fresh.submit(rehearsed, stage, plain, expecting=True).result().peak
+            other = fresh.submit(rehearsed, stage, plain, expecting=True).result()
+        plan.expected = plan.process + other.peak - other.process  # both grow from this process
     return plan
 
 
