@@ -203,6 +203,15 @@ def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
     ]
 
 
+def show(task: Task, rows: Mapping[str, Mapping[str, Any]], folder: Path) -> str:
+    """Draw the rows; their table, and the figure in a sentence."""
+    if not rows:
+        return f"{task.name}: nothing finished"
+    made, sentence = frontier_figure(points(task, rows), task.metrics[0])
+    plots.save(made, folder / f"frontier-{task.name}")
+    return f"{table(task, rows)}\n\n{sentence}"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     tasks = [get_task(name) for name in args.tasks.split(",")]
@@ -215,13 +224,7 @@ def main(argv: list[str] | None = None) -> None:
                     run(args, task.name, seed, folder, name)
     found = {task.name: compare_task(args, task) for task in tasks}
     for task in tasks:
-        if not found[task.name]:
-            print(f"{task.name}: nothing finished\n")
-            continue
-        print(f"{table(task, found[task.name])}\n")
-        made, sentence = frontier_figure(points(task, found[task.name]), task.metrics[0])
-        plots.save(made, Path(args.output_dir) / f"frontier-{task.name}")
-        print(f"{sentence}\n")
+        print(f"{show(task, found[task.name], Path(args.output_dir))}\n")
     write_json(Path(args.output_dir) / "privacy.json", found)
     print(json.dumps(found))
 

@@ -187,8 +187,10 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         if summary["method"] != method or attack is None:
             continue
         held = summary.get("sets", {}).get("controlled", {}).get("attacks", {}).get(membership.PUBLISHED_ATTACK, {})
-        values = [attack["auroc"], attack["blind_auroc"], held.get("auroc"), held.get("blind_auroc")]
-        found[method] = dict(zip(LEAKAGE, values, strict=True))
+        found[method] = {
+            "auroc": attack["auroc"], "blind_auroc": attack["blind_auroc"],
+            "controlled_auroc": held.get("auroc"), "controlled_blind_auroc": held.get("blind_auroc"),
+        }  # fmt: skip
         for row in BLIND_ROWS:
             found.setdefault(row, {"auroc": attack["blind_auroc"], "controlled_auroc": held.get("blind_auroc")})
     return found
@@ -327,10 +329,14 @@ def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     return [header, *body]
 
 
+def held_out(summary: Mapping[str, Any]) -> bool:
+    """Whether any method was attacked in the controlled experiment."""
+    return any(row["controlled_auroc"] for row in summary["rows"])
+
+
 def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and body of what a method has one value of: leakage beside its blind baseline, and the cost of a user."""
-    held_out = any(row["controlled_auroc"] for row in summary["rows"])
-    leakage = [key for key in LEAKAGE if held_out or not key.startswith("controlled")]
+    leakage = [key for key in LEAKAGE if held_out(summary) or not key.startswith("controlled")]
     header = ["method", *(LEAKAGE[key] for key in leakage), "seconds/user", "bytes/user", "gradient"]
     body = []
     by_method = {row["method"]: row for row in summary["rows"]}
@@ -352,7 +358,7 @@ def notes(summary: Mapping[str, Any]) -> str:
         f"Better: {directions}. Brackets: 95 % intervals from resampling users.",
         f"better/equal/worse: users, by {names[0]}, against {REFERENCE}.",
         f"AUROC of attack {summary['auroc_attack']}.",
-        CONTROLLED_NOTE if any(row["controlled_auroc"] for row in summary["rows"]) else "",
+        CONTROLLED_NOTE if held_out(summary) else "",
         "seconds/user: to search, compose or train, the share of each of those trained together; without predicting. "
         "bytes/user: of the stored adapter.\ngradient: whether the user's own history is trained on.",
     ]
