@@ -20,6 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prime.errors import InputError
 from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
 from prime.placement import place_of
+from prime.products import quicken, restore
 from prime.runs import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -94,6 +95,7 @@ class AdapterBank:
 
     def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
         self.model = model.requires_grad_(False).eval()
+        quicken(self.model)
         self.config: Any = model.config
         whole: Any = model
         self.device = place_of(whole.get_input_embeddings())  # of ids and logits; each layer has its own
@@ -121,6 +123,7 @@ class AdapterBank:
         for name, wrapper in self.wrappers.items():
             parent, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(parent), leaf, wrapper.base)
+        restore(self.model)
         return self.model
 
     @property

@@ -19,7 +19,7 @@ from prime.errors import InputError, tell
 from prime.prompts import RECENT_K, load_templates
 from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
-from prime.workers import limit_threads, share, start_missing, user_cost, wait_for, world
+from prime.workers import keep_freed_memory, limit_threads, share, start_missing, user_cost, wait_for, world
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
@@ -383,6 +383,7 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     started = start_missing()
     stop_between_writes()
     limit_threads()
+    keep_freed_memory()
     name, whole = Path(sys.argv[0]).name, False
     try:
         with open(os.devnull, "w") if world().rank else nullcontext(sys.stdout) as output, redirect_stdout(output):

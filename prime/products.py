@@ -1,0 +1,72 @@
+"""Matrix products of frozen linear layers on a CPU, by oneDNN.
+
+PyTorch gives fp32 products of dense tensors to MKL, which leaves AVX-512 unused on processors that are not Intel's;
+oneDNN asks what the processor can do, and is what PyTorch's own compiler calls. `benchmarks/products.py` measures both.
+Weights stay as they are: packed once they would be another tenth faster for a few rows, and twice in memory.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class OneDnnLinear(nn.Linear):
+    """A frozen `nn.Linear` whose products, and those of its input's gradient, are oneDNN's where that can be."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (_fits(self) and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
+            return super().forward(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Product.apply(x, self.weight, self.bias))
+        return product(x, self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b with W and b frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(grads[0], weight.t()), None, None
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x `[..., in]` times the transpose of weight `[out, in]`, plus bias `[out]`: `[..., out]`; fp32, on a CPU."""
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def available() -> bool:
+    """Whether oneDNN is there, and the AVX-512 that MKL may leave unused."""
+    return (
+        torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def quicken(model: nn.Module) -> None:
+    """Let a model's frozen fp32 linear layers on a CPU compute by oneDNN, where that is available."""
+    if available():
+        for module in model.modules():
+            if type(module) is nn.Linear and _fits(module):
+                module.__class__ = OneDnnLinear
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `quicken`."""
+    for module in model.modules():
+        if type(module) is OneDnnLinear:
+            cast(nn.Module, module).__class__ = nn.Linear
+
+
+def _fits(linear: nn.Linear) -> bool:
+    """Whether the layer is frozen, on a CPU and fp32."""
+    weight, bias = linear.weight, linear.bias
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    return frozen and weight.device.type == "cpu" and weight.dtype == torch.float32
