@@ -6,7 +6,7 @@ comparison, and gives the scripted token back. So each pays its own machinery in
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -21,6 +21,7 @@ from benchmarks.shapes import EOS, PAD, Work, shared_length
 from prime.bank import DEFAULT_TARGETS, AdapterBank
 from prime.decode import Counts, EncodedPrompt, Pair, Tokens, decode
 from prime.lora import Adapter
+from prime.products import quicken, restore
 from prime.sampling import Sampler
 
 BATCH = 8  # rows of the PEFT contenders' batches, as published
@@ -148,6 +149,15 @@ def peft_model(model: nn.Module, adapters: Sequence[Adapter], dropout: float = 0
             module.lora_A[str(number)].weight.data.copy_(a)
             module.lora_B[str(number)].weight.data.copy_(b)
     return found.eval()
+
+
+def with_onednn(model: nn.Module, run: Callable[[], Any]) -> Any:
+    """What `run` returns, the model's frozen layers computing meanwhile by oneDNN as ours do (`prime.products`)."""
+    quicken(model)
+    try:
+        return run()
+    finally:
+        restore(model)
 
 
 def answer_by_loop(model: Any, work: Work, *, stop: bool, in_order: bool) -> Result:

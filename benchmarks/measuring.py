@@ -7,7 +7,9 @@ Writes  nothing; `report` prints one JSON object as the last line
 import argparse
 import ctypes
 import gc
+import itertools
 import json
+import platform
 import resource
 import subprocess
 import sys
@@ -20,8 +22,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from prime import cli
+from prime import cli, products
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,17 +158,20 @@ def status_mb(name: str) -> float:
 
 
 def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Operations per second of the best of several square matrix products."""
+    """Operations per second of the best of several square matrix products, PyTorch's and oneDNN's."""
     best = 0.0
-    sizes = (1024, 2048) if device.type == "cpu" else (4096, 8192)
-    for size in sizes:
+    kinds: list[Callable[[Tensor, Tensor], Tensor]] = [torch.matmul]
+    if device.type == "cpu" and dtype == torch.float32 and products.available():
+        kinds.append(products.product)
+    tries_of = list(itertools.product((1024, 2048) if device.type == "cpu" else (4096, 8192), kinds))
+    for size, multiply in tries_of:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        stop = time.perf_counter() + seconds / len(sizes)
+        stop = time.perf_counter() + seconds / len(tries_of)
         tries = 0
         while tries < 3 or time.perf_counter() < stop:
             wait(device)
             started = time.perf_counter()
-            a @ b
+            multiply(a, b)
             wait(device)
             best = max(best, 2 * size**3 / (time.perf_counter() - started))
             tries += 1
@@ -189,9 +195,17 @@ def contenders_table(measured: Mapping[str, Measured]) -> str:
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
-        "device": name, "dtype": str(dtype).removeprefix("torch."),
+        "device": name, "processor": processor(), "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+
+
+def processor() -> str:
+    """The CPU's name as far as Linux tells it, and the instructions that PyTorch found."""
+    with suppress(OSError), open("/proc/cpuinfo") as lines:
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return f"{names[0]}, {torch.backends.cpu.get_cpu_capability()}"
+    return f"{platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def report(found: Mapping[str, Any]) -> None:

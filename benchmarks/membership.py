@@ -14,6 +14,7 @@ Contenders:
     peft_loop       PEFT: set_adapter, batches of 8 as the records come, loss of the target tokens; published, too
     peft_sorted     the same, records sorted by length
     peft_mixed      PEFT's adapter_names, batches of 8 rows of several adapters, sorted by length
+    peft_onednn     peft_loop with our products (prime.products)
     forward_limit   plain forward passes over the same rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per adapter
 """
@@ -40,7 +41,7 @@ from prime.lora import Adapter
 
 Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for
 
-SCORING = ("ours", "peft_loop", "peft_sorted", "peft_mixed")
+SCORING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn")
 LIMITS = ("forward_limit", "distinct_limit")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 
@@ -139,11 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     tokens = args.max_batch_tokens or auto_batch_tokens(bank)
 
     def runs(own: Sequence[EncodedRecord]) -> dict[str, Callable[[], Any]]:
+        as_they_come = partial(peft_loop, peft, n, own, in_order=True)
         every: dict[str, Callable[[], Any]] = {
             "ours": partial(ours, bank, adapters, own, args.max_batch_tokens),
-            "peft_loop": partial(peft_loop, peft, n, own, in_order=True),
+            "peft_loop": as_they_come,
             "peft_mixed": partial(peft_mixed, peft, n, own),
             "peft_sorted": partial(peft_loop, peft, n, own, in_order=False),
+            "peft_onednn": partial(contenders.with_onednn, peft, as_they_come),
             "forward_limit": partial(contenders.forward_only, peft, rows_of(n, own), tokens),
             "distinct_limit": partial(contenders.forward_only, peft, distinct_rows(n, own), tokens),
         }
@@ -162,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
             "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),
             "speedup_over_peft_sorted": measuring.ratio(measured, "peft_sorted", "ours"),
             "speedup_over_peft_mixed": measuring.ratio(measured, "peft_mixed", "ours"),
+            "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
             "time_over_forward_limit": measuring.ratio(measured, "ours", "forward_limit"),
             "time_over_distinct_limit": measuring.ratio(measured, "ours", "distinct_limit"),
             "outputs_equal": all(value <= TOLERANCE[dtype] for value in apart.values()),

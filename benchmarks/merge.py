@@ -15,6 +15,7 @@ Contenders (benchmarks/contenders.py):
     peft_loop       PEFT: set_adapter, generate with EOS stop, batches of 8 as the prompts come
     peft_sorted     the same, prompts sorted by length
     peft_mixed      PEFT's adapter_names, rows of all candidates sorted by length, batches of 8
+    peft_onednn     peft_loop with our products, prime.products: what is left is how the work is arranged
     published       one adapter at a time, 100 new tokens always, batches of 8 as the prompts come
     forward_limit   plain forward passes over all prompt + answer rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per candidate
@@ -40,7 +41,7 @@ from prime.bank import AdapterBank
 from prime.decode import auto_batch_tokens
 from prime.lora import RULES, merge
 
-ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "published")
+ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn", "published")
 LIMITS = ("forward_limit", "distinct_limit")
 SCALES = (1, 2, 4)
 # Largest difference of the largest logits that still counts as equal: rounding, by the model's dtype.
@@ -119,11 +120,13 @@ class Field:
         """The contenders asked for; `published` on its part of the work."""
         part = work.first(self.args.published_candidates or self.candidates, len(work.prompts))
         loop = contenders.answer_by_loop
+        as_they_come = partial(loop, self.peft, work, stop=True, in_order=True)
         every: dict[str, Callable[[], Any]] = {
             "ours": partial(self.ours, work),
-            "peft_loop": partial(loop, self.peft, work, stop=True, in_order=True),
+            "peft_loop": as_they_come,
             "peft_sorted": partial(loop, self.peft, work, stop=True, in_order=False),
             "peft_mixed": partial(contenders.answer_mixed, self.peft, work),
+            "peft_onednn": partial(contenders.with_onednn, self.peft, as_they_come),
             "published": partial(loop, self.peft, part, stop=False, in_order=True),
             "forward_limit": partial(self.limit, contenders.all_rows, work),
             "distinct_limit": partial(self.limit, contenders.distinct_rows, work),
@@ -193,6 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         "speedup_over_published": measuring.ratio(measured, "published", "ours"),
         "speedup_over_peft_sorted": measuring.ratio(measured, "peft_sorted", "ours"),
         "speedup_over_peft_mixed": measuring.ratio(measured, "peft_mixed", "ours"),
+        "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
         "time_over_forward_limit": measuring.ratio(measured, "ours", "forward_limit"),
         "time_over_distinct_limit": measuring.ratio(measured, "ours", "distinct_limit"),
         "outputs_equal": equal,

@@ -9,8 +9,9 @@ Takes   shape demo 2 minutes, shape 30m 25 minutes (2 CPU cores)
 
 Both sides have the same records in the same order, the same initial adapters, AdamW, clipping and schedule. A first
 run of each without dropout compares the losses step by step; the timed runs have `--dropout`, whose noise is each
-side's own. `forward_limit` is plain forward passes over the same rows, sorted; a backward pass over a frozen base costs
-about as much again, so `time_over_forward_and_backward` is half of `time_over_forward_limit`.
+side's own. `peft_onednn` is `peft_loop` with our products (prime.products). `forward_limit` is plain forward passes
+over the same rows, sorted; a backward pass over a frozen base costs about as much again, so
+`time_over_forward_and_backward` is half of `time_over_forward_limit`.
 """
 
 import argparse
@@ -40,13 +41,14 @@ from prime.tasks import get_task
 from prime.train import Learner, TrainSettings, cosine_lr, train
 
 Losses = list[list[float]]
+CONTENDERS = ("ours", "peft_loop", "peft_onednn", "forward_limit")
 LIMIT_TOKENS = 2048  # of a forward pass of the limits
 TOLERANCE = 1e-4
 
 
 def build_parser() -> argparse.ArgumentParser:
     names = (shapes.DEMO, *shapes.SHAPES)
-    parser = measuring.new_parser(__doc__, names, shapes.DEMO, ("ours", "peft_loop", "forward_limit"))
+    parser = measuring.new_parser(__doc__, names, shapes.DEMO, CONTENDERS)
     parser.add_argument("--anchors", type=cli.positive, default=16, help="adapters to train")
     parser.add_argument("--records", type=cli.positive, default=30, help="records of an anchor, the last ones")
     parser.add_argument("--epochs", type=cli.positive, default=1, help="passes over the records in the timed runs")
@@ -185,9 +187,11 @@ def main(argv: list[str] | None = None) -> None:
     starts = [bank.adapter(learner.place) for learner in learners]
 
     def runs(own: TrainSettings) -> dict[str, Callable[[], Any]]:
+        one_by_one = partial(peft_loop, plain, starts, learners, own)
         return {
             "ours": partial(ours, bank, learners, own, args.rank, args.max_batch_tokens),
-            "peft_loop": partial(peft_loop, plain, starts, learners, own),
+            "peft_loop": one_by_one,
+            "peft_onednn": partial(contenders.with_onednn, plain, one_by_one),
             "forward_limit": partial(limit, limit_model, learners, own),
         }
 
@@ -203,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
             "benchmark": "train_anchors",
             "speedup_over_peft_loop": measuring.ratio(measured, "peft_loop", "ours"),
             "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),  # published: one after the other
+            "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
             "time_over_forward_limit": over,
             "time_over_forward_and_backward": None if over is None else round(over / 2, 4),
             "outputs_equal": apart <= TOLERANCE,

@@ -45,8 +45,9 @@ class RoomyLayer(DynamicLayer):
         buffers = []
         for parts in zip(*pairs, strict=True):
             _, h, _, d = parts[0].shape
-            buffers.append(parts[0].new_zeros(rows, h, tokens + room, d))
+            buffers.append(parts[0].new_empty(rows, h, tokens + room, d))
             for place, own in zip(buffers[-1].split([len(part) for part in parts]), parts, strict=True):
+                place[:, :, : tokens - own.shape[2]] = 0  # masked, but 0 times what memory holds need not be 0
                 place[:, :, tokens - own.shape[2] : tokens] = own
         self.buffers = tuple(buffers)
         self._show(rows, tokens)

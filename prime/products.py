@@ -3,12 +3,19 @@
 PyTorch gives fp32 products of dense tensors to MKL, which leaves AVX-512 unused on processors that are not Intel's;
 oneDNN asks what the processor can do, and is what PyTorch's own compiler calls. `benchmarks/products.py` measures both.
 Weights stay as they are: packed once they would be another tenth faster for a few rows, and twice in memory.
+
+oneDNN makes a kernel for every number of rows it meets, a millisecond and half a megabyte that is kept. So few rows are
+padded to one of few numbers here, and passes over prompts are a multiple of `COLUMNS` wide.
 """
 
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
+
+PADDED = 512  # rows; to copy more of them would cost more than a kernel
+COLUMNS = 8
 
 
 class OneDnnLinear(nn.Linear):
@@ -38,7 +45,31 @@ class _Product(torch.autograd.Function):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[..., in]` times the transpose of weight `[out, in]`, plus bias `[out]`: `[..., out]`; fp32, on a CPU."""
+    rows = x.numel() // x.shape[-1]
+    wanted = padded_rows(rows)
+    if wanted == rows:
+        return _onednn(x, weight, bias)
+    own = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, wanted - rows))
+    return _onednn(own, weight, bias)[:rows].view(*x.shape[:-1], len(weight))
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that are computed for so many: one of 40 numbers, at most an eighth more, up to `PADDED`; else as many."""
+    step = max(4, 2 ** ((rows - 1).bit_length() - 4)) if 0 < rows <= PADDED else 1
+    return _round_up(rows, step)
+
+
+def padded_width(tokens: int) -> int:
+    """Columns of a pass over texts of so many tokens; a step of one token stays one."""
+    return _round_up(tokens, COLUMNS) if tokens > 1 else tokens
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def available() -> bool:

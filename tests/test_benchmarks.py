@@ -20,6 +20,7 @@ from benchmarks import (
     merge,
     plan,
     privacy,
+    products,
     seeds,
     shapes,
     sharer_search,
@@ -71,7 +72,7 @@ def test_merge(capsys: pytest.CaptureFixture) -> None:
     assert set(found["contenders"]) == {*merge.ANSWERING, *merge.LIMITS}
     assert found["published_scaled_from_candidates"] == 1
     assert found["tokens"]["total"] - found["tokens"]["distinct"] == (4 - 1) * 9 * shapes.SHARED_TOKENS
-    assert set(found["largest_logit_difference"]) == {"peft_loop", "peft_sorted", "peft_mixed", "published"}
+    assert set(found["largest_logit_difference"]) == {*merge.ANSWERING} - {"ours"}
     assert not any(math.isnan(value) for value in found["largest_logit_difference"].values())
 
 
@@ -108,7 +109,20 @@ def test_membership(capsys: pytest.CaptureFixture) -> None:
     membership.main(["--shape", "tiny", "--adapters", "3", "--records", "10", "--repeats", "1"])
     found = last_line(capsys)
     check(found, published="peft_loop")
-    assert set(found["largest_loss_difference"]) == {"peft_loop", "peft_sorted", "peft_mixed"}
+    assert set(found["largest_loss_difference"]) == {*membership.SCORING} - {"ours"}
+
+
+def test_products(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST", 0)
+    products.main(["--shape", "tiny", "--threads", "1"])
+    found = last_line(capsys)
+    assert {(one["layer"], one["rows"]) for one in found["layers"]} == {
+        (name, rows) for name in products.sizes_of("tiny") for rows in products.ROWS
+    }
+    for one in found["layers"]:
+        assert one["apart"] < 1e-5
+        for side in (one["forward"], one["gradient"]):
+            assert side["ratio"] == pytest.approx(side["onednn"] / side["plain"], rel=0.1)
 
 
 def test_scripts_repeat_as_often_as_the_shares_say() -> None:

@@ -410,6 +410,18 @@ def test_scores_do_not_depend_on_the_company(banks: dict) -> None:
         assert torch.allclose(own, together[1][i], atol=1e-5)
 
 
+@WAYS
+def test_what_freed_memory_held_is_never_read(banks: dict, rule: str, way: str) -> None:
+    """Memory that is not written yet is NaN here; one NaN among keys or values would reach the answer."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        found = run(banks[rule], way, max_batch_tokens=60)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == NAIVE[rule, way]
+
+
 def test_cache_keeps_rows_and_appends_as_transformers_own_does() -> None:
     """Rows leave and tokens come, in any order; only the order of rows may differ, and it is told."""
     stream = torch.Generator().manual_seed(0)

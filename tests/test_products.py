@@ -103,3 +103,13 @@ def test_the_bank_quickens_its_model_and_gives_it_back_plain() -> None:
     kinds = [type(module) for module in bank.model.modules() if isinstance(module, nn.Linear)]
     assert kinds and set(kinds) == {OneDnnLinear}
     assert not any(type(module) is OneDnnLinear for module in bank.unwrap().modules())
+
+
+def test_few_numbers_of_rows_are_computed() -> None:
+    found = {rows: products.padded_rows(rows) for rows in range(products.PADDED + 1)}
+    assert len(set(found.values())) <= 41
+    assert all(rows <= padded <= max(rows + 3, rows * 9 / 8) for rows, padded in found.items())
+    assert products.padded_rows(products.PADDED + 1) == products.PADDED + 1
+    widths = {tokens: products.padded_width(tokens) for tokens in range(2, 300)}
+    assert all(0 <= width - tokens < 8 and width % 8 == 0 for tokens, width in widths.items())
+    assert products.padded_width(1) == 1
