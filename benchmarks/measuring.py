@@ -202,10 +202,10 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def processor() -> str:
     """The CPU's name as far as Linux tells it, and the instructions that PyTorch found."""
+    name = platform.processor()
     with suppress(OSError), open("/proc/cpuinfo") as lines:
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return f"{names[0]}, {torch.backends.cpu.get_cpu_capability()}"
-    return f"{platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def report(found: Mapping[str, Any]) -> None:

@@ -7,8 +7,8 @@ Takes   half a minute
     python benchmarks/products.py --shape 30m
 
 A row is a token: 16 to 100 in a step of decoding, about 1,500 in a pass over prompts. `plain` is `nn.Linear` as it is,
-`onednn` the same layer quickened (`prime.products`); both in turn, the best of several tries. Where oneDNN has no
-AVX-512 to use, both are the same code and the ratios are 1.
+`onednn` the same layer quickened (`prime.products`); both in turn, the best of several tries. Where oneDNN has
+nothing to gain (`prime.products.available`), or a layer is small, both are the same code and the ratio is 1.
 """
 
 import argparse
@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
 from benchmarks import measuring, shapes
 from prime import cli
 from prime.products import available, quicken
 
 ROWS = (1, 16, 64, 256, 1536)
-TRIES, LEAST = 7, 2e8  # timings of each; multiplications of a timing, so that short ones are repeated
+TRIES, WORK = 7, 2e8  # timings of each; operations of a timing, so that short ones are repeated
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,7 +50,7 @@ def sizes_of(shape: str) -> dict[str, tuple[int, int]]:
 def rate(layer: nn.Linear, x: Tensor, *, backward: bool) -> float:
     """Operations per second, of the product or of its input's gradient."""
     flops, best = 2.0 * x.shape[0] * layer.weight.numel(), float("inf")
-    repeats = max(1, int(LEAST / flops))
+    repeats = max(1, int(WORK / flops))
     x = x.clone().requires_grad_(backward)
     y = layer(x)
     gradient = torch.ones_like(y)

@@ -89,18 +89,20 @@ class AdapterBank:
         model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
         targets: last parts of the module names that carry adapters (published default: q, k, v, o).
 
+    Its products are quickened (`prime.products`); `unwrap` gives it back as it was.
+
     Raises:
         InputError: no module, or a module that is no `nn.Linear`, has one of these names.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
         self.model = model.requires_grad_(False).eval()
-        quicken(self.model)
         self.config: Any = model.config
         whole: Any = model
         self.device = place_of(whole.get_input_embeddings())  # of ids and logits; each layer has its own
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
+        self.columns = quicken(self.model)
         self.layers = 1 + max(layer_of(name) for name in self.wrappers)
         self._stored: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -125,6 +127,10 @@ class AdapterBank:
             setattr(self.model.get_submodule(parent), leaf, wrapper.base)
         restore(self.model)
         return self.model
+
+    def width(self, tokens: int) -> int:
+        """Columns of a pass over prompts of so many tokens: as many, or more where that suits the products."""
+        return -(-tokens // self.columns) * self.columns
 
     @property
     def n(self) -> int:

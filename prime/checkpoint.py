@@ -20,6 +20,7 @@ from prime.lora import Adapter
 from prime.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
 from prime.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.placement import dispatched, read_map
+from prime.products import quicken
 from prime.published import open_adapter
 from prime.tensors import check_hub_dir, shown_error
 from prime.weight_files import check_loaded, weight_files
@@ -72,7 +73,7 @@ def load_model(
     model = load(path, place if parts is None else torch.device("cpu"), pick_dtype(dtype, place))
     if task_adapter is not None:
         fold(model, open_adapter(task_adapter, path), task_adapter)
-    model.requires_grad_(False).eval()
+    quicken(model.requires_grad_(False).eval())  # before accelerate hooks into the layers
     return nn.Module.to(model, place) if parts is None else dispatched(model, parts, place)
 
 

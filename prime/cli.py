@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from prime.data import User, load_profiles, load_users, select_indices
 from prime.errors import InputError, tell
+from prime.memory import keep_freed_memory
 from prime.prompts import RECENT_K, load_templates
 from prime.runs import Run, stop_between_writes
 from prime.tasks import TASKS, Task, get_task
-from prime.workers import keep_freed_memory, limit_threads, share, start_missing, user_cost, wait_for, world
+from prime.workers import limit_threads, share, start_missing, user_cost, wait_for, world
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (

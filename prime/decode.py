@@ -23,7 +23,6 @@ from torch.nn.functional import pad
 
 from prime.bank import AdapterBank
 from prime.cache import ROOM, RoomyCache
-from prime.products import padded_width
 from prime.sampling import Sampler
 
 Tokens = tuple[int, ...]
@@ -106,8 +105,8 @@ class _Batch:
     def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
         """Logits `[b, 1 + D, v]` after the pending tokens and after each of at most D guessed ones."""
         width, depth = max(map(len, pending)), max(map(len, guesses))
-        if width > 1 and math.isinf(sliding_window(self.bank.config)):
-            width = padded_width(width + depth) - depth
+        if width > 1 and math.isinf(sliding_window(self.bank.config)):  # steps stay narrow, and a window counts padding
+            width = self.bank.width(width + depth) - depth
         ids = torch.tensor(
             [[0] * (width - len(p)) + [*p, *g] + [0] * (depth - len(g)) for p, g in zip(pending, guesses, strict=True)]
         ).to(self.bank.device)
@@ -173,7 +172,7 @@ class _Prefix:
             (keys.index_select(0, places.to(keys.device)), values.index_select(0, places.to(values.device)))
             for keys, values in self.layers
         )
-        return RoomyCache.holding(chosen, padded_width(max(len(row.suffix) for row in rows) + ROOM))
+        return RoomyCache.holding(chosen, max(len(row.suffix) for row in rows) + ROOM)
 
 
 # -- answering ------------------------------------------------------------------------------------------------------
@@ -458,7 +457,7 @@ def _cut(rows: list[_Row], known: _Drafts, budget: int, prefix: int) -> Iterator
     width = depth = 0
     for row in rows:
         new_width, new_depth = max(width, len(row.suffix)), max(depth, known.longest(row.index))
-        fed, count = padded_width(new_width + new_depth), len(part) + 1
+        fed, count = new_width + new_depth, len(part) + 1
         if part and (count * fed > budget or count * (prefix + fed) > WAITING_BUDGETS * budget):
             yield part
             part, new_width, new_depth = [], len(row.suffix), known.longest(row.index)

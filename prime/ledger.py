@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALIGNMENT = 64  # of torch's CPU tensors
-ALWAYS_MAPPED = 32 << 20  # glibc gives blocks from this size back to the system at once (DEFAULT_MMAP_THRESHOLD_MAX)
+from prime.memory import ALWAYS_MAPPED
 
+ALIGNMENT = 64  # of torch's CPU tensors
 
 MALLINFO = (
     "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",

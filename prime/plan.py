@@ -14,6 +14,7 @@ from prime.data import User, load_users, select
 from prime.decode import EncodedRecord
 from prime.gates import Gates
 from prime.lora import read_config
+from prime.memory import keep_freed_memory
 from prime.prompts import Record, task_records
 from prime.rehearsal import OF_DATA, PUBLISHED_ANCHORS, Plan, Rehearsal
 from prime.search import generation_size, is_pareto, make_optimizer
@@ -112,7 +113,7 @@ def plan_of(stage: str, args: argparse.Namespace) -> Plan:
     plan = rehearsed(stage, args)
     if stage in ENDINGS_EXPECTED and plan.lengths == OF_DATA:
         plain = argparse.Namespace(**{name: value for name, value in vars(args).items() if name != "parser"})
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        with ProcessPoolExecutor(1, get_context("spawn"), keep_freed_memory) as fresh:
             other = fresh.submit(rehearsed, stage, plain, expecting=True).result()
         plan.expected = plan.process + other.peak - other.process  # both grow from this process
     return plan

@@ -1,19 +1,22 @@
 """Matrix products of frozen linear layers on a CPU, by oneDNN.
 
 PyTorch gives fp32 products of dense tensors to MKL, which leaves AVX-512 unused on processors that are not Intel's;
-oneDNN asks what the processor can do, and is what PyTorch's own compiler calls. `benchmarks/products.py` measures both.
+oneDNN asks what the processor can do. So it computes there, and `benchmarks/products.py` measures both.
 Weights stay as they are: packed once they would be another tenth faster for a few rows, and twice in memory.
 
-oneDNN makes a kernel for every number of rows it meets, a millisecond and half a megabyte that is kept. So few rows are
-padded to one of few numbers here, and passes over prompts are a multiple of `COLUMNS` wide.
+oneDNN makes a kernel for every number of rows it meets, a millisecond and half a megabyte that is kept. So layers of
+fewer than `LEAST` weights stay with MKL, few rows are padded to one of few numbers, and passes over prompts are a
+multiple of `COLUMNS` wide where no attention window counts their padding.
 """
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+LEAST = 2**18  # weights; smaller layers take less than the making of a kernel
 PADDED = 512  # rows; to copy more of them would cost more than a kernel
 COLUMNS = 8
 
@@ -63,30 +66,40 @@ def padded_rows(rows: int) -> int:
     return _round_up(rows, step)
 
 
-def padded_width(tokens: int) -> int:
-    """Columns of a pass over texts of so many tokens; a step of one token stays one."""
-    return _round_up(tokens, COLUMNS) if tokens > 1 else tokens
-
-
 def _round_up(number: int, step: int) -> int:
     return -(-number // step) * step
 
 
 def available() -> bool:
-    """Whether oneDNN is there, and the AVX-512 that MKL may leave unused."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    """Whether oneDNN is there, and an AVX-512 that MKL leaves unused."""
+    unused = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "GenuineIntel" not in _cpuinfo()
+    return unused and built()
 
 
-def quicken(model: nn.Module) -> None:
-    """Let a model's frozen fp32 linear layers on a CPU compute by oneDNN, where that is available."""
+def built() -> bool:
+    """Whether this PyTorch has oneDNN's products."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _cpuinfo() -> str:
+    """What Linux says of the processor; where nothing is said it is taken for Intel's."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "GenuineIntel"
+
+
+def quicken(model: nn.Module) -> int:
+    """Let a model's frozen, large fp32 linear layers on a CPU compute by oneDNN, where that is available.
+
+    Returns:
+        What the width of a pass over prompts should be a multiple of.
+    """
     if available():
         for module in model.modules():
             if type(module) is nn.Linear and _fits(module):
                 module.__class__ = OneDnnLinear
+    return COLUMNS if any(type(module) is OneDnnLinear for module in model.modules()) else 1
 
 
 def restore(model: nn.Module) -> None:
@@ -97,7 +110,7 @@ def restore(model: nn.Module) -> None:
 
 
 def _fits(linear: nn.Linear) -> bool:
-    """Whether the layer is frozen, on a CPU and fp32."""
+    """Whether the layer is frozen, large, on a CPU and fp32."""
     weight, bias = linear.weight, linear.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    return frozen and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return frozen and weight.numel() >= LEAST and weight.device.type == "cpu" and weight.dtype == torch.float32

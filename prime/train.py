@@ -24,7 +24,6 @@ from prime.bank import AdapterBank, InputScaler
 from prime.decode import EncodedRecord
 from prime.errors import InputError
 from prime.privacy import Mechanism, add_clipped, add_noise, one_slice_per_row
-from prime.products import padded_width
 from prime.runs import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
@@ -236,7 +235,7 @@ def _by_length(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
     """Rows in ascending length, parted so that rows x longest stays within the budget."""
     part: list[_Row] = []
     for row in sorted(rows, key=lambda row: (row.length, row.learner, row.number)):
-        if part and (len(part) + 1) * padded_width(row.length) > budget:
+        if part and (len(part) + 1) * row.length > budget:
             yield part
             part = []
         part.append(row)
@@ -247,7 +246,7 @@ def _by_length(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
 def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float, scalers: Scalers | None = None) -> Tensor:
     """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
     texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
-    width = padded_width(max(map(len, texts)))
+    width = bank.width(max(map(len, texts)))
     first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
     labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)

@@ -6,7 +6,6 @@ what by claims (`prime.locks`). So processes may come, die and come back at any 
 or by a scheduler on the same directory share the work as well.
 """
 
-import ctypes
 import os
 import signal
 import time
@@ -20,8 +19,6 @@ from prime.locks import PATIENCE, POLL, holder
 from prime.runs import Run
 
 Unit = TypeVar("Unit")
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class World(NamedTuple):
@@ -48,17 +45,6 @@ def limit_threads() -> None:
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: the next pass takes it again, and a page that was given back costs a fault.
-
-    Blocks above 32 MB are still mapped apart, the most that glibc itself would come to.
-    """
-    with suppress(OSError, AttributeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def start_missing() -> list[int]:

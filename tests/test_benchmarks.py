@@ -113,7 +113,7 @@ def test_membership(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_products(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "WORK", 0)
     products.main(["--shape", "tiny", "--threads", "1"])
     found = last_line(capsys)
     assert {(one["layer"], one["rows"]) for one in found["layers"]} == {
@@ -121,8 +121,7 @@ def test_products(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
     }
     for one in found["layers"]:
         assert one["apart"] < 1e-5
-        for side in (one["forward"], one["gradient"]):
-            assert side["ratio"] == pytest.approx(side["onednn"] / side["plain"], rel=0.1)
+        assert all(rate > 0 for side in (one["forward"], one["gradient"]) for rate in side.values())
 
 
 def test_scripts_repeat_as_often_as_the_shares_say() -> None:
