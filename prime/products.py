@@ -5,8 +5,8 @@ oneDNN asks what the processor can do. So it computes there, and `benchmarks/pro
 Weights stay as they are: packed once they would be another tenth faster for a few rows, and twice in memory.
 
 oneDNN makes a kernel for every number of rows it meets, a millisecond and half a megabyte that is kept. So layers of
-fewer than `LEAST` weights stay with MKL, few rows are padded to one of few numbers, and passes over prompts are a
-multiple of `COLUMNS` wide where no attention window counts their padding.
+fewer than `LEAST` weights stay with MKL, as do fewer than `FEWEST` rows; some more rows are padded to one of few
+numbers, and passes over prompts are a multiple of `COLUMNS` wide where no attention window counts their padding.
 """
 
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 LEAST = 2**18  # weights; smaller layers take less than the making of a kernel
+FEWEST = 4  # rows; fewer are bound by reading the weights, and faster by MKL
 PADDED = 512  # rows; to copy more of them would cost more than a kernel
 COLUMNS = 8
 
@@ -49,6 +50,8 @@ class _Product(torch.autograd.Function):
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x `[..., in]` times the transpose of weight `[out, in]`, plus bias `[out]`: `[..., out]`; fp32, on a CPU."""
     rows = x.numel() // x.shape[-1]
+    if rows < FEWEST:
+        return linear(x, weight, bias)
     wanted = padded_rows(rows)
     if wanted == rows:
         return _onednn(x, weight, bias)
@@ -63,16 +66,17 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def padded_rows(rows: int) -> int:
     """Rows that are computed for so many: one of 40 numbers, at most an eighth more, up to `PADDED`; else as many."""
     step = max(4, 2 ** ((rows - 1).bit_length() - 4)) if 0 < rows <= PADDED else 1
-    return _round_up(rows, step)
+    return round_up(rows, step)
 
 
-def _round_up(number: int, step: int) -> int:
+def round_up(number: int, step: int) -> int:
+    """The next multiple of step."""
     return -(-number // step) * step
 
 
 def available() -> bool:
     """Whether oneDNN is there, and an AVX-512 that MKL leaves unused."""
-    unused = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "GenuineIntel" not in _cpuinfo()
+    unused = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and "GenuineIntel" not in cpuinfo()
     return unused and built()
 
 
@@ -81,12 +85,12 @@ def built() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _cpuinfo() -> str:
+def cpuinfo() -> str:
     """What Linux says of the processor; where nothing is said it is taken for Intel's."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
-        return "GenuineIntel"
+        return "vendor_id : GenuineIntel"
 
 
 def quicken(model: nn.Module) -> int:
@@ -109,8 +113,8 @@ def restore(model: nn.Module) -> None:
             cast(nn.Module, module).__class__ = nn.Linear
 
 
-def _fits(linear: nn.Linear) -> bool:
+def _fits(layer: nn.Linear) -> bool:
     """Whether the layer is frozen, large, on a CPU and fp32."""
-    weight, bias = linear.weight, linear.bias
+    weight, bias = layer.weight, layer.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return frozen and weight.numel() >= LEAST and weight.device.type == "cpu" and weight.dtype == torch.float32
