@@ -202,9 +202,9 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def processor() -> str:
     """The CPU's name as far as Linux tells it, and the instructions that PyTorch found."""
-    name = platform.processor()
-    with suppress(OSError), open("/proc/cpuinfo") as lines:
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    lines = products.cpuinfo().splitlines()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor())
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prime.errors import InputError
 from prime.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
 from prime.placement import place_of
-from prime.products import quicken, restore
+from prime.products import quicken, restore, round_up
 from prime.runs import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -89,7 +89,7 @@ class AdapterBank:
         model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
         targets: last parts of the module names that carry adapters (published default: q, k, v, o).
 
-    Its products are quickened (`prime.products`); `unwrap` gives it back as it was.
+    Its products are quickened (`prime.products`); `unwrap` gives it back with plain layers.
 
     Raises:
         InputError: no module, or a module that is no `nn.Linear`, has one of these names.
@@ -130,7 +130,7 @@ class AdapterBank:
 
     def width(self, tokens: int) -> int:
         """Columns of a pass over prompts of so many tokens: as many, or more where that suits the products."""
-        return -(-tokens // self.columns) * self.columns
+        return round_up(tokens, self.columns)
 
     @property
     def n(self) -> int:

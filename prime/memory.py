@@ -9,7 +9,7 @@ ALWAYS_MAPPED = 32 << 20  # glibc gives blocks from this size back to the system
 
 def keep_freed_memory() -> None:
     """Let glibc keep smaller blocks that are freed: the next pass takes them again, and every page that was given back
-    costs a fault, which on a virtual machine can be a tenth of the time. The heap's free end is kept up to 2 GiB.
+    costs a fault, which is dear on a virtual machine. The heap's free end is kept up to 2 GiB.
     """
     with suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
