@@ -113,17 +113,21 @@ class RoomyCache(Cache):
         return [layer.held() for layer in self._roomy()]
 
     @classmethod
-    def joined(cls, caches: Sequence["RoomyCache"], room: int) -> "RoomyCache":
-        """All rows of these caches, shorter ones with columns of zeros in front. Their layers are given up one by one,
-        so that two caches of everything never exist together.
+    def joined(
+        cls, caches: Sequence["RoomyCache"], selections: Sequence[Sequence[list[int]]], room: int
+    ) -> list["RoomyCache"]:
+        """A cache per selection of rows (a list for each cache, not all empty), shorter ones with columns of zeros in
+        front. The caches' layers are given up one by one, so that two caches of everything never exist together.
         """
-        whole = cls()
+        wholes = [cls() for _ in selections]
         while caches[0].layers:
             pairs = [cast(RoomyLayer, cache.layers.pop(0)).held() for cache in caches]
-            layer = RoomyLayer()
-            layer.join(pairs, room)
-            whole.layers.append(layer)
-        return whole
+            for whole, selection in zip(wholes, selections, strict=True):
+                layer = RoomyLayer()
+                parts = [_rows(*pair, chosen) for pair, chosen in zip(pairs, selection, strict=True) if chosen]
+                layer.join(parts, room)
+                whole.layers.append(layer)
+        return wholes
 
     def grow(self, room: int) -> None:
         """Make room for `room` more tokens in every layer."""
@@ -143,6 +147,11 @@ class RoomyCache(Cache):
         for layer in self._roomy():
             layer.select(order)
         return order
+
+
+def _rows(keys: Tensor, values: Tensor, chosen: list[int]) -> Pair:
+    """These rows of keys and values, which are not copied where they are all of them in order."""
+    return (keys, values) if chosen == [*range(len(keys))] else (keys[chosen], values[chosen])
 
 
 def compact_order(indices: Sequence[int], rows: int) -> list[int]:

@@ -3,8 +3,8 @@
 Four things make it fast, none of which changes an answer: prompts that begin alike share that prefix, computed
 once per adapter; rows are sorted by length and batched by a token budget; answers already known for a prompt are
 drafts, and one forward pass over prompt and draft accepts the longest start that the model would have written
-itself (Leviathan et al. 2023, exact here because noise belongs to the prompt, see `prime.sampling`); finished rows
-leave the batch at once.
+itself (Leviathan et al. 2023, exact here because noise belongs to the prompt, see `prime.sampling`), as far as drafts
+have proved right so far; finished rows leave the batch at once.
 
 Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
 """
@@ -33,6 +33,8 @@ MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pa
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 # On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
 CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
+WORTH = 4  # tokens fed beside others that cost as much as a step of one token (30m on a CPU: 3 to 4; more on a GPU)
+TRUSTED = 8  # drafts that count as right before any was tried
 REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
 
@@ -80,7 +82,7 @@ class _Batch:
     whose logits are wanted are the last columns of every row.
     """
 
-    def __init__(self, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None"):
+    def __init__(self, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None" = None):
         self.bank = bank
         self.rows = rows
         self.cache = prefix.expand(rows) if prefix else RoomyCache()
@@ -89,17 +91,34 @@ class _Batch:
         self.seen = torch.full((len(rows), 1), seen, device=bank.device)  # true length of each row so far
 
     @classmethod
+    def regrouped(cls, batches: "list[_Batch]", wanted: Callable[[_Row], bool]) -> "dict[bool, _Batch]":
+        """The rows that are wanted (True) and those that are not (False), a batch of each where there are any. Shorter
+        caches get masked columns in front; the old batches are used up.
+        """
+        sides = {
+            side: [[place for place, row in enumerate(batch.rows) if wanted(row) is side] for batch in batches]
+            for side in (False, True)
+        }
+        filled = {side: chosen for side, chosen in sides.items() if any(chosen)}
+        if len(batches) == len(filled) == 1:
+            return dict.fromkeys(filled, batches[0])
+        caches = RoomyCache.joined([batch.cache for batch in batches], [*filled.values()], ROOM)
+        return {side: cls._of(batches, filled[side], cache) for side, cache in zip(filled, caches, strict=True)}
+
+    @classmethod
     def join(cls, batches: "list[_Batch]") -> "_Batch":
-        """One batch of all rows; shorter caches get masked columns in front."""
-        whole = batches[0]
-        if len(batches) == 1:
-            return whole
-        columns = max(batch.mask.shape[1] for batch in batches)
-        whole.rows = [row for batch in batches for row in batch.rows]
-        missing = [columns - batch.mask.shape[1] for batch in batches]
-        whole.cache = RoomyCache.joined([batch.cache for batch in batches], ROOM)
-        whole.mask = torch.cat([pad(batch.mask, (more, 0)) for batch, more in zip(batches, missing, strict=True)])
-        whole.seen = torch.cat([batch.seen for batch in batches])
+        """One batch of all rows."""
+        return cls.regrouped(batches, lambda _: True)[True]
+
+    @classmethod
+    def _of(cls, batches: "list[_Batch]", chosen: list[list[int]], cache: RoomyCache) -> "_Batch":
+        """The chosen rows of each batch, whose keys and values are in this cache."""
+        whole = cls(batches[0].bank, [batch.rows[i] for batch, own in zip(batches, chosen, strict=True) for i in own])
+        parts = [(batch.mask[own], batch.seen[own]) for batch, own in zip(batches, chosen, strict=True) if own]
+        columns = max(mask.shape[1] for mask, _ in parts)
+        whole.cache = cache
+        whole.mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask, _ in parts])
+        whole.seen = torch.cat([seen for _, seen in parts])
         return whole
 
     def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
@@ -216,11 +235,29 @@ def decode(
     budget = max_batch_tokens or auto_batch_tokens(bank)
     batches = _batches(bank, texts, pairs, known, max_new_tokens, budget, keys)
     most = waiting_tokens(bank.config, budget, bank.device.type == "cpu")
-    for row in _answer(batches, sampler, max_new_tokens, known, counts, most):
+    for row in _Decoder(sampler, max_new_tokens, known, counts, budget, most).answer(batches):
         found[row.adapter, row.index] = tuple(row.answer)
         if progress:
             progress(1)
     return found
+
+
+class _Depth:
+    """How many tokens of a draft are worth feeding, told by how far earlier drafts agreed with the model.
+
+    A token that agrees saves a step, and each one that is fed costs a part of one.
+    """
+
+    def __init__(self) -> None:
+        self.fed, self.agreed = Counter[int](), Counter[int]()  # drafts by place, which reached it
+
+    def note(self, fed: int, agreed: int) -> None:
+        self.fed.update(range(fed))
+        self.agreed.update(range(agreed))
+
+    @property
+    def most(self) -> float:
+        return next((at for at in self.fed if self.fed[at] + TRUSTED > WORTH * (self.agreed[at] + TRUSTED)), math.inf)
 
 
 class _Drafts:
@@ -231,76 +268,104 @@ class _Drafts:
         self.ends = frozenset(eos)
         cut = [[tuple(takewhile(lambda t: t not in self.ends, answer)) for answer in known] for known in lists]
         self.ranked = [[answer for answer, _ in Counter(known).most_common()] for known in cut]
+        self.first, self.later = _Depth(), _Depth()  # of drafts fed behind prompts, and of those that match an answer
 
     def longest(self, index: int) -> int:
-        return max(map(len, self.ranked[index]), default=0)
+        """Tokens that are fed behind a prompt at most."""
+        return int(min(max(map(len, self.ranked[index]), default=0), self.first.most))
 
-    def guess(self, row: _Row, limit: int) -> Tokens:
+    def guess(self, row: _Row, limit: float) -> Tokens:
         """Continuation of the row's answer by the most frequent known answer that agrees with it so far."""
         done = tuple(row.answer)
         for answer in self.ranked[row.index]:
             if limit > 0 and len(answer) > len(done) and answer[: len(done)] == done:
-                return answer[len(done) : len(done) + limit]
+                return answer[len(done) : int(min(len(done) + limit, len(answer)))]
         return ()
 
 
-def _answer(
-    batches: Iterable[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, most: int
-) -> Iterator[_Row]:
-    """Decode batches to their end; yields rows as they finish.
+@dataclass
+class _Decoder:
+    """Decodes batches to their end.
 
-    Most rows end in the first pass, with a draft. The others wait until `most` cached tokens have gathered, then
-    fill a batch of their own, whose passes feed one token (or the rest of another draft) per row.
+    Most rows of short answers end in the first pass, with a draft. The others wait until `most` cached tokens have
+    gathered. Of these, rows whose answer begins as a known one are fed its rest, among themselves; an answer that
+    agrees with no known one never will again, and such rows go on together, a token at a time.
     """
-    waiting: list[_Batch] = []
-    for batch in batches:
-        counts.rows += len(batch.rows)
-        yield from _advance(batch, [row.suffix for row in batch.rows], sampler, limit, known, counts, first=True)
-        waiting += [batch] if batch.rows else []
-        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:
-            yield from _finish(waiting, sampler, limit, known, counts)
-            waiting = []
-    yield from _finish(waiting, sampler, limit, known, counts)
 
+    sampler: Sampler
+    limit: int  # new tokens of an answer
+    known: _Drafts
+    counts: Counts
+    budget: int  # tokens of a pass
+    most: int  # cached tokens of waiting rows
 
-def _finish(
-    waiting: list[_Batch], sampler: Sampler, limit: int, known: _Drafts, counts: Counts
-) -> Iterator[_Row]:
-    if not waiting:
-        return
-    batch = _Batch.join(waiting)
-    waiting.clear()
-    while batch.rows:
-        pending: list[Tokens] = [(row.answer[-1],) for row in batch.rows]
-        yield from _advance(batch, pending, sampler, limit, known, counts, first=False)
+    def answer(self, batches: Iterable[_Batch]) -> Iterator[_Row]:
+        """Rows as they finish."""
+        waiting: list[_Batch] = []
+        for batch in batches:
+            self.counts.rows += len(batch.rows)
+            yield from self._advance(batch, [row.suffix for row in batch.rows], self.known.first)
+            waiting += [batch] if batch.rows else []
+            if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > self.most:
+                yield from self._finish(waiting)
+        yield from self._finish(waiting)
 
+    def _finish(self, waiting: list[_Batch]) -> Iterator[_Row]:
+        apart: list[_Batch] = []
+        while waiting:
+            most = self.known.later.most
+            groups = _Batch.regrouped(waiting, lambda row, most=most: bool(self._guess(row, most)))
+            waiting.clear()
+            apart += [groups[False]] if False in groups else []
+            if True in groups:
+                yield from self._step(groups[True], self.known.later)
+                waiting += [groups[True]] if groups[True].rows else []
+        if apart:
+            batch = _Batch.join(apart)
+            apart.clear()
+            while batch.rows:
+                yield from self._step(batch, None)
 
-def _advance(
-    batch: _Batch, pending: list[Tokens], sampler: Sampler, limit: int, known: _Drafts, counts: Counts, *, first: bool
-) -> Iterator[_Row]:
-    """One forward pass over pending and guessed tokens; rows that end are yielded and leave the batch."""
-    # One token always comes from the model after the guess, so the guess leaves room for it.
-    room = batch.room(max(map(len, pending)), limit - min(len(row.answer) for row in batch.rows))
-    guesses = [known.guess(row, int(min(limit - len(row.answer) - 1, room))) for row in batch.rows]
-    logits = batch.feed(pending, guesses)
-    counts.passes += 1
-    counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
-    accepted, open_rows = [], []
-    own = _choose(logits, batch.rows, guesses, sampler)
-    for i, (row, guess, chosen) in enumerate(zip(batch.rows, guesses, own, strict=True)):
-        agreed = _agreement(guess, chosen)
-        accepted.append(agreed)
-        row.answer.extend([*guess[:agreed], chosen[agreed]])
-        ended = row.answer[-1] in known.ends
-        if ended or len(row.answer) >= limit:
-            if ended:
-                row.answer.pop()
-            counts.from_draft += first and agreed > 0
-            yield row
-        else:
-            open_rows.append(i)
-    batch.accept(torch.tensor(accepted, device=batch.mask.device), max(map(len, guesses)))
-    batch.keep(open_rows)
+    def _step(self, batch: _Batch, depth: _Depth | None) -> Iterator[_Row]:
+        return self._advance(batch, [(row.answer[-1],) for row in batch.rows], depth)
+
+    def _advance(self, batch: _Batch, pending: list[Tokens], depth: _Depth | None) -> Iterator[_Row]:
+        """One forward pass over pending and guessed tokens; rows that end are yielded and leave the batch."""
+        guesses = self._guesses(batch, pending, depth)
+        logits = batch.feed(pending, guesses)
+        self.counts.passes += 1
+        self.counts.tokens += sum(map(len, pending)) + sum(map(len, guesses))
+        accepted, open_rows = [], []
+        own = _choose(logits, batch.rows, guesses, self.sampler)
+        for i, (row, guess, chosen) in enumerate(zip(batch.rows, guesses, own, strict=True)):
+            agreed = _agreement(guess, chosen)
+            accepted.append(agreed)
+            if depth:
+                depth.note(len(guess), agreed)
+            row.answer.extend([*guess[:agreed], chosen[agreed]])
+            ended = row.answer[-1] in self.known.ends
+            if ended or len(row.answer) >= self.limit:
+                if ended:
+                    row.answer.pop()
+                self.counts.from_draft += depth is self.known.first and agreed > 0
+                yield row
+            else:
+                open_rows.append(i)
+        batch.accept(torch.tensor(accepted, device=batch.mask.device), max(map(len, guesses)))
+        batch.keep(open_rows)
+
+    def _guesses(self, batch: _Batch, pending: list[Tokens], depth: _Depth | None) -> list[Tokens]:
+        if depth is None:
+            return [()] * len(batch.rows)
+        width = max(map(len, pending))
+        most = min(depth.most, batch.room(width, self.limit - min(len(row.answer) for row in batch.rows)))
+        if depth is self.known.later:  # first passes were cut to the budget
+            most = min(most, max(1, self.budget // len(batch.rows) - width))
+        return [self._guess(row, most) for row in batch.rows]
+
+    def _guess(self, row: _Row, most: float) -> Tokens:
+        """One token always comes from the model after the guess, so the guess leaves room for it."""
+        return self.known.guess(row, min(self.limit - len(row.answer) - 1, most))
 
 
 def _choose(logits: Tensor, rows: list[_Row], guesses: list[Tokens], sampler: Sampler) -> list[list[int]]:

@@ -15,6 +15,7 @@ from prime.decode import (
     EncodedPrompt,
     EncodedRecord,
     Tokens,
+    _Batch,
     decode,
     every_pair,
     prefix_groups,
@@ -313,6 +314,45 @@ def test_right_drafts_save_passes_and_are_counted(banks: dict) -> None:
         assert own.passes == len(prefix_groups({i: p.ids for i, p in enumerate(PROMPTS)}))
 
 
+def test_drafts_are_fed_as_far_as_they_prove_right(banks: dict) -> None:
+    """Of wrong drafts, and of drafts whose first token alone is right, little is fed once some dozen were seen."""
+    prompts = [EncodedPrompt(str(i), tiny.text_ids(i, 5, 20)) for i in range(90)]
+    plain, budget = Counts(), 80
+    (answers,) = run(banks["delta"], prompts=prompts, candidates=[2], counts=plain, max_batch_tokens=budget)
+    absent = next(token for token in range(3, tiny.VOCAB) if all(token not in answer for answer in answers))
+    for right in (0, 1):
+        own = Counts()
+        drafts = [[answer[:right] + (absent,) * (LIMIT - 1 - right)] for answer in answers]
+        found = run(
+            banks["delta"], prompts=prompts, candidates=[2], counts=own, drafts=drafts, max_batch_tokens=budget
+        )
+        assert found == [answers]
+        # A token that agrees is fed in the pass before, and its own step is saved.
+        assert 0 < own.tokens - plain.tokens < 40 * (LIMIT - 1 - right)
+
+
+def test_rows_that_follow_a_known_answer_are_fed_its_rest_among_themselves(
+    banks: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row without a guess is not padded for the guesses of others, and guesses keep to the budget."""
+    answers, steps, budget = NAIVE["delta", "greedy"], [], 60
+    feed = _Batch.feed
+
+    def spy(batch: _Batch, pending: list[Tokens], guesses: list[Tokens]) -> torch.Tensor:
+        if all(row.answer for row in batch.rows):
+            steps.append(guesses)
+        return feed(batch, pending, guesses)
+
+    monkeypatch.setattr(_Batch, "feed", spy)
+    drafts = [[(0, 0), (0, 0), answers[1][p], answers[2][p]] for p in range(len(PROMPTS))]
+    assert run(banks["delta"], drafts=drafts, max_batch_tokens=budget) == answers
+    drafted = [guesses for guesses in steps if any(guesses)]
+    assert drafted and len(drafted) < len(steps)
+    for guesses in drafted:
+        assert all(guesses)
+        assert len(guesses) * (1 + max(map(len, guesses))) <= budget
+
+
 # -- prefixes -------------------------------------------------------------------------------------------------------
 
 
@@ -411,12 +451,14 @@ def test_scores_do_not_depend_on_the_company(banks: dict) -> None:
 
 
 @WAYS
-def test_what_freed_memory_held_is_never_read(banks: dict, rule: str, way: str) -> None:
+@pytest.mark.parametrize("drafted", [False, True])
+def test_what_freed_memory_held_is_never_read(banks: dict, rule: str, way: str, drafted: bool) -> None:
     """Memory that is not written yet is NaN here; one NaN among keys or values would reach the answer."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory
-        found = run(banks[rule], way, max_batch_tokens=60)
+        drafts = random_drafts(5, NAIVE[rule, way]) if drafted else None
+        found = run(banks[rule], way, max_batch_tokens=60, drafts=drafts)
     finally:
         torch.use_deterministic_algorithms(False)
     assert found == NAIVE[rule, way]
