@@ -308,9 +308,10 @@ class _Decoder:
             waiting += [batch] if batch.rows else []
             if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > self.most:
                 yield from self._finish(waiting)
-        yield from self._finish(waiting)
+        yield from self._finish(waiting, last=True)
 
-    def _finish(self, waiting: list[_Batch]) -> Iterator[_Row]:
+    def _finish(self, waiting: list[_Batch], last: bool = False) -> Iterator[_Row]:
+        """Rows that end; those whose guess was refused wait on, so that the others' caches need no second copy."""
         apart: list[_Batch] = []
         while waiting:
             most = self.known.later.most
@@ -320,6 +321,8 @@ class _Decoder:
             if True in groups:
                 yield from self._step(groups[True], self.known.later)
                 waiting += [groups[True]] if groups[True].rows else []
+            if not last:
+                break
         if apart:
             batch = _Batch.join(apart)
             apart.clear()
