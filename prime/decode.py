@@ -33,7 +33,7 @@ MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pa
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 # On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
 CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
-WORTH = 4  # tokens fed beside others that cost as much as a step of one token (30m on a CPU: 3 to 4; more on a GPU)
+WORTH = 4  # tokens fed beside others that cost as much as a step of one token (measured on a CPU at 30m: 4 to 5)
 TRUSTED = 8  # drafts that count as right before any was tried
 REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
@@ -314,8 +314,7 @@ class _Decoder:
         """Rows that end; those whose guess was refused wait on, so that the others' caches need no second copy."""
         apart: list[_Batch] = []
         while waiting:
-            most = self.known.later.most
-            groups = _Batch.regrouped(waiting, lambda row, most=most: bool(self._guess(row, most)))
+            groups = _Batch.regrouped(waiting, self._follows)
             waiting.clear()
             apart += [groups[False]] if False in groups else []
             if True in groups:
@@ -328,6 +327,10 @@ class _Decoder:
             apart.clear()
             while batch.rows:
                 yield from self._step(batch, None)
+
+    def _follows(self, row: _Row) -> bool:
+        """Whether a known answer begins as the row's does, and guesses are worth it."""
+        return bool(self._guess(row, self.known.later.most))
 
     def _step(self, batch: _Batch, depth: _Depth | None) -> Iterator[_Row]:
         return self._advance(batch, [(row.answer[-1],) for row in batch.rows], depth)
