@@ -33,7 +33,7 @@ MIN_PREFIX = 16  # tokens that prompts must share before computing them apart pa
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 # On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
 CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
-WORTH = 4  # tokens fed beside others that cost as much as a step of one token (measured on a CPU at 30m: 4 to 5)
+WORTH = 4  # tokens fed beside others that cost as much as a step of one token (a CPU at 30m: 4 to 5)
 TRUSTED = 8  # drafts that count as right before any was tried
 REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
@@ -75,6 +75,7 @@ class _Row:
     answer: list[int] = field(default_factory=list)
 
 
+@dataclass(eq=False)
 class _Batch:
     """Rows in flight with their key-value cache; knows how to feed tokens and to drop rows.
 
@@ -82,13 +83,19 @@ class _Batch:
     whose logits are wanted are the last columns of every row.
     """
 
-    def __init__(self, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None" = None):
-        self.bank = bank
-        self.rows = rows
-        self.cache = prefix.expand(rows) if prefix else RoomyCache()
-        seen = prefix.length if prefix else 0
-        self.mask = torch.ones(len(rows), seen, dtype=torch.long, device=bank.device)
-        self.seen = torch.full((len(rows), 1), seen, device=bank.device)  # true length of each row so far
+    bank: AdapterBank
+    rows: list[_Row]
+    cache: RoomyCache
+    mask: Tensor  # [b, cached tokens], 0 where a row has a hole
+    seen: Tensor  # [b, 1] true length of each row so far
+
+    @classmethod
+    def begun(cls, bank: AdapterBank, rows: list[_Row], prefix: "_Prefix | None") -> "_Batch":
+        """Rows that were fed nothing yet but their prefix."""
+        length = prefix.length if prefix else 0
+        mask = torch.ones(len(rows), length, dtype=torch.long, device=bank.device)
+        seen = torch.full((len(rows), 1), length, device=bank.device)
+        return cls(bank, rows, prefix.expand(rows) if prefix else RoomyCache(), mask, seen)
 
     @classmethod
     def regrouped(cls, batches: "list[_Batch]", wanted: Callable[[_Row], bool]) -> "dict[bool, _Batch]":
@@ -113,13 +120,11 @@ class _Batch:
     @classmethod
     def _of(cls, batches: "list[_Batch]", chosen: list[list[int]], cache: RoomyCache) -> "_Batch":
         """The chosen rows of each batch, whose keys and values are in this cache."""
-        whole = cls(batches[0].bank, [batch.rows[i] for batch, own in zip(batches, chosen, strict=True) for i in own])
+        rows = [batch.rows[i] for batch, own in zip(batches, chosen, strict=True) for i in own]
         parts = [(batch.mask[own], batch.seen[own]) for batch, own in zip(batches, chosen, strict=True) if own]
         columns = max(mask.shape[1] for mask, _ in parts)
-        whole.cache = cache
-        whole.mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask, _ in parts])
-        whole.seen = torch.cat([seen for _, seen in parts])
-        return whole
+        mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask, _ in parts])
+        return cls(batches[0].bank, rows, cache, mask, torch.cat([seen for _, seen in parts]))
 
     def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
         """Logits `[b, 1 + D, v]` after the pending tokens and after each of at most D guessed ones."""
@@ -514,7 +519,7 @@ def _batches(
         ]
         rows.sort(key=lambda row: (-len(row.suffix) - known.longest(row.index), row.index, row.adapter))
         for part in _cut(rows, known, budget, length):
-            yield _Batch(bank, part, prefix)
+            yield _Batch.begun(bank, part, prefix)
 
 
 def every_pair(adapters: Iterable[int], prompts: int) -> list[Pair]:
