@@ -23,6 +23,9 @@ from prime.placement import place_of
 from prime.products import quicken, restore, round_up
 from prime.runs import derive_seed
 
+# Adapters times tokens of a row group up to which one product with the factors of all adapters takes less than to
+# copy each group's own.
+SPREAD = 64
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 # Multiplies the input of one module, x [g, m*t, in], given the module's number.
@@ -69,17 +72,52 @@ class BankLinear(nn.Module):
         scaler: InputScaler | None,
     ) -> Tensor:  # fmt: skip
         """y plus the routed update of one pair of stacks; only `scaler` stands in front of that pair."""
-        a, b = stacked_a.index_select(0, groups), stacked_b.index_select(0, groups)
-        rows = x.reshape(len(groups), -1, x.shape[-1]).to(a.dtype)
+        rows = x.reshape(len(groups), -1, x.shape[-1]).to(stacked_a.dtype)
         if scaler is not None:
             rows = scaler(self.number, rows)
-        low = torch.bmm(rows, a.transpose(1, 2))
+        training = torch.is_grad_enabled()
+        if not training and rows.shape[1] * len(stacked_b) <= SPREAD:
+            low, b = self._spread(rows, groups, stacked_a, stacked_b)
+        else:
+            low, b = _low(rows, groups, stacked_a), _selected(stacked_b, groups).mT
+            if self.route.on_base is not None:
+                low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
+        out = y.view(len(low), -1, y.shape[-1])
+        if out.dtype != b.dtype:
+            return (out + torch.bmm(low, b).mul_(scale).to(out.dtype)).view_as(y)
+        add = torch.baddbmm if training else Tensor.baddbmm_
+        return add(out, low, b, alpha=scale).view_as(y)
+
+    def _spread(self, rows: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The update as one product: each row's `x A^T` in the place of its own adapter among zeros, `[1, g*m*t, n*r]`,
+        and the B of all adapters, `[1, n*r, out]`. Not for training, where one that diverges would reach the others.
+        """
+        n, _, r = stacked_b.shape
+        places = torch.arange(n, device=groups.device)
+        others = groups[:, None] != places  # [g, n]
         if self.route.on_base is not None:
-            low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
-        out = y.reshape(len(groups), -1, y.shape[-1])
-        if out.dtype == b.dtype:
-            return torch.baddbmm(out, low, b.transpose(1, 2), alpha=scale).view_as(y)
-        return (out + torch.bmm(low, b.transpose(1, 2)).mul_(scale).to(out.dtype)).view_as(y)
+            others |= self.route.on_base.to(groups.device)[..., 0]
+        distinct = stacked_a[:1] if _shared(stacked_a) else stacked_a
+        low = rows @ distinct.flatten(0, 1).T  # [g, m*t, r or n*r]
+        placed = low.unflatten(-1, (-1, r)).masked_fill(others[:, None, :, None], 0.0)  # [g, m*t, n, r]
+        return placed.view(1, -1, n * r), stacked_b.mT.reshape(1, n * r, -1)
+
+
+def _low(rows: Tensor, groups: Tensor, stacked_a: Tensor) -> Tensor:
+    """x A_i^T of rows `[g, m*t, in]`, i the adapter of their group: `[g, m*t, r]`."""
+    if _shared(stacked_a):
+        return rows @ stacked_a[0].T
+    return torch.bmm(rows, _selected(stacked_a, groups).mT)
+
+
+def _selected(stack: Tensor, groups: Tensor) -> Tensor:
+    """The stack's members by group, in the order that each has in memory, so that it is copied in one piece."""
+    return stack.index_select(0, groups) if stack.is_contiguous() else stack.mT.index_select(0, groups).mT
+
+
+def _shared(stack: Tensor) -> bool:
+    """Whether all members of a stack are the same memory."""
+    return stack.stride(0) == 0
 
 
 class AdapterBank:
@@ -291,8 +329,8 @@ def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tens
 def _combine_delta(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """dW_c = sum_n w_cn B_n A_n as stacked factors. weights [c, n] -> [c, n*r, in] (shared), [c, out, n*r]."""
     n, r, width = a.shape
-    stacked = torch.einsum("cn,nor->conr", weights, b).reshape(len(weights), b.shape[1], n * r)
-    return a.reshape(1, n * r, width).expand(len(weights), -1, -1), stacked
+    stacked = torch.einsum("cn,nor->cnro", weights, b).reshape(len(weights), n * r, b.shape[1])
+    return a.reshape(1, n * r, width).expand(len(weights), -1, -1), stacked.mT
 
 
 def _part(stack: Tensor | None, index: int) -> Tensor:

@@ -38,17 +38,17 @@ class RoomyLayer(DynamicLayer):
             self._append((key_states, value_states))
         return self.held()
 
-    def join(self, pairs: Sequence[Pair], room: int) -> None:
-        """Hold a copy of the rows of all pairs, which end in the same column, with room for `room` more tokens."""
+    def join(self, pairs: Sequence[Pair], chosen: Sequence[Sequence[int]], room: int) -> None:
+        """Hold a copy of the chosen rows of all pairs, which end in one column, with room for `room` more tokens."""
         self.lazy_initialization(*pairs[0])
-        rows, tokens = sum(len(keys) for keys, _ in pairs), max(keys.shape[2] for keys, _ in pairs)
+        rows, tokens = sum(map(len, chosen)), max(keys.shape[2] for keys, _ in pairs)
         buffers = []
         for parts in zip(*pairs, strict=True):
             _, h, _, d = parts[0].shape
             buffers.append(parts[0].new_empty(rows, h, tokens + room, d))
-            for place, own in zip(buffers[-1].split([len(part) for part in parts]), parts, strict=True):
+            for place, own, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
                 place[:, :, : tokens - own.shape[2]] = 0  # masked, but 0 times what memory holds need not be 0
-                place[:, :, tokens - own.shape[2] : tokens] = own
+                _copy_rows(own, picked, place[:, :, tokens - own.shape[2] : tokens], range(len(picked)))
         self.buffers = tuple(buffers)
         self._show(rows, tokens)
 
@@ -83,10 +83,8 @@ class RoomyLayer(DynamicLayer):
         """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
         keys, _ = self.held()
         moved = [(place, row) for place, row in enumerate(order) if place != row]
-        if moved:
-            places, rows = (torch.tensor(part, device=keys.device) for part in zip(*moved, strict=True))
-            for buffer in self.buffers:
-                buffer[places] = buffer[rows]
+        for buffer in self.buffers if moved else ():
+            _copy_rows(buffer, [row for _, row in moved], buffer, [place for place, _ in moved])
         self._show(len(order), keys.shape[2])
         if 2 * len(order) < self.buffers[0].shape[0]:  # give the memory of rows that left back
             self._allocate(self.held(), self.buffers[0].shape[2] - keys.shape[2])
@@ -124,8 +122,8 @@ class RoomyCache(Cache):
             pairs = [cast(RoomyLayer, cache.layers.pop(0)).held() for cache in caches]
             for whole, selection in zip(wholes, selections, strict=True):
                 layer = RoomyLayer()
-                parts = [_rows(*pair, chosen) for pair, chosen in zip(pairs, selection, strict=True) if chosen]
-                layer.join(parts, room)
+                filled = [place for place, chosen in enumerate(selection) if chosen]
+                layer.join([pairs[place] for place in filled], [selection[place] for place in filled], room)
                 whole.layers.append(layer)
         return wholes
 
@@ -149,9 +147,13 @@ class RoomyCache(Cache):
         return order
 
 
-def _rows(keys: Tensor, values: Tensor, chosen: list[int]) -> Pair:
-    """These rows of keys and values, which are not copied where they are all of them in order."""
-    return (keys, values) if chosen == [*range(len(keys))] else (keys[chosen], values[chosen])
+def _copy_rows(source: Tensor, rows: Sequence[int], target: Tensor, places: Sequence[int]) -> None:
+    """`target[places] = source[rows]`. On a CPU one after the other, since to gather them first is a second copy."""
+    if source.device.type != "cpu":
+        target[torch.tensor(places, device=target.device)] = source[torch.tensor(rows, device=source.device)]
+        return
+    for place, row in zip(places, rows, strict=True):
+        target[place] = source[row]
 
 
 def compact_order(indices: Sequence[int], rows: int) -> list[int]:

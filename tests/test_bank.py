@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import prime.bank
 from prime.bank import AdapterBank
 from prime.errors import InputError
 from prime.lora import RULES, Adapter, merge
@@ -12,6 +13,12 @@ BASE = tiny.model()
 ADAPTERS = [tiny.adapter(BASE, seed, rank, scale) for seed, (rank, scale) in enumerate([(4, 1.0), (2, 2.0), (3, 0.5)])]
 IDS = tiny.ids(4, 11)
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
+
+
+@pytest.fixture(autouse=True, params=[0, prime.bank.SPREAD], ids=["copied", "spread"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether each row group's factors are copied, or few tokens multiplied by those of all adapters."""
+    monkeypatch.setattr(prime.bank, "SPREAD", request.param)
 
 
 @pytest.fixture
@@ -64,6 +71,14 @@ def test_groups_are_consecutive_rows(bank: AdapterBank) -> None:
     assert torch.allclose(routed(bank, [2, 1]), routed(bank, [2, 2, 1, 1]), **TOLERANCE)
     assert torch.allclose(routed(bank, [1]), PEFT_LOGITS[1], **TOLERANCE)
     assert torch.allclose(routed(bank, torch.tensor([2, 1]))[3], PEFT_LOGITS[1][3], **TOLERANCE)
+
+
+def test_one_token_of_each_row_and_the_base_among_them(bank: AdapterBank) -> None:
+    found = routed(bank, [2, -1, 0, 1], IDS[:, :1])
+    expected = [tiny.logits(tiny.peft_model(BASE, ADAPTERS[own]), IDS[:, :1]) for own in (2, 0, 1)]
+    for row, own in ((0, 0), (2, 1), (3, 2)):
+        assert torch.allclose(found[row], expected[own][row], **TOLERANCE)
+    assert torch.allclose(found[1], tiny.logits(BASE, IDS[:, :1])[1], **TOLERANCE)
 
 
 def test_outside_the_block_the_base_is_untouched(bank: AdapterBank) -> None:
