@@ -11,6 +11,7 @@ import torch
 import lora_composition_evo
 import train_anchor_peft
 from benchmarks import (
+    ablation,
     convert,
     dp,
     dp_tuning,
@@ -30,8 +31,9 @@ from benchmarks import (
 )
 from benchmarks.shapes import Shares
 from prime.anchors import save_selection
-from prime.data import User
+from prime.data import User, load_labels
 from prime.metrics import METRICS, sum_stats
+from prime.prompts import Record
 from prime.tasks import get_task
 
 RATIOS = {  # name: (over, under)
@@ -158,6 +160,38 @@ def test_first_phase_that_is_as_good_as_the_published_end() -> None:
     assert found["speedup_whole_search"] == 20.0 and found["answers_from_drafts"] == 0.5
     ours[0]["held"] = [bad, bad, bad]
     assert time_to_quality.summary(Start(), published, ours)["speedup_to_quality"] is None
+
+
+def test_ablation_halves_keep_an_items_records_together() -> None:
+    ids = ["u1-7", "u1-7-k1-p", "u1-9", "u1-9-k1-p", "u1-12"]
+    whole = ablation.Watched.__new__(ablation.Watched)
+    whole.records = [Record(name, "", "") for name in ids]
+    for name in ("golds", "prompts", "encoded", "drafts", "about"):
+        setattr(whole, name, ids)
+    first, second = ablation.half_of(whole, 0), ablation.half_of(whole, 1)
+    assert first.golds == ["u1-7", "u1-7-k1-p", "u1-12"] and second.about == ["u1-9", "u1-9-k1-p"]
+    assert [record.id for record in first.records] == first.golds and ablation.half_of(whole, None) is whole
+    assert len(whole.records) == 5
+
+
+def test_ablation_compares_by_user_over_seeds() -> None:
+    """Two seeds of two users: one better off under an arm, one equal; another arm answers as prime does."""
+    golds = load_labels(ablation.ROOT / "data/demo/movie_tagging/test_100/user_test_100_label.json")
+    one, two = list(golds.items())[:2]
+
+    def answered(first: str, second: str) -> dict[str, list]:
+        return {"a": [{"id": one[0], "output": first}], "b": [{"id": two[0], "output": second}]}
+
+    arms = dict.fromkeys(ablation.ARMS, answered("wrong", two[1]))
+    arms |= {"rule factor": answered(one[1], two[1]), "no search": answered("wrong", "wrong")}
+    origins = {name: {"search": 1, "sharer": 1} for name in arms}
+    found = ablation.compare("movie_tagging", [{"answers": arms, "origins": origins, "same": [0.5, 1.0]}] * 2)
+    rows = found["rows"]
+    assert found["same_choice"] == 0.75
+    assert [rows[name]["scores"]["accuracy"]["mean"] for name in ("prime", "rule factor", "no search")] == [0.5, 1, 0]
+    assert rows["rule factor"]["to_prime"]["better"] == 1 and rows["no search"]["to_prime"]["worse"] == 1
+    assert rows["prime"]["origins"] == {"search": 2, "sharer": 2}
+    assert ablation.cells("movie_tagging", rows["rule factor"])[2:] == ["1 : 0", "0 / 2 / 0 / 2"]
 
 
 def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""What decides how good a merge is? PriME's choices changed one at a time, on the trained demo.
+
+Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
+Writes  <output_dir>/seed<seed>/<task>/ablation.json   answers of every arm at k = 0, and where the chosen came from
+        prints a table over all seeds, and the same as one JSON line
+Takes   about 15 minutes per task and seed on 2 cores (24 users); resumes by task and seed
+
+Every arm merges the same three sharers, searches by the same seed, and is compared with `prime` user by user; a user's
+statistics are added up over the seeds. What is changed: the rule, where the search begins, its budget, who may win,
+what is asked (the history's records, or its items as test queries), how often each answer is drawn (the noise of the
+fitness that sampling makes), and which records search and choose (the noise that their number makes): one half does
+both, or one half searches and the other chooses among what was evaluated.
+
+`same choice` draws each user's history records anew, with replacement, 1000 times: the share of draws in which the same
+candidate would have been best by the first metric. The search itself is not repeated.
+
+    python benchmarks/ablation.py --tasks all --seeds 0
+"""
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import lora_composition_evo as stage  # noqa: E402
+from benchmarks import demo_runs, measuring, seeds  # noqa: E402
+from prime import cli, report  # noqa: E402
+from prime.data import User, load_labels  # noqa: E402
+from prime.evolution import Evaluation, Population, evolve, key_of  # noqa: E402
+from prime.fitness import Answers, Objective  # noqa: E402
+from prime.journal import Journal  # noqa: E402
+from prime.metrics import METRICS, score  # noqa: E402
+from prime.runs import derive_seed, read_json, write_json  # noqa: E402
+from prime.tasks import TASKS, get_task  # noqa: E402
+
+BUDGET, LARGE = 10, 30
+DRAWS = 1000
+REFERENCE = "prime"
+ORIGINS = ("base", "sharer", "start", "search")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A choice of the best of a search's first candidates: how it differs from prime's, which has no arguments."""
+
+    changes: tuple[tuple[str, Any], ...] = ()  # options of stage 4
+    budget: int = BUDGET
+    singles: bool = True  # whether a single sharer may win
+    searched: int | None = None  # half of the history that searches; None: all of it
+    chosen: int | None = None  # half that chooses; None: what searched
+
+
+PUBLISHED = (("merge_rule", "factor"), ("start", "zero"), ("step", 1.0))
+ARMS = {
+    REFERENCE: Arm(),
+    "no search": Arm(budget=0),
+    f"budget {LARGE}": Arm(budget=LARGE),
+    "no single sharer may win": Arm(singles=False),
+    "start uniform": Arm((("start", "uniform"),)),
+    "start zero": Arm((("start", "zero"),)),
+    "step 1": Arm((("step", 1.0),)),
+    "rule factor": Arm((("merge_rule", "factor"),)),
+    "published: factor, start zero, step 1, no single sharer": Arm(PUBLISHED, singles=False),
+    "4 draws of each answer": Arm((("num_repeat", 4),)),
+    "the other fitness": Arm((("fitness", "other"),)),
+    "half the history": Arm(searched=0),
+    "half the history, the other half chooses": Arm(searched=0, chosen=1),
+}
+
+
+LONGEST = Arm(budget=LARGE)  # its beginning is prime's search
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
+    parser.add_argument("--seeds", type=cli.int_list, default=(0,), help="run seeds, with commas")
+    parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
+    parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="stages 1 to 3, and results")
+    return parser
+
+
+# -- searching ------------------------------------------------------------------------------------------------------
+
+
+def options(args: argparse.Namespace, task: str, changes: Sequence[tuple[str, Any]]) -> argparse.Namespace:
+    """Stage 4's options with changes; citation's search asks test queries, as in reproduce.sh."""
+    own = copy.copy(args)
+    own.fitness, other = ("query", "history") if task == "citation" else ("history", "query")
+    for name, value in changes:
+        setattr(own, name, other if value == "other" else value)
+    return own
+
+
+class Watched(Population):
+    """A population that keeps the answers of each candidate (of the first draw)."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.kept: dict[bytes, Answers] = {}
+
+    def answers(self, weights: Tensor) -> list[Answers]:
+        found = super().answers(weights)
+        self.kept |= {key_of(one): answers[0] for one, answers in zip(weights, found, strict=True)}
+        return found
+
+
+def half_of(population: Watched, half: int | None) -> Watched:
+    """The same of every second history item, counted from the first (0) or second (1); records of an item stay
+    together. None: of all.
+    """
+    if half is None:
+        return population
+    items = list(dict.fromkeys(record.id.split("-k")[0] for record in population.records))
+    wanted = {item for place, item in enumerate(items) if place % 2 == half}
+    kept = [place for place, record in enumerate(population.records) if record.id.split("-k")[0] in wanted]
+    found = copy.copy(population)
+    for name in ("records", "golds", "prompts", "encoded", "drafts", "about"):
+        setattr(found, name, [getattr(population, name)[place] for place in kept])
+    return found
+
+
+class Searches:
+    """All searches of one user, each run once for the arms that share it."""
+
+    def __init__(self, start: demo_runs.Start, user: User, folder: Path, progress: Callable[[int], object]):
+        self.start, self.user, self.folder, self.progress = start, user, folder, progress
+        self.seed = derive_seed(start.args.seed, user.user_id)
+        self.known: dict[tuple, tuple[Watched, list[Evaluation]]] = {}
+
+    def objective(self, population: Watched) -> Objective:
+        (penalty,) = self.start.args.sim_penalty
+        return Objective(self.start.texts.task, population.golds, penalty)
+
+    def population(self, arm: Arm) -> Watched:
+        s = self.start
+        own = options(s.args, s.texts.task.name, (*arm.changes, ("opt_budget", LARGE if arm == LONGEST else BUDGET)))
+        journal = Journal(self.folder / f"{len(self.known)}-{arm.chosen}.jsonl")
+        return Watched(own, s.texts, s.engine, self.user, self.seed, own.n_sim, journal, self.progress)
+
+    def evaluations(self, arm: Arm) -> tuple[Watched, list[Evaluation]]:
+        """The search behind an arm; budgets are beginnings of the longest one."""
+        behind = Arm(arm.changes, searched=arm.searched) if arm.changes or arm.searched is not None else LONGEST
+        if behind not in self.known:
+            half = half_of(self.population(behind), behind.searched)
+            (found,) = evolve(half, [self.objective(half)], self.seed, [self.folder / "log.jsonl"])
+            self.known[behind] = half, found
+        return self.known[behind]
+
+    def candidates(self, arm: Arm) -> list[Evaluation]:
+        """Those of an arm's search that may win, in order."""
+        _, found = self.evaluations(arm)
+        before = sum(one.origin != "search" for one in found)
+        found = found[: before + arm.budget]
+        return [one for one in found if arm.singles or one.origin != "sharer"]
+
+    def chosen(self, arm: Arm) -> Evaluation:
+        own = self.candidates(arm)
+        if arm.chosen is None:
+            return min(own, key=lambda one: one.loss)
+        judge = half_of(self.population(arm), arm.chosen)
+        objective = self.objective(judge)
+        trials = judge.trials(objective)
+        trials(judge.known_points())  # whose answers the others' are compared with
+        measured = trials(torch.stack([one.weights for one in own]))
+        losses = [objective.score(found, one.weights).loss for found, one in zip(measured, own, strict=True)]
+        return own[int(np.argmin(losses))]
+
+    def same_choice(self, arm: Arm) -> float:
+        """Share of draws of the history's records in which the same candidate is best by the first metric."""
+        population, _ = self.evaluations(arm)
+        own, task = self.candidates(arm), self.start.texts.task
+        name, labels = task.history_metrics[0], task.history_labels
+        values = np.array([
+            [score([name], [a], [gold], labels)[name] for a, gold in zip(answers, population.golds, strict=True)]
+            for answers in (population.kept[key_of(one.weights)] for one in own)
+        ])  # fmt: skip
+        values = values if METRICS[name].higher_is_better else -values
+        records = values.shape[1]
+        counts = np.random.default_rng(self.seed).multinomial(records, np.full(records, 1 / records), DRAWS)
+        return float(((counts @ values.T).argmax(1) == values.mean(1).argmax()).mean())
+
+
+# -- one task and seed ----------------------------------------------------------------------------------------------
+
+
+def run_one(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
+    """Answers at k = 0 `{arm: {user: [{id, output}]}}`, origins of what each arm chose, and `same choice` of prime."""
+    start = demo_runs.start(task, seed, args.output_dir)
+    answers: dict[str, dict[str, list]] = {}
+    origins = {name: Counter[str]() for name in ARMS}
+    same = []
+    with cli.bar(min(args.users, len(start.users)), f"{task}, seed {seed}", "user") as progress:
+        for index, user in enumerate(start.users[: args.users]):
+            start.engine.bank.load(start.pool.adapters(index))
+            with tempfile.TemporaryDirectory() as scratch:
+                searches = Searches(start, user, Path(scratch), lambda _: None)
+                picked = {name: searches.chosen(arm) for name, arm in ARMS.items()}
+                same.append(searches.same_choice(ARMS[REFERENCE]))
+            for name, one in picked.items():
+                origins[name][one.origin] += 1
+            for name, found in predicted(start, user, picked).items():
+                answers.setdefault(name, {})[user.user_id] = found
+            progress.update()
+    return {"answers": answers, "origins": {name: dict(own) for name, own in origins.items()}, "same": same}
+
+
+def predicted(start: demo_runs.Start, user: User, picked: Mapping[str, Evaluation]) -> dict[str, list]:
+    """Answers to the user's queries of what each arm deploys, rule by rule."""
+    found: dict[str, list] = {}
+    for rule in ("delta", "factor"):
+        own = options(start.args, start.texts.task.name, [("merge_rule", rule)])
+        weights = {
+            name: one.weights for name, one in picked.items()
+            if dict(ARMS[name].changes).get("merge_rule", "delta") == rule
+        }  # fmt: skip
+        answers = stage.predictions(own, start.texts, start.engine, user, weights, lambda _: None)
+        found |= {name: settings["k0"] for name, settings in answers.items()}
+    return found
+
+
+def measured(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
+    """`run_one`, from the file where it ran before with as many users."""
+    path = Path(args.output_dir) / f"seed{seed}" / task / f"ablation-{args.users}.json"
+    if not path.exists():
+        write_json(path, run_one(args, task, seed))
+    return read_json(path)
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def compare(task: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Per arm the score, its difference to prime's by user, and where the chosen came from."""
+    own = get_task(task)
+    golds = load_labels(ROOT / "data/demo" / task / "test_100" / "user_test_100_label.json")
+    rows: dict[str, Any] = {}
+    totals = {
+        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found]) for name in ARMS
+    }
+    reference = report.stack(totals[REFERENCE], list(totals[REFERENCE]))
+    for name, total in totals.items():
+        stacked = report.stack(total, list(total))
+        origins = sum((Counter(one["origins"][name]) for one in found), Counter[str]())
+        rows[name] = {
+            "scores": report.scores(own, stacked), "to_prime": report.compare(own, stacked, reference),
+            "origins": dict(origins),
+        }  # fmt: skip
+    return {"rows": rows, "same_choice": fmean(value for one in found for value in one["same"])}
+
+
+def cells(task: str, row: Mapping[str, Any]) -> list[str]:
+    """Score; its difference to prime's with the interval; users better and worse; what the chosen were."""
+    metric = get_task(task).metrics[0]
+    paired, gap = row["to_prime"], row["to_prime"][metric]
+    return [
+        f"{row['scores'][metric]['mean']:.3f}", f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
+        f"{paired['better']} : {paired['worse']}",
+        " / ".join(str(row["origins"].get(name, 0)) for name in ORIGINS),
+    ]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+    tasks = [task for task in TASKS if (ROOT / "data/demo" / task).is_dir()]
+    tasks = tasks if args.tasks == "all" else args.tasks.split(",")
+    found = {task: compare(task, [measured(args, task, seed) for seed in args.seeds]) for task in tasks}
+    for task, own in found.items():
+        metric = get_task(task).metrics[0]
+        better = "higher" if METRICS[metric].higher_is_better else "lower"
+        print(f"\n**{task}**, {metric} ({better} is better); same choice {own['same_choice']:.2f}\n")
+        rows = [[name, *cells(task, row)] for name, row in own["rows"].items()]
+        print(measuring.table(rows, ("arm", "score", "to prime", "better : worse", " / ".join(ORIGINS))))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)
