@@ -1,9 +1,9 @@
 """What decides how good a merge is? PriME's choices changed one at a time, on the trained demo.
 
 Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
-Writes  <output_dir>/seed<seed>/<task>/ablation.json   answers of every arm at k = 0, and where the chosen came from
+Writes  <output_dir>/seed<seed>/<task>/ablation-<users>.json   answers of every arm at k = 0, origins of the chosen
         prints a table over all seeds, and the same as one JSON line
-Takes   about 15 minutes per task and seed on 2 cores (24 users); resumes by task and seed
+Takes   about 15 minutes per task and seed on 2 cores (scaled from 4 users to 24); resumes by task and seed
 
 Every arm merges the same three sharers, searches by the same seed, and is compared with `prime` user by user; a user's
 statistics are added up over the seeds. What is changed: the rule, where the search begins, its budget, who may win,
