@@ -3,13 +3,18 @@
 Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
 Writes  <output_dir>/seed<seed>/<task>/ablation-<users>.json   answers of every arm at k = 0, origins of the chosen
         prints a table over all seeds, and the same as one JSON line
-Takes   about 15 minutes per task and seed on 2 cores (scaled from 4 users to 24); resumes by task and seed
+Takes   about 10 minutes per task and seed on 2 cores; resumes by task and seed
 
 Every arm merges the same three sharers, searches by the same seed, and is compared with `prime` user by user; a user's
 statistics are added up over the seeds. What is changed: the rule, where the search begins, its budget, who may win,
 what is asked (the history's records, or its items as test queries), how often each answer is drawn (the noise of the
 fitness that sampling makes), and which records search and choose (the noise that their number makes): one half does
-both, or one half searches and the other chooses among what was evaluated.
+both, or one half searches and the other chooses among what was evaluated. `by likelihood` scores the history's targets
+as LoraHub does, without generating anything: a fitness without noise of sampling, and without the penalty.
+
+`other questions choose` is no method: it reads the test's labels. Of what prime evaluated, one half of a user's
+questions chooses what answers the other half, and the other way round, so nothing is chosen by what measures it. It
+tells how much a better choice among the same candidates could gain, with as few questions to choose by.
 
 `same choice` draws each user's history records anew, with replacement, 1000 times: the share of draws in which the same
 candidate would have been best by the first metric. The search itself is not repeated.
@@ -23,7 +28,7 @@ import json
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -50,6 +55,7 @@ from prime.tasks import TASKS, get_task  # noqa: E402
 BUDGET, LARGE = 10, 30
 DRAWS = 1000
 REFERENCE = "prime"
+CHOSEN_BY_TEST = "other questions choose"
 ORIGINS = ("base", "sharer", "start", "search")
 
 
@@ -77,12 +83,12 @@ ARMS = {
     "published: factor, start zero, step 1, no single sharer": Arm(PUBLISHED, singles=False),
     "4 draws of each answer": Arm((("num_repeat", 4),)),
     "the other fitness": Arm((("fitness", "other"),)),
+    "by likelihood": Arm((("objective", "nll"),)),
     "half the history": Arm(searched=0),
     "half the history, the other half chooses": Arm(searched=0, chosen=1),
 }
-
-
 LONGEST = Arm(budget=LARGE)  # its beginning is prime's search
+ROWS = (*ARMS, CHOSEN_BY_TEST)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,11 +112,17 @@ def options(args: argparse.Namespace, task: str, changes: Sequence[tuple[str, An
     return own
 
 
-class Watched(Population):
-    """A population that keeps the answers of each candidate (of the first draw)."""
+def texts_of(start: demo_runs.Start) -> dict[str, cli.Texts]:
+    """Task and prompts by `--fitness`, as stage 4 takes them."""
+    return {"history": start.texts, "query": cli.asked_as_queries(start.args, start.texts)}
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+
+class Watched(Population):
+    """A population that knows its task and keeps the answers of each candidate (of the first draw)."""
+
+    def __init__(self, args: argparse.Namespace, texts: cli.Texts, *more: Any):
+        super().__init__(args, texts, *more)
+        self.task = texts.task
         self.kept: dict[bytes, Answers] = {}
 
     def answers(self, weights: Tensor) -> list[Answers]:
@@ -137,20 +149,23 @@ def half_of(population: Watched, half: int | None) -> Watched:
 class Searches:
     """All searches of one user, each run once for the arms that share it."""
 
-    def __init__(self, start: demo_runs.Start, user: User, folder: Path, progress: Callable[[int], object]):
-        self.start, self.user, self.folder, self.progress = start, user, folder, progress
+    def __init__(self, start: demo_runs.Start, texts: Mapping[str, cli.Texts], user: User, folder: Path):
+        self.start, self.texts, self.user, self.folder = start, texts, user, folder
         self.seed = derive_seed(start.args.seed, user.user_id)
         self.known: dict[tuple, tuple[Watched, list[Evaluation]]] = {}
 
-    def objective(self, population: Watched) -> Objective:
+    def objective(self, population: Watched) -> Objective | None:
+        """PriME's; none where the targets' likelihood is searched by."""
+        if population.args.objective == "nll":
+            return None
         (penalty,) = self.start.args.sim_penalty
-        return Objective(self.start.texts.task, population.golds, penalty)
+        return Objective(population.task, population.golds, penalty)
 
     def population(self, arm: Arm) -> Watched:
         s = self.start
         own = options(s.args, s.texts.task.name, (*arm.changes, ("opt_budget", LARGE if arm == LONGEST else BUDGET)))
         journal = Journal(self.folder / f"{len(self.known)}-{arm.chosen}.jsonl")
-        return Watched(own, s.texts, s.engine, self.user, self.seed, own.n_sim, journal, self.progress)
+        return Watched(own, self.texts[own.fitness], s.engine, self.user, self.seed, own.n_sim, journal)
 
     def evaluations(self, arm: Arm) -> tuple[Watched, list[Evaluation]]:
         """The search behind an arm; budgets are beginnings of the longest one."""
@@ -183,7 +198,7 @@ class Searches:
     def same_choice(self, arm: Arm) -> float:
         """Share of draws of the history's records in which the same candidate is best by the first metric."""
         population, _ = self.evaluations(arm)
-        own, task = self.candidates(arm), self.start.texts.task
+        own, task = self.candidates(arm), population.task
         name, labels = task.history_metrics[0], task.history_labels
         values = np.array([
             [score([name], [a], [gold], labels)[name] for a, gold in zip(answers, population.golds, strict=True)]
@@ -199,22 +214,26 @@ class Searches:
 
 
 def run_one(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
-    """Answers at k = 0 `{arm: {user: [{id, output}]}}`, origins of what each arm chose, and `same choice` of prime."""
+    """Answers at k = 0 `{row: {user: [{id, output}]}}`, origins of what each row chose, and `same choice` of prime."""
     start = demo_runs.start(task, seed, args.output_dir)
-    answers: dict[str, dict[str, list]] = {}
-    origins = {name: Counter[str]() for name in ARMS}
+    texts = texts_of(start)
+    answers: dict[str, dict[str, list]] = {name: {} for name in ROWS}
+    origins = {name: Counter[str]() for name in ROWS}
     same = []
     with cli.bar(min(args.users, len(start.users)), f"{task}, seed {seed}", "user") as progress:
         for index, user in enumerate(start.users[: args.users]):
             start.engine.bank.load(start.pool.adapters(index))
             with tempfile.TemporaryDirectory() as scratch:
-                searches = Searches(start, user, Path(scratch), lambda _: None)
+                searches = Searches(start, texts, user, Path(scratch))
                 picked = {name: searches.chosen(arm) for name, arm in ARMS.items()}
+                evaluated = searches.candidates(ARMS[REFERENCE])
                 same.append(searches.same_choice(ARMS[REFERENCE]))
-            for name, one in picked.items():
-                origins[name][one.origin] += 1
-            for name, found in predicted(start, user, picked).items():
-                answers.setdefault(name, {})[user.user_id] = found
+            found, by_test = predicted(start, user, picked), chosen_by_test(start, user, evaluated)
+            for name in ARMS:
+                answers[name][user.user_id] = found[name]
+                origins[name][picked[name].origin] += 1
+            answers[CHOSEN_BY_TEST][user.user_id] = [sample for _, own in by_test for sample in own]
+            origins[CHOSEN_BY_TEST].update(one.origin for one, _ in by_test)
             progress.update()
     return {"answers": answers, "origins": {name: dict(own) for name, own in origins.items()}, "same": same}
 
@@ -223,14 +242,43 @@ def predicted(start: demo_runs.Start, user: User, picked: Mapping[str, Evaluatio
     """Answers to the user's queries of what each arm deploys, rule by rule."""
     found: dict[str, list] = {}
     for rule in ("delta", "factor"):
-        own = options(start.args, start.texts.task.name, [("merge_rule", rule)])
         weights = {
             name: one.weights for name, one in picked.items()
             if dict(ARMS[name].changes).get("merge_rule", "delta") == rule
         }  # fmt: skip
-        answers = stage.predictions(own, start.texts, start.engine, user, weights, lambda _: None)
-        found |= {name: settings["k0"] for name, settings in answers.items()}
+        found |= answered(start, user, weights, rule)
     return found
+
+
+def answered(start: demo_runs.Start, user: User, weights: Mapping[str, Tensor], rule: str) -> dict[str, list]:
+    """Answers to the user's queries at k = 0, without profile, by named weights."""
+    own = options(start.args, start.texts.task.name, [("merge_rule", rule)])
+    texts = start.texts._replace(profiles=None)
+    answers = stage.predictions(own, texts, start.engine, user, weights, lambda _: None)
+    return {name: settings["k0"] for name, settings in answers.items()}
+
+
+def chosen_by_test(
+    start: demo_runs.Start, user: User, evaluated: Sequence[Evaluation]
+) -> list[tuple[Evaluation, list]]:
+    """For each half of the user's questions: the candidate that is best at the other half, and its answers to this."""
+    weights = {str(place): one.weights for place, one in enumerate(evaluated)}
+    answers = answered(start, user, weights, start.args.merge_rule)
+    halves = []
+    for half in (0, 1):
+        loss = [query_loss(start, answers[name][1 - half :: 2]) for name in weights]
+        best = int(np.argmin(loss))
+        halves.append((evaluated[best], answers[str(best)][half::2]))
+    return halves
+
+
+def query_loss(start: demo_runs.Start, samples: Sequence[Mapping[str, str]]) -> float:
+    """The task's first metric of answers to test queries, lower is better."""
+    task = start.texts.task
+    name = task.metrics[0]
+    golds = [start.golds[sample["id"]] for sample in samples]
+    found = score([name], [sample["output"] for sample in samples], golds, task.labels)[name]
+    return -found if METRICS[name].higher_is_better else found
 
 
 def measured(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
@@ -250,7 +298,7 @@ def compare(task: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     golds = load_labels(ROOT / "data/demo" / task / "test_100" / "user_test_100_label.json")
     rows: dict[str, Any] = {}
     totals = {
-        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found]) for name in ARMS
+        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found]) for name in ROWS
     }
     reference = report.stack(totals[REFERENCE], list(totals[REFERENCE]))
     for name, total in totals.items():

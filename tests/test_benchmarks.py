@@ -182,7 +182,7 @@ def test_ablation_compares_by_user_over_seeds() -> None:
     def answered(first: str, second: str) -> dict[str, list]:
         return {"a": [{"id": one[0], "output": first}], "b": [{"id": two[0], "output": second}]}
 
-    arms = dict.fromkeys(ablation.ARMS, answered("wrong", two[1]))
+    arms = dict.fromkeys(ablation.ROWS, answered("wrong", two[1]))
     arms |= {"rule factor": answered(one[1], two[1]), "no search": answered("wrong", "wrong")}
     origins = {name: {"search": 1, "sharer": 1} for name in arms}
     found = ablation.compare("movie_tagging", [{"answers": arms, "origins": origins, "same": [0.5, 1.0]}] * 2)
