@@ -14,6 +14,8 @@ Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run
         --anchor_dir ./output/movie_tagging/Anchor_PEFT/LoRA --n_sim 3 --opt_type cma --opt_budget 10 \\
         --sim_penalty 0.1 --output_dir ./output/movie_tagging/LoRA-Composition-evo
 
+--baseline best_sharer and --baseline uniform deploy those two instead, for mia.py to attack (in runs of their own).
+
 --objective nll is LoraHub (Huang et al., 2023); as published it searches with ngopt, 40 candidates, the factor rule,
 and starts at the base, which no single sharer may replace:
 
@@ -36,7 +38,17 @@ from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, Predictions, load_engine, predict
 from prime.errors import tell
-from prime.evolution import Evaluation, Population, add_search, check_search, chosen, evolve, key_of
+from prime.evolution import (
+    BASELINES,
+    Evaluation,
+    Population,
+    add_search,
+    best_sharer,
+    check_search,
+    chosen,
+    evolve,
+    key_of,
+)
 from prime.export import export_full, save_personal
 from prime.fitness import Objective
 from prime.journal import Journal
@@ -48,16 +60,20 @@ from prime.search import optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
 NAMES = {"metric": "prime", "nll": "lorahub"}
-FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub"}
+FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub", "best_sharer": "Best-sharer", "uniform": "Uniform"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = cli.new_parser(__doc__)
     parser.add_argument(
-        "--output_dir", help="default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub"
+        "--output_dir",
+        help="default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub, with --baseline "
+        ".../Best-sharer or .../Uniform",
     )
     parser.add_argument(
-        "--name", type=cli.method_name, help="row of the table; default prime, with --objective nll lorahub"
+        "--name",
+        type=cli.method_name,
+        help="row of the table; default prime, with --objective nll lorahub, with --baseline that baseline",
     )
     parser.add_argument("--anchor_dir", help="sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
     add_search(parser)
@@ -117,15 +133,15 @@ def work_on(
     journal = Journal(runs[-1].journal_path(user.user_id))  # of the run that is finished last
     found = search_user(args, texts, engine, user, len(sharers), logs, journal, progress)
     single = found[0][1 : 1 + len(sharers)]
-    best_sharer = min(single, key=lambda one: one.unpenalised)
+    leading = best_sharer(found[0], len(sharers))
     best = [chosen(args, evaluations, len(sharers)) for evaluations in found]
     searched = time.perf_counter()
 
     weights = {f"{args.name} {place}": one.weights for place, one in enumerate(best)}
     # A table has one row of each baseline: merged by the rule of prime, not of its variants, and nothing left out.
     if args.name == "prime" and not args.keep_rank:
-        weights |= {"best_sharer": best_sharer.weights}
-        weights |= {"uniform": torch.full_like(best_sharer.weights, 1 / len(sharers))}
+        weights |= {"best_sharer": leading.weights}
+        weights |= {"uniform": torch.full_like(leading.weights, 1 / len(sharers))}
     answers = predictions(args, texts, engine, user, weights, progress)
     predict_seconds = (time.perf_counter() - searched) / len(runs)
 
@@ -139,7 +155,7 @@ def work_on(
             "predict": predict_seconds,
         }
         told = {
-            "best_sharer": sharers[single.index(best_sharer)].user_id,
+            "best_sharer": sharers[single.index(leading)].user_id,
             "predictions": {own[name]: given for name, given in answers.items() if name in own},
             "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
         }
@@ -172,7 +188,9 @@ def deploy(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     optimizer_name(args.opt_type)
-    args.name = args.name or NAMES[args.objective]
+    args.name = args.name or args.baseline or NAMES[args.objective]
+    if args.baseline:
+        args.opt_budget, args.start = 0, BASELINES[args.baseline]
     args.sim_penalty = args.sim_penalty if args.objective == "metric" else (0.0,)
     args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
     if args.plan:
@@ -183,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
     check_search(args, len(pool.ranking[0]))
-    runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.objective]}"), args)
+    folder = FOLDERS[args.baseline or args.objective]
+    runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{folder}"), args)
     todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
         engine = load_engine(args, task_adapter=args.lora_ckpt)

@@ -8,7 +8,7 @@
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
 #   --k N                      clusters of stage 2, so sharers at most    (16; the published 50 with a real model)
 #   --seed N                   run seed                                   (0)
-#   --methods prime | all      all: its published settings, Per-Pcs, LoraHub, OPPU, merge-then-adapt too (prime)
+#   --methods prime | all      all: every baseline too, each attacked alike (prime)
 #   --holdout SHARE            of sharers' items, held out for the controlled attack (0)
 #   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
@@ -71,17 +71,18 @@ whole --seed "$seed" 0
 # The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
 # settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
 # merge-then-adapt train as the sharers do (anchor_training): they train the same kind of adapter on histories alike.
+# What is only prompted gets all of the published k (1, 2, 4), everything else one, to save time.
 if [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
     task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
-    answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
+    prompted=(--max_gen_len 48) answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
     selection=(--k "${k:-16}" --embed target) attack_options=(--max_records 20)
 else
     [ -n "$data" ] || wrong "--llama_model_path needs --data_dir"
     [ -d "$model" ] || wrong "--llama_model_path $model: no such directory"
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
-    task_training=() anchor_training=() gate_training=() answers=() history=() attack_options=()
+    task_training=() anchor_training=() gate_training=() prompted=() answers=() history=() attack_options=()
     selection=(${k:+--k "$k"})
 fi
 
@@ -154,6 +155,18 @@ other_searches() {
     attack mia_lorahub LoraHub --skip_sharers
 }
 
+# What comes with the search of PriME, in runs of their own, so that they are attacked, too.
+baselines() {
+    local name folder
+    for name in best_sharer uniform; do
+        folder="${name^}" folder="${folder/_/-}"
+        step "$name" lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+            --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --baseline "$name" "${fitness[@]}" \
+            --output_dir "$out/$folder"
+        attack "mia_$name" "$folder" --skip_sharers
+    done
+}
+
 # Training on the user's own history. OPPU merges nobody's adapter: attacked are the users' own records.
 user_training() {
     step oppu train_user_peft.py --method oppu "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
@@ -173,7 +186,7 @@ for task in $tasks; do
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \
         --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
-    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${answers[@]}" \
+    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${prompted[@]}" \
         --output_dir "$out/task-base_LLM"
     step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${anchor_training[@]}" "${history[@]}" \
         --holdout "$holdout" --output_dir "$out/Anchor_PEFT/LoRA"
@@ -182,6 +195,7 @@ for task in $tasks; do
         "${fitness[@]}" --output_dir "$out/LoRA-Composition-evo"
     attack mia LoRA-Composition-evo
     if [ "$methods" = all ]; then
+        baselines
         per_pcs
         other_searches
         user_training

@@ -34,6 +34,7 @@ from prime.sampling import Sampler
 from prime.search import STEP, Points, Search, capped, is_pareto, lockstep, ranked_weights
 
 STARTS = ("zero", "uniform", "ranked")
+BASELINES = {"best_sharer": "zero", "uniform": "uniform"}  # and where their evaluations end: --start
 
 Answers = list[list[str]]  # [repeats][records]
 Measure = Callable[[Tensor], list[Any]]  # of candidates [c, n] or [c, n, l], all that a score needs
@@ -113,6 +114,12 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--piece_merge", action="store_true", help="one weight per sharer and layer")
     search.add_argument(
         "--search_only", action="store_true", help="published selection: a single sharer, known beforehand, cannot win"
+    )
+    search.add_argument(
+        "--baseline",
+        choices=tuple(BASELINES),
+        help="no search: deploy the single sharer that does best on the history, or the sharers' average, as a run of "
+        "its own that mia.py can attack; the row is the one that comes with PriME",
     )
     fitness = parser.add_argument_group("fitness")
     fitness.add_argument(
@@ -362,10 +369,17 @@ def candidates(points: Points, top_share: float, shape: tuple[int, ...]) -> Tens
 
 def chosen(args: argparse.Namespace, evaluations: Sequence[Evaluation], n: int) -> Evaluation:
     """What is deployed: the evaluated candidate of lowest loss. No single one of the n sharers, where the options say
-    so, or where they limit a sharer's share.
+    so, or where they limit a sharer's share. With `--baseline` that baseline, whatever its loss.
     """
+    if args.baseline:
+        return best_sharer(evaluations, n) if args.baseline == "best_sharer" else evaluations[-1]
     eligible = [evaluations[0], *evaluations[1 + n :]] if args.search_only or args.top_share < 1 else evaluations
     return min(eligible, key=lambda one: one.loss)
+
+
+def best_sharer(evaluations: Sequence[Evaluation], n: int) -> Evaluation:
+    """The best single one of the n sharers, without any penalty."""
+    return min(evaluations[1 : 1 + n], key=lambda one: one.unpenalised)
 
 
 def distinct(*traces: Sequence[Evaluation]) -> int:

@@ -235,7 +235,7 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     shown: dict[str, list[Shown]] = {"traces": [], "weights": []}
     for method, source in content.sources.items():
         record = read_settings(source)
-        if record["method"] != method:  # a baseline beside it
+        if record["method"] != method or method in report.PART_OF_SEARCH:  # a baseline: nothing was searched
             continue
         if searches := searches_of(source):
             drawn = figures.traces(searches, no_single_sharer(record["settings"]))

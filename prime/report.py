@@ -26,7 +26,7 @@ METHODS = (
 )  # fmt: skip
 REFERENCE = "prime"
 # Of a result's seconds, those that personalising the user took; predicting and measuring are left out. The baselines
-# that come with a search take a part of it, or nothing, and do not store what they merge.
+# that come with a search take a part of it, or nothing, and store what they merge only in a run of their own.
 PERSONALISING = ("search", "compose", "train")
 PART_OF_SEARCH = {"best_sharer": ("sharers",), "uniform": ()}
 NEED_GRADIENTS = ("mta", "oppu")  # on the user's own history
@@ -100,14 +100,19 @@ def task_of(stage_dir: Path) -> str | None:
 def gather(stage_dir: Path, task: Task) -> tuple[Predictions, dict[str, Path]]:
     """Predictions of `stage_dir` and of the task's stages beside it, and the folder each method came from.
 
-    Where two folders hold the same method, `stage_dir` wins, then the folder that comes first by name.
+    Where two folders hold the same method, `stage_dir` wins, then the folder that comes first by name; a run of the
+    method's own goes before one that it only comes along with.
     """
     stage_dir = stage_dir.resolve()
     beside = sorted(p for p in stage_dir.parent.iterdir() if p.is_dir() and p != stage_dir)
     merged: Predictions = {}
     source: dict[str, Path] = {}
-    for folder in (p for p in (stage_dir, *beside) if task_of(p) == task.name):
-        for cell, by_user in predictions_of(read_results(folder)).items():
+    found = {p: predictions_of(read_results(p)) for p in (stage_dir, *beside) if task_of(p) == task.name}
+    for folder, own in found.items():
+        if (method := read_settings(folder)["method"]) in {cell.method for cell in own}:
+            source.setdefault(method, folder)
+    for folder, own in found.items():
+        for cell, by_user in own.items():
             if source.setdefault(cell.method, folder) == folder:
                 merged[cell] = by_user
     return dict(sorted(merged.items(), key=lambda entry: entry[0].order())), source
@@ -207,7 +212,7 @@ def seconds_per_user(method: str, results: Sequence[Mapping[str, Any]]) -> float
 
 def bytes_per_user(method: str, folder: Path, results: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean size of what is stored for a user: an adapter, or nothing where the base is deployed."""
-    if method in PART_OF_SEARCH:
+    if method in PART_OF_SEARCH and read_settings(folder)["method"] != method:
         return None
     files = [folder / "users" / user_dirname(r["user_id"]) / "adapter" / "adapter_model.safetensors" for r in results]
     return float(np.mean([file.stat().st_size if file.is_file() else 0 for file in files]))

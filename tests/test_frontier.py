@@ -29,7 +29,7 @@ PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 def options(**given: object) -> argparse.Namespace:
     search = {"start": "ranked", "step": 0.3, "opt_type": "cma", "opt_budget": 10}
-    return argparse.Namespace(**search | {"search_only": False, "top_share": 1.0} | given)
+    return argparse.Namespace(**search | {"search_only": False, "top_share": 1.0, "baseline": None} | given)
 
 
 class Hills:

@@ -427,6 +427,32 @@ def test_a_named_row_comes_without_the_baselines(inside: Path) -> None:
             world.run(evo("./output/other", "--name", name))
 
 
+@pytest.mark.parametrize(("name", "start"), [("best_sharer", 0), ("uniform", 1)])
+def test_a_baseline_is_deployed_as_a_run_that_can_be_attacked(inside: Path, name: str, start: int) -> None:
+    """It answers as the row that comes with PriME, and the attack's members are the sharers that are in it."""
+    folder = inside / f"output/{name}"
+    world.run(evo(f"./output/{name}", "--baseline", name))
+    beside = results(EVO)
+    for user_id, result in results(folder).items():
+        assert result["predictions"] == {name: beside[user_id]["predictions"][name]}
+        weights = {sharer: float(sharer == result["best_sharer"]) for sharer in result["sharers"]}
+        weights = weights if name == "best_sharer" else dict.fromkeys(weights, pytest.approx(1 / 3))
+        assert dict(zip(result["sharers"], result["weights"], strict=True)) == weights
+        own = folder / "users" / user_dirname(user_id)
+        assert len((own / "evaluations.jsonl").read_text().splitlines()) == 1 + 3 + start
+        shared = [load_adapter(adapter_folder(ANCHORS, sharer)) for sharer in result["sharers"]]
+        expected = tiny.dense_updates(merge(shared, torch.tensor(result["weights"]), "delta"))
+        for module, update in tiny.dense_updates(load_adapter(own / "adapter")).items():
+            torch.testing.assert_close(update, expected[module])
+    words = command("mia.py")
+    words[words.index("--exp_dir") + 1] = str(folder)
+    world.run([*words, "--skip_sharers"])
+    attacked = world.read(folder / "mia_summary.json")
+    assert attacked["method"] == name and attacked["on_base"] == 0
+    merged = {u: [s for s, w in zip(r["sharers"], r["weights"], strict=True) if w] for u, r in results(folder).items()}
+    assert {u: r["member_ids"] for u, r in results(folder / "mia").items()} == merged
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["citation", "news_headline", "product_rating", "scholarly_title", "tweet_paraphrase"])
 def test_the_other_tasks_run_too(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

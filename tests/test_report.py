@@ -114,6 +114,20 @@ def test_the_named_stage_wins_over_another_with_the_same_method(output):
     assert row(summary_of(output, "task-base_LLM")["rows"], "prime")["accuracy"]["mean"] == pytest.approx(16 / 24)
 
 
+def test_a_baselines_own_run_wins_over_the_search_it_comes_along_with(output):
+    write_stage(output / "Uniform", "lora_composition_evo", "uniform", lambda u: {"uniform": {"k0": answers(u, 1)}})
+    adapter = output / "Uniform" / "users" / "user_0" / "adapter" / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    adapter.write_bytes(b"123456")
+    predictions, source = report.gather(output / "LoRA-Composition-evo", TASK)
+    assert {name: folder.name for name, folder in source.items()} == {
+        "base": "task-base_LLM", "rag": "task-base_LLM", "task_lora": "task-base_LLM",
+        "prime": "LoRA-Composition-evo", "uniform": "Uniform",
+    }  # fmt: skip
+    assert predictions[report.Cell("uniform", 0, False)] == {user: answers(user, 1) for user in USERS}
+    assert report.about_methods(source)["uniform"]["bytes_per_user"] == 6 / len(USERS)
+
+
 SUMMARY = {"sharers": {"users": 0, "attacks": {}}}  # of mia_summary.json
 
 

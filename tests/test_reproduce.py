@@ -102,19 +102,22 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
     parsed = [(name, world.script(name).build_parser().parse_args(options)) for name, *options in commands(here)]
     assert [name for name, _ in parsed] == [
         "history_anchor.py", "task_lora.py", "train_anchor_peft.py", "lora_composition_evo.py", "mia.py",
-        "train_anchor_gate.py", "lora_composition.py", "mia.py",
+        *["lora_composition_evo.py", "mia.py"] * 2, "train_anchor_gate.py", "lora_composition.py", "mia.py",
         *["lora_composition_evo.py", "mia.py"] * 2, *["train_user_peft.py", "mia.py"] * 2, "postprocess.py",
     ]  # fmt: skip
-    prime, published, lorahub = (args for name, args in parsed if name == "lora_composition_evo.py")
+    searches = (args for name, args in parsed if name == "lora_composition_evo.py")
+    prime, best_sharer, uniform, published, lorahub = searches
     for args in (published, lorahub):
         assert (args.merge_rule, args.start, args.step, args.search_only) == ("factor", "zero", 1.0, True)
     assert (published.name, published.objective, lorahub.objective) == ("prime_published", "metric", "nll")
+    assert (best_sharer.baseline, uniform.baseline, prime.baseline) == ("best_sharer", "uniform", None)
+    assert best_sharer.fitness == uniform.fitness == prime.fitness
     assert not prime.search_only and [args.method for name, args in parsed if "user" in name] == ["oppu", "mta"]
     sharing = [args for name, args in parsed if hasattr(args, "n_sim") and name != "train_user_peft.py"]
     assert {(args.anchor_dir, args.n_sim) for args in sharing} == {(prime.anchor_dir, 3)}
     made = {args.output_dir for name, args in parsed[3:] if name in ("lora_composition_evo.py", "lora_composition.py",
             "train_user_peft.py")}  # fmt: skip
-    assert {args.exp_dir for name, args in parsed if name == "mia.py"} == made and len(made) == 6
+    assert {args.exp_dir for name, args in parsed if name == "mia.py"} == made and len(made) == 8
 
 
 def test_help_tells_every_option(here: Path) -> None:
