@@ -33,6 +33,7 @@ from prime.tasks import TASKS, Task, get_task  # noqa: E402
 
 DEMO = ROOT / "data" / "demo"
 EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.membership.SETS`
+COSTS = ("seconds_per_user", "bytes_per_user")
 LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 
 
@@ -93,6 +94,16 @@ def leakage(seeds: Sequence[Mapping[str, Mapping[str, Any]]], method: str, name:
     }
 
 
+def cost(summaries: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
+    """Mean over the seeds of what personalising a user takes and stores; whether it trains on the user's history."""
+    rows = [next((row for row in own["rows"] if row["method"] == method), {}) for own in summaries]
+    found: dict[str, Any] = {"gradient": any(row.get("gradient") for row in rows)}
+    for key in COSTS:
+        told = [row.get(key) for row in rows]
+        found[key] = None if None in told else fmean(told)
+    return found
+
+
 def verdict(task: Task, difference: Mapping[str, float]) -> str:
     """Of a method against prime, by the interval of the paired difference (method minus prime)."""
     better = METRICS[task.metrics[0]].higher_is_better
@@ -107,6 +118,7 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
     by_seed = [stats_of(task, folder, users, golds) for folder in folders.values()]
     attacks = [attacked(folder) for folder in folders.values()]
+    summaries = [read_json(folder / "summary.json") for folder in folders.values()]
     rows = []
     for method in sorted(by_seed[0], key=lambda name: Cell(name, 0, False).order()):
         if not all(method in own for own in by_seed):
@@ -116,6 +128,7 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
         found = {prefix: leakage(attacks, method, name) for prefix, name in EXPERIMENTS.items()}
         leaked = {prefix + key: value for prefix, own in found.items() for key, value in own.items()}
         row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leaked}
+        row |= cost(summaries, method)
         singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
         row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
         if method != report.REFERENCE:
@@ -175,6 +188,18 @@ def leakages(results: Sequence[Mapping[str, Any]], prefix: str) -> str:
     return _side_by_side(columns) if any(columns.values()) else ""
 
 
+def costs(results: Sequence[Mapping[str, Any]]) -> str:
+    """All tasks beside each other: seconds and stored kilobytes per user; "gradient" where a method trains on him."""
+    columns: dict[str, dict[str, str]] = {one["task"]: {} for one in results}
+    for one in results:
+        for row in one["rows"]:
+            seconds, stored = (row[key] for key in COSTS)
+            told = ["-" if seconds is None else f"{seconds:.1f} s"]
+            told += ["-" if stored is None else f"{stored / 1000:.0f} kB"] + ["gradient"] * row["gradient"]
+            columns[one["task"]][row["method"]] = ", ".join(told)
+    return _side_by_side(columns)
+
+
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
     """A row per method that any column has, in the order of the tables."""
     names = sorted({name for own in columns.values() for name in own}, key=lambda name: Cell(name, 0, False).order())
@@ -200,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
             print(table(results[-1]) + "\n")
     if results:
         print(f"{overview(results)}\n")
+    print(f"{costs(results)}\n")
     for prefix, name in EXPERIMENTS.items():
         if found := leakages(results, prefix):
             print(f"{name}\n\n{found}\n")

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 from statistics import median
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import train_anchor_peft
 from benchmarks import (
     ablation,
     convert,
+    demo_runs,
     dp,
     dp_tuning,
     draft_shares,
@@ -30,6 +32,7 @@ from benchmarks import (
     train_anchors,
 )
 from benchmarks.shapes import Shares
+from prime import cli
 from prime.anchors import save_selection
 from prime.data import User, load_labels
 from prime.metrics import METRICS, sum_stats
@@ -41,6 +44,7 @@ RATIOS = {  # name: (over, under)
     "speedup_over_published": ("published", "ours"),
     "time_over_forward_limit": ("ours", "forward_limit"),
 }
+OTHER = ablation.ARMS["the other fitness"].changes
 MERGE = ["--shape", "tiny", "--prompts", "4", "--n_sim", "2", "--budget", "6", "--repeats", "1"]
 
 
@@ -172,6 +176,16 @@ def test_ablation_halves_keep_an_items_records_together() -> None:
     assert first.golds == ["u1-7", "u1-7-k1-p", "u1-12"] and second.about == ["u1-9", "u1-9-k1-p"]
     assert [record.id for record in first.records] == first.golds and ablation.half_of(whole, None) is whole
     assert len(whole.records) == 5
+
+
+def test_ablation_asks_citation_as_test_queries() -> None:
+    """With the labels of the test, and with other users' items as wrong references; the other arm asks its history."""
+    args = demo_runs.stage_args("citation", 0, Path("unused"))
+    start = demo_runs.Start(args, cli.load_texts(args), [], {}, Mock(), Mock())
+    texts, own = ablation.texts_of(start), [ablation.options(args, "citation", more) for more in ((), OTHER)]
+    assert [one.fitness for one in own] == ["query", "history"] and texts["query"].others
+    assert texts["query"].task.history_labels == texts["query"].task.labels
+    assert texts["history"].task.history_labels == start.texts.task.history_labels and not texts["history"].others
 
 
 def test_ablation_compares_by_user_over_seeds() -> None:
@@ -346,3 +360,15 @@ def test_the_benchmark_of_seeds_shows_each_experiment_that_all_seeds_have() -> N
     tables = [[seeds.leakages([{"task": "t", "rows": [row]}], p) for p in seeds.EXPERIMENTS] for row in rows]
     assert tables[0][1].splitlines()[-1] == "| prime | 0.600 (0.600), 0.600 |" and tables[1][1] == ""
     assert tables[0][0] == tables[1][0] and "0.700 (0.700), 0.700" in tables[1][0]
+
+
+def test_seeds_tell_what_a_user_costs() -> None:
+    summaries = [
+        {"rows": [{"method": "oppu", "seconds_per_user": 2.0 + seed, "bytes_per_user": 4000, "gradient": True},
+                  {"method": "uniform", "seconds_per_user": 0.0, "bytes_per_user": None, "gradient": False}]}
+        for seed in (0, 1)
+    ]  # fmt: skip
+    found = {name: seeds.cost(summaries, name) for name in ("uniform", "oppu")}
+    assert found["oppu"] == {"gradient": True, "seconds_per_user": 2.5, "bytes_per_user": 4000}
+    shown = seeds.costs([{"task": "t", "rows": [{"method": name} | own for name, own in found.items()]}])
+    assert shown.splitlines()[2:] == ["| uniform | 0.0 s, - |", "| oppu | 2.5 s, 4 kB, gradient |"]

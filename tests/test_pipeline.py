@@ -16,16 +16,18 @@ import world
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from benchmarks import ablation, demo_runs
 from prime import cli
 from prime.checkpoint import Encoder, load_tokenizer
-from prime.data import load_users
+from prime.data import load_labels, load_users
+from prime.engine import load_engine
 from prime.errors import InputError
 from prime.evolution import fitness_records
 from prime.lora import Adapter, concatenate, load_adapter, merge, save_adapter
 from prime.prompts import TEMPLATES, history_records
 from prime.runs import user_dirname
 from prime.search import ranked_weights
-from prime.sharers import adapter_folder
+from prime.sharers import adapter_folder, load_pool
 from prime.tasks import TASKS
 from tests import tiny
 
@@ -516,3 +518,38 @@ def test_official_lamp_files_run_through_every_stage_without_a_warning(
     summary = world.read(tmp_path / f"output/{TASK}/summary.json")
     assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime", "per_pcs"}
     assert all(counts == {"present": 3, "expected": 3} for counts in summary["users"].values())
+
+
+@pytest.mark.slow
+def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(
+    inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = evo("./output/arm", "--user_idxs", "0-1")
+    args = world.script(words[0]).build_parser().parse_args(words[1:])
+    texts = cli.load_texts(args)
+    users = cli.load_test_users(args, texts.task)
+    golds = load_labels(inside / f"data/{TASK}/test_100/user_test_100_label.json")
+    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
+    start = demo_runs.Start(args, texts, users, golds, pool, load_engine(args, task_adapter=args.lora_ckpt))
+    monkeypatch.setattr(demo_runs, "start", lambda *_: start)
+    found = ablation.run_one(argparse.Namespace(users=1, output_dir=""), TASK, 0)
+    assert found["answers"].keys() == found["origins"].keys() == set(ablation.ROWS) and 0 < found["same"][0] <= 1
+    options = {
+        "prime": [], "no search": ["--opt_budget", "0", "--start", "zero"], "budget 30": ["--opt_budget", "30"],
+        "start uniform": ["--start", "uniform"], "rule factor": ["--merge_rule", "factor"],
+        "published: factor, start zero, step 1, no single sharer": [
+            "--merge_rule", "factor", "--start", "zero", "--step", "1", "--search_only",
+        ],
+        "4 draws of each answer": ["--num_repeat", "4"], "the other fitness": ["--fitness", "query"],
+        "by likelihood": ["--objective", "nll", "--name", "prime"],
+    }  # fmt: skip
+    for place, (name, more) in enumerate(options.items()):
+        words[words.index("--output_dir") + 1] = f"./output/arm-{place}"
+        world.run([*words, *more])
+        ((user_id, result),) = results(f"./output/arm-{place}").items()
+        assert found["answers"][name] == {user_id: result["predictions"]["prime"]["k0"]}, name
+        assert found["origins"][name] == {result["origin"]: 1}, name
+    asked = [sample["id"] for sample in found["answers"]["prime"][users[0].user_id]]
+    by_test = found["answers"][ablation.CHOSEN_BY_TEST][users[0].user_id]
+    assert sorted(sample["id"] for sample in by_test) == sorted(asked)
+    assert sum(found["origins"][ablation.CHOSEN_BY_TEST].values()) == 2
