@@ -322,6 +322,21 @@ def cells(task: str, row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """All tasks beside each other: scores, with + and - where the paired interval to prime is clear of 0."""
+    signs = {"prime loses": " +", "prime wins": " -", "tie": ""}
+    metrics = {task: get_task(task).metrics[0] for task in found}
+    rows = [
+        [name, *(
+            f"{own['rows'][name]['scores'][metrics[task]]['mean']:.3f}"
+            + signs[seeds.verdict(get_task(task), own["rows"][name]["to_prime"][metrics[task]])]
+            for task, own in found.items()
+        )]
+        for name in ROWS
+    ]  # fmt: skip
+    return measuring.table(rows, ("arm", *(f"{task}, {metric}" for task, metric in metrics.items())))
+
+
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     tasks = [task for task in TASKS if (ROOT / "data/demo" / task).is_dir()]
@@ -333,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n**{task}**, {metric} ({better} is better); same choice {own['same_choice']:.2f}\n")
         rows = [[name, *cells(task, row)] for name, row in own["rows"].items()]
         print(measuring.table(rows, ("arm", "score", "to prime", "better : worse", " / ".join(ORIGINS))))
+    print(f"\n{overview(found)}\n")
     print(json.dumps(found))
 
 

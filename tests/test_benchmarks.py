@@ -206,6 +206,11 @@ def test_ablation_compares_by_user_over_seeds() -> None:
     assert rows["rule factor"]["to_prime"]["better"] == 1 and rows["no search"]["to_prime"]["worse"] == 1
     assert rows["prime"]["origins"] == {"search": 2, "sharer": 2}
     assert ablation.cells("movie_tagging", rows["rule factor"])[2:] == ["1 : 0", "0 / 2 / 0 / 2"]
+    arms = dict.fromkeys(ablation.ROWS, answered("wrong", "wrong")) | {"prime": answered(one[1], two[1])}
+    clear = ablation.compare("movie_tagging", [{"answers": arms, "origins": origins, "same": [1.0]}])
+    shown = [ablation.overview({"movie_tagging": own}).splitlines() for own in (found, clear)]
+    assert shown[0][2:4] == ["| prime | 0.500 |", "| no search | 0.000 |"]  # alike for one of two users
+    assert shown[1][2:4] == ["| prime | 1.000 |", "| no search | 0.000 - |"]
 
 
 def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
