@@ -50,7 +50,7 @@ from prime.fitness import Answers, Objective  # noqa: E402
 from prime.journal import Journal  # noqa: E402
 from prime.metrics import METRICS, score  # noqa: E402
 from prime.runs import derive_seed, read_json, write_json  # noqa: E402
-from prime.tasks import TASKS, get_task  # noqa: E402
+from prime.tasks import TASKS, Task, get_task  # noqa: E402
 
 BUDGET, LARGE = 10, 30
 DRAWS = 1000
@@ -89,6 +89,11 @@ ARMS = {
 }
 LONGEST = Arm(budget=LARGE)  # its beginning is prime's search
 ROWS = (*ARMS, CHOSEN_BY_TEST)
+
+
+def arms_of(task: Task) -> dict[str, Arm]:
+    """Those that the task can have: a history without questions cannot be asked as test queries."""
+    return {name: arm for name, arm in ARMS.items() if task.source or ("fitness", "other") not in arm.changes}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -216,20 +221,20 @@ class Searches:
 def run_one(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
     """Answers at k = 0 `{row: {user: [{id, output}]}}`, origins of what each row chose, and `same choice` of prime."""
     start = demo_runs.start(task, seed, args.output_dir)
-    texts = texts_of(start)
-    answers: dict[str, dict[str, list]] = {name: {} for name in ROWS}
-    origins = {name: Counter[str]() for name in ROWS}
+    texts, arms = texts_of(start), arms_of(start.texts.task)
+    answers: dict[str, dict[str, list]] = {name: {} for name in (*arms, CHOSEN_BY_TEST)}
+    origins = {name: Counter[str]() for name in answers}
     same = []
     with cli.bar(min(args.users, len(start.users)), f"{task}, seed {seed}", "user") as progress:
         for index, user in enumerate(start.users[: args.users]):
             start.engine.bank.load(start.pool.adapters(index))
             with tempfile.TemporaryDirectory() as scratch:
                 searches = Searches(start, texts, user, Path(scratch))
-                picked = {name: searches.chosen(arm) for name, arm in ARMS.items()}
+                picked = {name: searches.chosen(arm) for name, arm in arms.items()}
                 evaluated = searches.candidates(ARMS[REFERENCE])
                 same.append(searches.same_choice(ARMS[REFERENCE]))
             found, by_test = predicted(start, user, picked), chosen_by_test(start, user, evaluated)
-            for name in ARMS:
+            for name in arms:
                 answers[name][user.user_id] = found[name]
                 origins[name][picked[name].origin] += 1
             answers[CHOSEN_BY_TEST][user.user_id] = [sample for _, own in by_test for sample in own]
@@ -298,8 +303,9 @@ def compare(task: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     golds = load_labels(ROOT / "data/demo" / task / "test_100" / "user_test_100_label.json")
     rows: dict[str, Any] = {}
     totals = {
-        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found]) for name in ROWS
-    }
+        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found])
+        for name in ROWS if all(name in one["answers"] for one in found)
+    }  # fmt: skip
     reference = report.stack(totals[REFERENCE], list(totals[REFERENCE]))
     for name, total in totals.items():
         stacked = report.stack(total, list(total))
@@ -326,14 +332,14 @@ def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
     """All tasks beside each other: scores, with + and - where the paired interval to prime is clear of 0."""
     signs = {"prime loses": " +", "prime wins": " -", "tie": ""}
     metrics = {task: get_task(task).metrics[0] for task in found}
-    rows = [
-        [name, *(
-            f"{own['rows'][name]['scores'][metrics[task]]['mean']:.3f}"
-            + signs[seeds.verdict(get_task(task), own["rows"][name]["to_prime"][metrics[task]])]
-            for task, own in found.items()
-        )]
-        for name in ROWS
-    ]  # fmt: skip
+
+    def cell(task: str, row: Mapping[str, Any] | None) -> str:
+        if row is None:
+            return "-"
+        better = seeds.verdict(get_task(task), row["to_prime"][metrics[task]])
+        return f"{row['scores'][metrics[task]]['mean']:.3f}{signs[better]}"
+
+    rows = [[name, *(cell(task, own["rows"].get(name)) for task, own in found.items())] for name in ROWS]
     return measuring.table(rows, ("arm", *(f"{task}, {metric}" for task, metric in metrics.items())))
 
 

@@ -37,7 +37,7 @@ from prime.anchors import save_selection
 from prime.data import User, load_labels
 from prime.metrics import METRICS, sum_stats
 from prime.prompts import Record
-from prime.tasks import get_task
+from prime.tasks import TASKS, get_task
 
 RATIOS = {  # name: (over, under)
     "speedup_over_peft_loop": ("peft_loop", "ours"),
@@ -185,6 +185,8 @@ def test_ablation_asks_citation_as_test_queries() -> None:
     texts, own = ablation.texts_of(start), [ablation.options(args, "citation", more) for more in ((), OTHER)]
     assert [one.fitness for one in own] == ["query", "history"] and texts["query"].others
     assert texts["query"].task.history_labels == texts["query"].task.labels
+    missing = {task: ablation.ARMS.keys() - ablation.arms_of(get_task(task)).keys() for task in TASKS}
+    assert missing["tweet_paraphrase"] == {"the other fitness"} and not missing["citation"]
     assert texts["history"].task.history_labels == start.texts.task.history_labels and not texts["history"].others
 
 
