@@ -3,7 +3,7 @@
 Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first, by reproduce.sh
 Writes  <output_dir>/seed<seed>/<task>/ablation-<users>.json   answers of every arm at k = 0, origins of the chosen
         prints a table over all seeds, and the same as one JSON line
-Takes   about 10 minutes per task and seed on 2 cores; resumes by task and seed
+Takes   4 to 23 minutes per task and seed (one thread); resumes by task and seed
 
 Every arm merges the same three sharers, searches by the same seed, and is compared with `prime` user by user; a user's
 statistics are added up over the seeds. What is changed: the rule, where the search begins, its budget, who may win,

@@ -3,7 +3,7 @@
 Reads   the embedded demo, through reproduce.sh --methods all
 Writes  <output_dir>/seed<seed>/<task>/   what reproduce.sh writes; finished steps are skipped
         <output_dir>/seeds.json           the figures of the printed tables
-Takes   about 8 minutes per task and seed on 2 cores; resumes by step
+Takes   about 10 minutes per task and seed on 2 cores; resumes by step
 
 A user is the unit that is resampled: the statistics of a user's answers are added up over the seeds, so that the
 intervals tell how much the choice of test users matters, and the column of seeds how much the seed does.
