@@ -99,7 +99,8 @@ def search_user(
     seed = derive_seed(args.seed, user.user_id)
     population = Population(args, texts, engine, user, seed, n, journal, progress)
     if not population.golds:
-        tell(f"user {user.user_id}: an empty history, nothing to search by; the base is deployed")
+        deployed = args.baseline or "the base"
+        tell(f"user {user.user_id}: an empty history, nothing to search by; {deployed} is deployed")
     objectives: list[Objective | None] = [None]
     if args.objective == "metric":
         objectives = [

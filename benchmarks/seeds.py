@@ -224,8 +224,7 @@ def main(argv: list[str] | None = None) -> None:
             results.append(compare_task(task, finished))
             print(table(results[-1]) + "\n")
     if results:
-        print(f"{overview(results)}\n")
-    print(f"{costs(results)}\n")
+        print(f"{overview(results)}\n\n{costs(results)}\n")
     for prefix, name in EXPERIMENTS.items():
         if found := leakages(results, prefix):
             print(f"{name}\n\n{found}\n")

@@ -144,12 +144,16 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 
 def check_search(args: argparse.Namespace, n: int) -> None:
-    """InputError where n sharers cannot keep to `--top_share`, or there is nothing that pareto could trade."""
+    """InputError where n sharers cannot keep to `--top_share`, there is nothing that pareto could trade, or a single
+    sharer is to be deployed and must not be.
+    """
     if args.top_share * n < 1:
         told = f"{n} sharers cannot all have less than 1 / {n} of the weights"
         raise InputError(f"--top_share {args.top_share:g}: {told}")
     if is_pareto(args.opt_type) and args.objective == "nll":
         raise InputError(f"--opt_type {args.opt_type}: --objective nll knows no resemblance to trade utility for")
+    if args.baseline == "best_sharer" and (args.search_only or args.top_share < 1):
+        raise InputError("--baseline best_sharer: under --search_only or --top_share no single sharer is deployed")
 
 
 class Population:

@@ -101,7 +101,7 @@ def gather(stage_dir: Path, task: Task) -> tuple[Predictions, dict[str, Path]]:
     """Predictions of `stage_dir` and of the task's stages beside it, and the folder each method came from.
 
     Where two folders hold the same method, `stage_dir` wins, then the folder that comes first by name; a run of the
-    method's own goes before one that it only comes along with.
+    method's own goes before one that it only comes along with, also where it is not finished (the table says so).
     """
     stage_dir = stage_dir.resolve()
     beside = sorted(p for p in stage_dir.parent.iterdir() if p.is_dir() and p != stage_dir)

@@ -155,6 +155,13 @@ def test_pareto_in_any_case_is_pareto_and_needs_a_resemblance(tmp_path: Path) ->
         check_search(options(top_share=0.3, objective="metric"), 3)
 
 
+@pytest.mark.parametrize("ban", [{"search_only": True}, {"top_share": 0.5}])
+def test_a_single_sharer_is_not_deployed_where_none_may_be(ban: dict[str, object]) -> None:
+    check_search(options(objective="metric", baseline="uniform", **ban), 3)
+    with pytest.raises(InputError, match="--baseline best_sharer: under --search_only or --top_share"):
+        check_search(options(objective="metric", baseline="best_sharer", **ban), 3)
+
+
 def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path: Path) -> None:
     def mean_volume(opt_type: str) -> float:
         hills = [Hills(opt_type=opt_type, opt_budget=40) for _ in range(5)]

@@ -535,7 +535,7 @@ def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(
     found = ablation.run_one(argparse.Namespace(users=1, output_dir=""), TASK, 0)
     assert found["answers"].keys() == found["origins"].keys() == set(ablation.ROWS) and 0 < found["same"][0] <= 1
     options = {
-        "prime": [], "no search": ["--opt_budget", "0", "--start", "zero"], "budget 30": ["--opt_budget", "30"],
+        "prime": [], "no search": ["--opt_budget", "0"], "budget 30": ["--opt_budget", "30"],
         "start uniform": ["--start", "uniform"], "rule factor": ["--merge_rule", "factor"],
         "published: factor, start zero, step 1, no single sharer": [
             "--merge_rule", "factor", "--start", "zero", "--step", "1", "--search_only",
