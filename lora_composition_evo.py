@@ -37,20 +37,8 @@ from prime import cli, plan
 from prime.data import User
 from prime.decode import Progress
 from prime.engine import Engine, Predictions, load_engine, predict
-from prime.errors import tell
-from prime.evolution import (
-    BASELINES,
-    Evaluation,
-    Population,
-    add_search,
-    best_sharer,
-    check_search,
-    chosen,
-    evolve,
-    key_of,
-)
+from prime.evolution import BASELINES, Evaluation, add_search, best_sharer, check_search, chosen, key_of, search_user
 from prime.export import export_full, save_personal
-from prime.fitness import Objective
 from prime.journal import Journal
 from prime.lora import Adapter, merge
 from prime.penalties import alone, open_runs, shared_evaluations, sharing_text
@@ -59,8 +47,10 @@ from prime.sampling import Sampler
 from prime.search import optimizer_name
 from prime.sharers import Pool, add_selection, load_pool
 
-NAMES = {"metric": "prime", "nll": "lorahub"}
-FOLDERS = {"metric": "LoRA-Composition-evo", "nll": "LoraHub", "best_sharer": "Best-sharer", "uniform": "Uniform"}
+DEFAULTS = {  # --baseline or --objective: --name, folder
+    "metric": ("prime", "LoRA-Composition-evo"), "nll": ("lorahub", "LoraHub"),
+    "best_sharer": ("best_sharer", "Best-sharer"), "uniform": ("uniform", "Uniform"),
+}  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,28 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
     cli.add_users(parser, "test users")
     cli.add_export(parser)
     return parser
-
-
-def search_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, n: int, logs: Sequence[Path],
-    journal: Journal, progress: Progress,
-) -> list[list[Evaluation]]:  # fmt: skip
-    """At each penalty, all evaluated candidates of one user: the base first, then the n sharers loaded in the bank.
-
-    What was evaluated before an interruption is in the journal, and is not evaluated again.
-    """
-    seed = derive_seed(args.seed, user.user_id)
-    population = Population(args, texts, engine, user, seed, n, journal, progress)
-    if not population.golds:
-        deployed = args.baseline or "the base"
-        tell(f"user {user.user_id}: an empty history, nothing to search by; {deployed} is deployed")
-    objectives: list[Objective | None] = [None]
-    if args.objective == "metric":
-        objectives = [
-            Objective(texts.task, population.golds, penalty, args.m_reduce, args.t_reduce, args.penalty)
-            for penalty in args.sim_penalty
-        ]
-    return evolve(population, objectives, seed, logs)
 
 
 def predictions(
@@ -189,7 +157,8 @@ def deploy(
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     optimizer_name(args.opt_type)
-    args.name = args.name or args.baseline or NAMES[args.objective]
+    name, folder = DEFAULTS[args.baseline or args.objective]
+    args.name = args.name or name
     if args.baseline:
         args.opt_budget, args.start = 0, BASELINES[args.baseline]
     args.sim_penalty = args.sim_penalty if args.objective == "metric" else (0.0,)
@@ -202,7 +171,6 @@ def main(argv: list[str] | None = None) -> None:
     users = cli.load_test_users(args, texts.task)
     pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
     check_search(args, len(pool.ranking[0]))
-    folder = FOLDERS[args.baseline or args.objective]
     runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{folder}"), args)
     todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:

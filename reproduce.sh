@@ -155,16 +155,11 @@ other_searches() {
     attack mia_lorahub LoraHub --skip_sharers
 }
 
-# What comes with the search of PriME, in runs of their own, so that they are attacked, too.
-baselines() {
-    local name folder
-    for name in best_sharer uniform; do
-        folder="${name^}" folder="${folder/_/-}"
-        step "$name" lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
-            --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --baseline "$name" "${fitness[@]}" \
-            --output_dir "$out/$folder"
-        attack "mia_$name" "$folder" --skip_sharers
-    done
+# baseline NAME FOLDER: what comes with the search of PriME, in a run of its own, so that it is attacked, too.
+baseline() {
+    step "$1" lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --baseline "$1" "${fitness[@]}" --output_dir "$out/$2"
+    attack "mia_$1" "$2" --skip_sharers
 }
 
 # Training on the user's own history. OPPU merges nobody's adapter: attacked are the users' own records.
@@ -195,7 +190,8 @@ for task in $tasks; do
         "${fitness[@]}" --output_dir "$out/LoRA-Composition-evo"
     attack mia LoRA-Composition-evo
     if [ "$methods" = all ]; then
-        baselines
+        baseline best_sharer Best-sharer
+        baseline uniform Uniform
         per_pcs
         other_searches
         user_training

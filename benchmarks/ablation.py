@@ -330,14 +330,13 @@ def cells(task: str, row: Mapping[str, Any]) -> list[str]:
 
 def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
     """All tasks beside each other: scores, with + and - where the paired interval to prime is clear of 0."""
-    signs = {"prime loses": " +", "prime wins": " -", "tie": ""}
     metrics = {task: get_task(task).metrics[0] for task in found}
 
     def cell(task: str, row: Mapping[str, Any] | None) -> str:
         if row is None:
             return "-"
-        better = seeds.verdict(get_task(task), row["to_prime"][metrics[task]])
-        return f"{row['scores'][metrics[task]]['mean']:.3f}{signs[better]}"
+        name = metrics[task]
+        return seeds.marked(row["scores"][name]["mean"], seeds.verdict(get_task(task), row["to_prime"][name]))
 
     rows = [[name, *(cell(task, own["rows"].get(name)) for task, own in found.items())] for name in ROWS]
     return measuring.table(rows, ("arm", *(f"{task}, {metric}" for task, metric in metrics.items())))

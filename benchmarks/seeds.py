@@ -138,6 +138,11 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     return {"task": task.name, "metric": task.metrics[0], "seeds": list(folders), "rows": rows}
 
 
+def marked(mean: float, told: str) -> str:
+    """A score with + or - where it is better or worse than prime's, by its verdict."""
+    return f"{mean:.3f}" + {"prime loses": " +", "prime wins": " -"}.get(told, "")
+
+
 def table(found: Mapping[str, Any]) -> str:
     """One task as a table in Markdown."""
     metric = found["metric"]
@@ -164,10 +169,9 @@ def table(found: Mapping[str, Any]) -> str:
 
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
     """All tasks beside each other: the metric of each method, with + and - where it is better or worse than prime."""
-    signs = {"prime loses": " +", "prime wins": " -"}
     columns = {
         f"{one['task']}, {one['metric']}": {
-            row["method"]: f"{row[one['metric']]['mean']:.3f}{signs.get(row.get('verdict', ''), '')}"
+            row["method"]: marked(row[one["metric"]]["mean"], row.get("verdict", ""))
             for row in one["rows"]
         }
         for one in results

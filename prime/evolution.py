@@ -24,7 +24,7 @@ from prime.cli import Texts
 from prime.data import User
 from prime.decode import EncodedPrompt, EncodedRecord, Progress, Tokens, every_pair, score
 from prime.engine import Engine
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.fitness import METRIC_REDUCERS, PENALTIES, TRIAL_REDUCERS, Objective, Score, Trial, score_by_likelihood
 from prime.journal import Journal
 from prime.lora import RULES
@@ -302,6 +302,28 @@ class Trace:
         self.found += new
         write_text(self.log, "".join(one.line() for one in self.found))
         return new
+
+
+def search_user(
+    args: argparse.Namespace, texts: Texts, engine: Engine, user: User, n: int, logs: Sequence[Path],
+    journal: Journal, progress: Progress,
+) -> list[list[Evaluation]]:  # fmt: skip
+    """At each penalty, all evaluated candidates of one user: the base first, then the n sharers loaded in the bank.
+
+    What was evaluated before an interruption is in the journal, and is not evaluated again.
+    """
+    seed = derive_seed(args.seed, user.user_id)
+    population = Population(args, texts, engine, user, seed, n, journal, progress)
+    if not population.golds:
+        deployed = args.baseline or "the base"
+        tell(f"user {user.user_id}: an empty history, nothing to search by; {deployed} is deployed")
+    objectives: list[Objective | None] = [None]
+    if args.objective == "metric":
+        objectives = [
+            Objective(texts.task, population.golds, penalty, args.m_reduce, args.t_reduce, args.penalty)
+            for penalty in args.sim_penalty
+        ]
+    return evolve(population, objectives, seed, logs)
 
 
 def evolve(
