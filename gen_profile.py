@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.data import User, load_users
+from prime.users.data import User, load_users
 from prime.errors import InputError
-from prime.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
-from prime.prompts import RECENT_K
-from prime.runs import read_json, read_results, write_json
-from prime.tasks import Task, get_task
+from prime.users.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
+from prime.users.prompts import RECENT_K
+from prime.runs.run import read_json, read_results, write_json
+from prime.users.tasks import Task, get_task
 
 MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
 FILES = ("user_base_LLM.json", "user_anchor_candidate.json", "test_100/user_test_100.json")
@@ -75,7 +75,7 @@ def write_by_model(args: argparse.Namespace, users: Sequence[User], task: Task, 
     index = {user.user_id: place for place, user in enumerate(users)}
     groups = cli.open_groups(users, args.users_per_batch, run.done)
     if groups:
-        from prime.describe import Describer  # the model's libraries, which --rule does without
+        from prime.sources.describe import Describer  # the model's libraries, which --rule does without
 
         describer = Describer(args, prompts)
         with cli.bar(sum(map(len, groups)), "users", "user") as progress:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
-from prime.checkpoint import pick_device
-from prime.data import User, load_users
+from prime.merging.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
+from prime.checkpoints.loading import pick_device
+from prime.users.data import User, load_users
 from prime.errors import InputError
-from prime.prompts import history_texts, load_templates
-from prime.runs import Run
-from prime.tasks import Task, get_task
+from prime.users.prompts import history_texts, load_templates
+from prime.runs.run import Run
+from prime.users.tasks import Task, get_task
 
 
 def build_parser() -> argparse.ArgumentParser:

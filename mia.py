@@ -31,8 +31,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prime import cli, plan
-from prime.attacks import (
+from prime import cli
+from prime.checkpoints import plan
+from prime.attack.subjects import (
     Owners,
     References,
     Scorer,
@@ -48,10 +49,10 @@ from prime.attacks import (
 )
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.leakage import attack_table, write_attacks
-from prime.membership import ATTACKS
-from prime.runs import Run, read_json, read_settings
-from prime.workers import share
+from prime.report.leakage import attack_table, write_attacks
+from prime.attack.scoring import ATTACKS
+from prime.runs.run import Run, read_json, read_settings
+from prime.runs.workers import share
 
 # No attack depends on the gates or on what else is attacked, and the results lie in the experiment's own folder.
 NOT_SETTINGS = ("gate_dir", "exp_dir", "skip_sharers")

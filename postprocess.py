@@ -17,12 +17,14 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
 import argparse
 from pathlib import Path
 
-from prime import cli, page, report
-from prime.data import load_labels, load_users
-from prime.frontier import frontier_table, write_frontier
-from prime.penalties import penalty_runs
-from prime.tables import aligned
-from prime.tasks import get_task
+from prime import cli
+from prime.report import page
+from prime.report import table as report
+from prime.users.data import load_labels, load_users
+from prime.report.frontier import frontier_table, write_frontier
+from prime.runs.penalties import penalty_runs
+from prime.report.tables import aligned
+from prime.users.tasks import get_task
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,12 +15,12 @@ import argparse
 from pathlib import Path
 
 from prime import cli
-from prime.data import load_profiles
+from prime.users.data import load_profiles
 from prime.errors import InputError
-from prime.gather import OVERLAP
-from prime.prepare import BASE_SHARE, RESERVE_SHARE, TEST_USERS, Options, Shares, prepare, report_notes, report_rows
-from prime.tables import aligned
-from prime.tasks import get_task
+from prime.sources.gather import OVERLAP
+from prime.sources.prepare import BASE_SHARE, RESERVE_SHARE, TEST_USERS, Options, Shares, prepare, report_notes, report_rows
+from prime.report.tables import aligned
+from prime.users.tasks import get_task
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 
-from prime import cli, plan
-from prime.data import User, load_users
-from prime.decode import EncodedRecord, Progress
+from prime import cli
+from prime.checkpoints import plan
+from prime.users.data import User, load_users
+from prime.bank.decode import EncodedRecord, Progress
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
-from prime.lora import load_adapter, save_adapter
-from prime.prompts import task_records
-from prime.runs import Run, derive_seed, write_json
-from prime.sampling import Sampler
-from prime.train import Learner, train, train_settings
+from prime.bank.lora import load_adapter, save_adapter
+from prime.users.prompts import task_records
+from prime.runs.run import Run, derive_seed, write_json
+from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, train, train_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

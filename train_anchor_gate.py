@@ -26,17 +26,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prime import cli, plan
-from prime.data import User, read_json, select
+from prime import cli
+from prime.checkpoints import plan
+from prime.users.data import User, read_json, select
 from prime.engine import Engine, load_engine
 from prime.errors import InputError, tell
-from prime.gates import Gates, gate_file, save_gate
-from prime.holdout import trained_records, trained_split
-from prime.lora import load_adapter
-from prime.privacy import Terms, terms_of
-from prime.runs import Run, derive_seed
-from prime.sharers import adapter_folder, add_selection, training_anchors
-from prime.train import Learner, train, train_settings
+from prime.merging.gates import Gates, gate_file, save_gate
+from prime.users.holdout import trained_records, trained_split
+from prime.bank.lora import load_adapter
+from prime.bank.dp import Terms, terms_of
+from prime.runs.run import Run, derive_seed
+from prime.merging.sharers import adapter_folder, add_selection, training_anchors
+from prime.bank.train import Learner, train, train_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,20 +21,21 @@ from pathlib import Path
 
 import torch
 
-from prime import cli, plan
-from prime.data import User, select
-from prime.decode import EncodedPrompt, EncodedRecord, Pair
+from prime import cli
+from prime.checkpoints import plan
+from prime.users.data import User, select
+from prime.bank.decode import EncodedPrompt, EncodedRecord, Pair
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
-from prime.holdout import add_holdout, split_of, trained_records
-from prime.lora import save_adapter
-from prime.metrics import score
-from prime.privacy import Terms, terms_of
-from prime.prompts import Record
-from prime.runs import Run, derive_seed
-from prime.sampling import Sampler
-from prime.sharers import add_selection, training_anchors
-from prime.train import Learner, train, train_settings
+from prime.users.holdout import add_holdout, split_of, trained_records
+from prime.bank.lora import save_adapter
+from prime.users.metrics import score
+from prime.bank.dp import Terms, terms_of
+from prime.users.prompts import Record
+from prime.runs.run import Run, derive_seed
+from prime.bank.sampling import Sampler
+from prime.merging.sharers import add_selection, training_anchors
+from prime.bank.train import Learner, train, train_settings
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -26,18 +26,19 @@ from functools import partial
 
 import torch
 
-from prime import cli, plan
-from prime.data import User, read_json, select
-from prime.decode import Progress
+from prime import cli
+from prime.checkpoints import plan
+from prime.users.data import User, read_json, select
+from prime.bank.decode import Progress
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
-from prime.export import PERSONAL
-from prime.holdout import add_holdout, split_of, trained_records
-from prime.lora import Adapter, load_adapter, merge, save_adapter
-from prime.runs import Run, derive_seed, write_json
-from prime.sampling import Sampler
-from prime.sharers import Pool, add_selection, load_pool
-from prime.train import Learner, train, train_settings
+from prime.merging.deploy import PERSONAL
+from prime.users.holdout import add_holdout, split_of, trained_records
+from prime.bank.lora import Adapter, load_adapter, merge, save_adapter
+from prime.runs.run import Run, derive_seed, write_json
+from prime.bank.sampling import Sampler
+from prime.merging.sharers import Pool, add_selection, load_pool
+from prime.bank.train import Learner, train, train_settings
 
 FOLDERS = {"oppu": "OPPU", "mta": "Merge-then-adapt"}
 RANKS = {"oppu": 8, "mta": 4}

@@ -44,13 +44,13 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo as stage  # noqa: E402
 from benchmarks import demo_runs, measuring, seeds  # noqa: E402
 from prime import cli, report  # noqa: E402
-from prime.data import User, load_labels  # noqa: E402
-from prime.evolution import Evaluation, Population, evolve, key_of  # noqa: E402
-from prime.fitness import Answers, Objective  # noqa: E402
-from prime.journal import Journal  # noqa: E402
-from prime.metrics import METRICS, score  # noqa: E402
-from prime.runs import derive_seed, read_json, write_json  # noqa: E402
-from prime.tasks import TASKS, Task, get_task  # noqa: E402
+from prime.users.data import User, load_labels  # noqa: E402
+from prime.merging.evolution import Evaluation, Population, evolve, key_of  # noqa: E402
+from prime.merging.objective import Answers, Objective  # noqa: E402
+from prime.runs.journal import Journal  # noqa: E402
+from prime.users.metrics import METRICS, score  # noqa: E402
+from prime.runs.run import derive_seed, read_json, write_json  # noqa: E402
+from prime.users.tasks import TASKS, Task, get_task  # noqa: E402
 
 BUDGET, LARGE = 10, 30
 DRAWS = 1000

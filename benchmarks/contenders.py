@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.shapes import EOS, PAD, Work, shared_length
-from prime.bank import DEFAULT_TARGETS, AdapterBank
-from prime.decode import Counts, EncodedPrompt, Pair, Tokens, decode
-from prime.lora import Adapter
-from prime.products import quicken, restore
-from prime.sampling import Sampler
+from prime.bank.bank import DEFAULT_TARGETS, AdapterBank
+from prime.bank.decode import Counts, EncodedPrompt, Pair, Tokens, decode
+from prime.bank.lora import Adapter
+from prime.bank.products import quicken, restore
+from prime.bank.sampling import Sampler
 
 BATCH = 8  # rows of the PEFT contenders' batches, as published
 PUBLISHED_TOKENS = 100  # new tokens of every answer in the published procedure
@@ -106,7 +106,7 @@ def difference(one: Result, other: Result) -> float:
 def answer_with_bank(
     bank: AdapterBank, sharers: Sequence[Adapter], weights: Tensor, rule: str, work: Work, max_batch_tokens: int
 ) -> Result:
-    """As `prime.evolution.Population` does: base and sharers first, then generations; answers become drafts.
+    """As `prime.merging.evolution.Population` does: base and sharers first, then generations; answers become drafts.
 
     Each candidate has prompts of its own in the list only so that the script can tell candidates apart by prompt id.
     """
@@ -152,7 +152,7 @@ def peft_model(model: nn.Module, adapters: Sequence[Adapter], dropout: float = 0
 
 
 def with_onednn(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """What `run` returns, the model's frozen layers computing meanwhile by oneDNN as ours do (`prime.products`)."""
+    """What `run` returns, the model's frozen layers computing meanwhile by oneDNN as ours do (`prime.bank.products`)."""
     quicken(model)
     try:
         return run()

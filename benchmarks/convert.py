@@ -26,9 +26,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.measuring import child_report, report, status_mb  # noqa: E402
 from prime import cli  # noqa: E402
-from prime.checkpoint import load_tokenizer  # noqa: E402
-from prime.meta import convert  # noqa: E402
-from prime.meta_tokenizer import end_ids  # noqa: E402
+from prime.checkpoints.loading import load_tokenizer  # noqa: E402
+from prime.checkpoints.meta import convert  # noqa: E402
+from prime.checkpoints.meta_tokenizer import end_ids  # noqa: E402
 
 WIDTH, VOCABULARY, SHARDS = 2048, 32_000, 2
 HIDDEN = 5632  # of params.json's multiple_of 256

@@ -17,9 +17,9 @@ sys.path.insert(0, str(ROOT))
 
 import lora_composition_evo as stage  # noqa: E402
 from prime import cli  # noqa: E402
-from prime.data import User, load_labels  # noqa: E402
+from prime.users.data import User, load_labels  # noqa: E402
 from prime.engine import Engine, load_engine  # noqa: E402
-from prime.sharers import Pool, load_pool  # noqa: E402
+from prime.merging.sharers import Pool, load_pool  # noqa: E402
 
 DEFAULT_DIR = str(ROOT / "output" / "benchmarks" / "demo")
 

@@ -29,11 +29,11 @@ import mia  # noqa: E402
 import train_anchor_peft  # noqa: E402
 from benchmarks import demo_runs  # noqa: E402
 from prime import cli, plots  # noqa: E402
-from prime.data import load_labels  # noqa: E402
-from prime.metrics import METRICS  # noqa: E402
-from prime.report import predictions_of, scores, setting_of, stack, user_stats  # noqa: E402
-from prime.runs import read_json, read_results  # noqa: E402
-from prime.tasks import Task, get_task  # noqa: E402
+from prime.users.data import load_labels  # noqa: E402
+from prime.users.metrics import METRICS  # noqa: E402
+from prime.report.table import predictions_of, scores, setting_of, stack, user_stats  # noqa: E402
+from prime.runs.run import read_json, read_results  # noqa: E402
+from prime.users.tasks import Task, get_task  # noqa: E402
 
 PLAIN = ["--lr", "1e-2", "--epochs", "5"]  # as reproduce.sh trains anchors
 NO_NOISE = 0.01  # a noise multiplier whose noise is lost in the gradients

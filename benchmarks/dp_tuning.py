@@ -27,13 +27,13 @@ import torch  # noqa: E402
 import train_anchor_peft as stage  # noqa: E402
 from benchmarks import demo_runs  # noqa: E402
 from prime import cli  # noqa: E402
-from prime.data import User  # noqa: E402
-from prime.decode import score  # noqa: E402
+from prime.users.data import User  # noqa: E402
+from prime.bank.decode import score  # noqa: E402
 from prime.engine import Engine, load_engine  # noqa: E402
-from prime.privacy import terms_of  # noqa: E402
-from prime.prompts import history_records  # noqa: E402
-from prime.runs import read_json, write_json  # noqa: E402
-from prime.sharers import anchor_users  # noqa: E402
+from prime.bank.dp import terms_of  # noqa: E402
+from prime.users.prompts import history_records  # noqa: E402
+from prime.runs.run import read_json, write_json  # noqa: E402
+from prime.merging.sharers import anchor_users  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prime import cli, products
+from prime import cli
+from prime.bank import products
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,11 +10,11 @@ Records are prompts of 60 shared and 60-200 own tokens with targets as long as t
 scores every record, as mia.py does for `--users_per_batch` test users at once.
 
 Contenders:
-    ours            prime.decode.score over all (adapter, record) pairs
+    ours            prime.bank.decode.score over all (adapter, record) pairs
     peft_loop       PEFT: set_adapter, batches of 8 as the records come, loss of the target tokens; published, too
     peft_sorted     the same, records sorted by length
     peft_mixed      PEFT's adapter_names, batches of 8 rows of several adapters, sorted by length
-    peft_onednn     peft_loop with our products (prime.products)
+    peft_onednn     peft_loop with our products (prime.bank.products)
     forward_limit   plain forward passes over the same rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per adapter
 """
@@ -35,9 +35,9 @@ from benchmarks.contenders import BATCH
 from benchmarks.measuring import Measured
 from benchmarks.train_anchors import random_records
 from prime import cli
-from prime.bank import AdapterBank
-from prime.decode import EncodedRecord, Pair, Tokens, auto_batch_tokens, every_pair, score
-from prime.lora import Adapter
+from prime.bank.bank import AdapterBank
+from prime.bank.decode import EncodedRecord, Pair, Tokens, auto_batch_tokens, every_pair, score
+from prime.bank.lora import Adapter
 
 Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for
 

@@ -15,7 +15,7 @@ Contenders (benchmarks/contenders.py):
     peft_loop       PEFT: set_adapter, generate with EOS stop, batches of 8 as the prompts come
     peft_sorted     the same, prompts sorted by length
     peft_mixed      PEFT's adapter_names, rows of all candidates sorted by length, batches of 8
-    peft_onednn     peft_loop with our products, prime.products: what is left is how the work is arranged
+    peft_onednn     peft_loop with our products, prime.bank.products: what is left is how the work is arranged
     published       one adapter at a time, 100 new tokens always, batches of 8 as the prompts come
     forward_limit   plain forward passes over all prompt + answer rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per candidate
@@ -38,9 +38,9 @@ from benchmarks import contenders, measuring, shapes
 from benchmarks.measuring import Measured
 from benchmarks.shapes import Kind, Shares, Work
 from prime import cli
-from prime.bank import AdapterBank
-from prime.decode import auto_batch_tokens
-from prime.lora import RULES, merge
+from prime.bank.bank import AdapterBank
+from prime.bank.decode import auto_batch_tokens
+from prime.bank.lora import RULES, merge
 
 ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn", "published")
 LIMITS = ("forward_limit", "distinct_limit", "distinct_onednn")

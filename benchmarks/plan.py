@@ -34,12 +34,12 @@ from benchmarks.measuring import (  # noqa: E402
 )
 from benchmarks.shapes import DEMO, model_dir, random_adapter  # noqa: E402
 from prime import cli  # noqa: E402
-from prime.checkpoint import load_model  # noqa: E402
-from prime.data import load_users  # noqa: E402
-from prime.lora import save_adapter  # noqa: E402
-from prime.plan import plan_of  # noqa: E402
-from prime.sharers import adapter_folder  # noqa: E402
-from prime.tasks import TASKS, get_task  # noqa: E402
+from prime.checkpoints.loading import load_model  # noqa: E402
+from prime.users.data import load_users  # noqa: E402
+from prime.bank.lora import save_adapter  # noqa: E402
+from prime.checkpoints.plan import plan_of  # noqa: E402
+from prime.merging.sharers import adapter_folder  # noqa: E402
+from prime.users.tasks import TASKS, get_task  # noqa: E402
 
 # Enough work for the peak, and no more: the demo as reproduce.sh runs it, 30m with short histories.
 STAGES = {

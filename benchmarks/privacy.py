@@ -32,14 +32,16 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo  # noqa: E402
 import mia  # noqa: E402
 from benchmarks import demo_runs  # noqa: E402
-from prime import cli, membership, plots, report  # noqa: E402
-from prime.data import load_labels  # noqa: E402
-from prime.figures import frontier as frontier_figure  # noqa: E402
-from prime.metrics import METRICS, bootstrap  # noqa: E402
-from prime.report import Cell  # noqa: E402
-from prime.runs import read_results, write_json  # noqa: E402
-from prime.tables import markdown  # noqa: E402
-from prime.tasks import Task, get_task  # noqa: E402
+from prime import cli, report  # noqa: E402
+from prime.attack import scoring as membership
+from prime.report import plots
+from prime.users.data import load_labels  # noqa: E402
+from prime.report.figures import frontier as frontier_figure  # noqa: E402
+from prime.users.metrics import METRICS, bootstrap  # noqa: E402
+from prime.report.table import Cell  # noqa: E402
+from prime.runs.run import read_results, write_json  # noqa: E402
+from prime.report.tables import markdown  # noqa: E402
+from prime.users.tasks import Task, get_task  # noqa: E402
 
 HOLDOUT = "0.2"
 ATTACK = "calibrated"
@@ -189,7 +191,7 @@ def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as points of `prime.figures.frontier`: short labels, and the numbers of the penalties."""
+    """The rows as points of `prime.report.figures.frontier`: short labels, and the numbers of the penalties."""
     metric = task.metrics[0]
     return [
         {

@@ -25,14 +25,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prime import cli, report  # noqa: E402
-from prime.data import load_labels, load_users  # noqa: E402
-from prime.metrics import METRICS  # noqa: E402
-from prime.report import Cell, Stats  # noqa: E402
-from prime.runs import read_json, write_json  # noqa: E402
-from prime.tasks import TASKS, Task, get_task  # noqa: E402
+from prime.users.data import load_labels, load_users  # noqa: E402
+from prime.users.metrics import METRICS  # noqa: E402
+from prime.report.table import Cell, Stats  # noqa: E402
+from prime.runs.run import read_json, write_json  # noqa: E402
+from prime.users.tasks import TASKS, Task, get_task  # noqa: E402
 
 DEMO = ROOT / "data" / "demo"
-EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.membership.SETS`
+EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.attack.scoring.SETS`
 COSTS = ("seconds_per_user", "bytes_per_user")
 LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 
@@ -75,7 +75,7 @@ def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
 
 
 def attacked(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of one seed: method -> set of `prime.membership.SETS` -> its attacks, of all runs that were attacked."""
+    """Of one seed: method -> set of `prime.attack.scoring.SETS` -> its attacks, of all runs that were attacked."""
     found = [read_json(path) for path in sorted(folder.glob("*/mia_summary.json"))]
     return {one["method"]: one["sets"] for one in found}
 

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measuring
 from benchmarks.measuring import environment, measure, ratio, report
 from prime import cli
-from prime.anchors import load_embeddings, save_tensor
-from prime.nearest import top_similar
+from prime.merging.anchors import load_embeddings, save_tensor
+from prime.merging.nearest import top_similar
 
 
 def build_parser() -> argparse.ArgumentParser:

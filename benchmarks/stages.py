@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import measuring, shapes  # noqa: E402
 from prime import cli, demo  # noqa: E402
-from prime.checkpoint import pick_device, pick_dtype  # noqa: E402
-from prime.runs import read_results, write_text  # noqa: E402
+from prime.checkpoints.loading import pick_device, pick_dtype  # noqa: E402
+from prime.runs.run import read_results, write_text  # noqa: E402
 
 MEMBERS = 3  # sharers of a merge, the announcement's --n_sim
 

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import contenders, demo_runs, measuring
 from benchmarks.demo_runs import Start
 from prime import cli
-from prime.data import User
+from prime.users.data import User
 from prime.engine import predict
-from prime.evolution import Answers, Evaluation, Population, evolve
-from prime.fitness import Objective
-from prime.journal import Journal
-from prime.lora import merge
-from prime.metrics import METRICS, score
-from prime.runs import derive_seed
-from prime.sampling import Sampler
+from prime.merging.evolution import Answers, Evaluation, Population, evolve
+from prime.merging.objective import Objective
+from prime.runs.journal import Journal
+from prime.bank.lora import merge
+from prime.users.metrics import METRICS, score
+from prime.runs.run import derive_seed
+from prime.bank.sampling import Sampler
 
 # Merge rule, start and first step of the search.
 PUBLISHED = ("factor", "zero", 1.0)

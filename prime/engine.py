@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from prime.bank import AdapterBank
-from prime.checkpoint import (
+from prime.bank.bank import AdapterBank
+from prime.checkpoints.loading import (
     Encoder,
     check_model_dir,
     check_vocabulary,
@@ -15,10 +15,10 @@ from prime.checkpoint import (
     load_tokenizer,
 )
 from prime.cli import Texts, base_name, target_modules
-from prime.data import User
-from prime.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
-from prime.prompts import Prompt, test_prompts
-from prime.sampling import Sampler
+from prime.users.data import User
+from prime.bank.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
+from prime.users.prompts import Prompt, test_prompts
+from prime.bank.sampling import Sampler
 
 Predictions = dict[str, dict[str, list[dict[str, str]]]]  # {method: {setting: [{"id", "output"}]}}
 
@@ -45,7 +45,7 @@ class Engine:
         drafts: Sequence[Sequence[Tokens]] | None = None,
         progress: Progress | None = None,
     ) -> dict[Pair, Tokens]:
-        """Token ids of the answers; see `prime.decode.decode`."""
+        """Token ids of the answers; see `prime.bank.decode.decode`."""
         return decode(
             self.bank, prompts, pairs, sampler, limit, self.eos, drafts, self.max_batch_tokens, self.counts, progress
         )

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 from transformers import AutoModelForCausalLM
 
-from prime.bank import AdapterBank
-from prime.cache import RoomyCache
-from prime.decode import EncodedRecord, every_pair, rehearse, score
-from prime.gates import Gates, compose
-from prime.lora import layer_of
+from prime.bank.bank import AdapterBank
+from prime.bank.cache import RoomyCache
+from prime.bank.decode import EncodedRecord, every_pair, rehearse, score
+from prime.merging.gates import Gates, compose
+from prime.bank.lora import layer_of
 from tests import tiny
 
 KIND = "privateuseone"

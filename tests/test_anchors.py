@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import history_anchor
-from prime import anchors
-from prime.data import User
+from prime.merging import anchors
+from prime.users.data import User
 from prime.errors import InputError
-from prime.tasks import TASKS
+from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
 WORDS = ["[PAD]", "[UNK]", "[EOS]"] + [f"w{i}" for i in range(40)]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import prime.bank
-from prime.bank import AdapterBank
+import prime.bank.bank
+from prime.bank.bank import AdapterBank
 from prime.errors import InputError
-from prime.lora import RULES, Adapter, merge
+from prime.bank.lora import RULES, Adapter, merge
 from tests import tiny
 
 BASE = tiny.model()
@@ -15,10 +15,10 @@ IDS = tiny.ids(4, 11)
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
 
-@pytest.fixture(autouse=True, params=[0, prime.bank.SPREAD], ids=["copied", "spread"])
+@pytest.fixture(autouse=True, params=[0, prime.bank.bank.SPREAD], ids=["copied", "spread"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether each row group's factors are copied, or few tokens multiplied by those of all adapters."""
-    monkeypatch.setattr(prime.bank, "SPREAD", request.param)
+    monkeypatch.setattr(prime.bank.bank, "SPREAD", request.param)
 
 
 @pytest.fixture

@@ -33,11 +33,11 @@ from benchmarks import (
 )
 from benchmarks.shapes import Shares
 from prime import cli
-from prime.anchors import save_selection
-from prime.data import User, load_labels
-from prime.metrics import METRICS, sum_stats
-from prime.prompts import Record
-from prime.tasks import TASKS, get_task
+from prime.merging.anchors import save_selection
+from prime.users.data import User, load_labels
+from prime.users.metrics import METRICS, sum_stats
+from prime.users.prompts import Record
+from prime.users.tasks import TASKS, get_task
 
 RATIOS = {  # name: (over, under)
     "speedup_over_peft_loop": ("peft_loop", "ours"),

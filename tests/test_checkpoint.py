@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from prime.checkpoint import (
+from prime.checkpoints.loading import (
     Encoder,
     check_model_dir,
     eos_ids,
@@ -20,7 +20,7 @@ from prime.checkpoint import (
     pick_dtype,
 )
 from prime.errors import InputError
-from prime.lora import Adapter, save_adapter
+from prime.bank.lora import Adapter, save_adapter
 from tests import tiny
 
 BASE = tiny.model()

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from prime.bank import AdapterBank
-from prime.cache import RoomyCache
-from prime.decode import (
+from prime.bank.bank import AdapterBank
+from prime.bank.cache import RoomyCache
+from prime.bank.decode import (
     MIN_PREFIX,
     Counts,
     EncodedPrompt,
@@ -21,8 +21,8 @@ from prime.decode import (
     prefix_groups,
     score,
 )
-from prime.lora import RULES, merge
-from prime.sampling import Sampler
+from prime.bank.lora import RULES, merge
+from prime.bank.sampling import Sampler
 from tests import tiny
 
 LIMIT = 7

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from prime import demo
-from prime.data import load_labels, load_profiles, load_users
-from prime.prompts import history_records, load_templates
-from prime.tasks import TASKS, extract
+import DEMO_make_world
+from prime.users.data import load_labels, load_profiles, load_users
+from prime.users.prompts import history_records, load_templates
+from prime.users.tasks import TASKS, extract
 
 DATA = Path(__file__).parents[1] / "data" / "demo"
 MODEL = DATA / "model"
@@ -174,7 +174,7 @@ def test_pretraining_batches(records: int, monkeypatch: pytest.MonkeyPatch) -> N
     import torch
     from tokenizers import Tokenizer
 
-    from prime import demo_model
+    import DEMO_make_model
 
     monkeypatch.setattr(demo_model, "SHORT", 1.0 if records == 1 else 0.0)
     monkeypatch.setattr(demo_model, "LENGTHS", (records,))

@@ -10,9 +10,13 @@ import pytest
 import world
 
 import postprocess
-from prime import membership, page, prompts, search, tasks
-from prime.data import load_users
-from prime.runs import Run, read_json
+from prime.attack import scoring as membership
+from prime.report import page
+from prime.users import prompts
+from prime.merging import optimizer as search
+from prime.users import tasks
+from prime.users.data import load_users
+from prime.runs.run import Run, read_json
 
 DOCS = world.ROOT / "docs"
 

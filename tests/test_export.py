@@ -11,12 +11,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from prime.bank import AdapterBank
-from prime.checkpoint import load_model
+from prime.bank.bank import AdapterBank
+from prime.checkpoints.loading import load_model
 from prime.errors import InputError
-from prime.export import add_attacks, export_full, save_personal
-from prime.lora import Adapter, concatenate, load_adapter, save_adapter
-from prime.runs import Run
+from prime.merging.deploy import add_attacks, export_full, save_personal
+from prime.bank.lora import Adapter, concatenate, load_adapter, save_adapter
+from prime.runs.run import Run
 
 IDS = tiny.ids(3, 12)
 

@@ -14,8 +14,8 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
-from prime.checkpoint import load_tokenizer
-from prime.lora import load_adapter
+from prime.checkpoints.loading import load_tokenizer
+from prime.bank.lora import load_adapter
 from tests import tiny
 
 TASK = "movie_tagging"

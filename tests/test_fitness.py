@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.stats import entropy
 
-from prime.fitness import PENALTIES, Objective, Score, score_by_likelihood, size, unevenness
-from prime.tasks import TASKS, Task
+from prime.merging.objective import PENALTIES, Objective, Score, score_by_likelihood, size, unevenness
+from prime.users.tasks import TASKS, Task
 
 Texts = list[list[str]]
 

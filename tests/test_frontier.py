@@ -12,16 +12,16 @@ from torch import Tensor
 
 import lora_composition_evo
 import postprocess
-from prime.data import User, read_json
+from prime.users.data import User, read_json
 from prime.errors import InputError
-from prime.evolution import Evaluation, check_search, chosen, distinct, evolve
-from prime.fitness import Objective, Trial
-from prime.frontier import frontier_table, write_frontier
-from prime.journal import Journal
-from prime.penalties import penalty_runs, sharing_text
-from prime.runs import Run, write_json
-from prime.search import Search, lockstep, minimise
-from prime.tasks import TASKS
+from prime.merging.evolution import Evaluation, check_search, chosen, distinct, evolve
+from prime.merging.objective import Objective, Trial
+from prime.report.frontier import frontier_table, write_frontier
+from prime.runs.journal import Journal
+from prime.runs.penalties import penalty_runs, sharing_text
+from prime.runs.run import Run, write_json
+from prime.merging.optimizer import Search, lockstep, minimise
+from prime.users.tasks import TASKS
 
 MOVIE, RATING = TASKS["movie_tagging"], TASKS["product_rating"]
 PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)

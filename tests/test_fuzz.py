@@ -22,22 +22,24 @@ from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
 
 import lora_composition_evo
-from prime import figures, plots, report
-from prime.anchors import save_selection
-from prime.checkpoint import check_model_dir, load_model, load_tokenizer
-from prime.data import load_labels, load_users
+from prime.report import figures
+from prime.report import plots
+from prime.report import table as report
+from prime.merging.anchors import save_selection
+from prime.checkpoints.loading import check_model_dir, load_model, load_tokenizer
+from prime.users.data import load_labels, load_users
 from prime.errors import InputError
-from prime.forms import EVALUATION, read_form_lines
-from prime.frontier import read_frontier
-from prime.gates import load_gate, save_gate
-from prime.leakage import read_curves
-from prime.lora import load_adapter, save_adapter
-from prime.meta import MetaCheckpoint
-from prime.penalties import open_runs
-from prime.prompts import TEMPLATES
-from prime.published import load_published, load_published_gate
-from prime.runs import Run, read_results, read_settings
-from prime.tasks import TASKS
+from prime.runs.forms import EVALUATION, read_form_lines
+from prime.report.frontier import read_frontier
+from prime.merging.gates import load_gate, save_gate
+from prime.report.leakage import read_curves
+from prime.bank.lora import load_adapter, save_adapter
+from prime.checkpoints.meta import MetaCheckpoint
+from prime.runs.penalties import open_runs
+from prime.users.prompts import TEMPLATES
+from prime.checkpoints.published import load_published, load_published_gate
+from prime.runs.run import Run, read_results, read_settings
+from prime.users.tasks import TASKS
 from tests import meta_world, tiny, world
 
 TASK = TASKS["movie_tagging"]

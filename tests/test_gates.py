@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prime.bank import AdapterBank
-from prime.decode import EncodedRecord
+from prime.bank.bank import AdapterBank
+from prime.bank.decode import EncodedRecord
 from prime.errors import InputError
-from prime.gates import (
+from prime.merging.gates import (
     Gates,
     aggregation_weights,
     compose,
@@ -28,9 +28,9 @@ from prime.gates import (
     sharing_places,
     teacher_forced,
 )
-from prime.lora import Adapter, load_adapter
-from prime.runs import user_dirname
-from prime.train import Learner, TrainSettings, train
+from prime.bank.lora import Adapter, load_adapter
+from prime.runs.run import user_dirname
+from prime.bank.train import Learner, TrainSettings, train
 from tests import tiny
 
 SETTINGS = TrainSettings(lr=2e-2, weight_decay=0.0, clip=0.3, batch_size=3, epochs=3, dropout=0.0)
@@ -143,7 +143,7 @@ def test_first_gradients_are_those_in_front_of_peft() -> None:
         return torch.zeros(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prime.train.clip_by_adapter", keep)
+        patch.setattr("prime.bank.train.clip_by_adapter", keep)
         trained([Learner(0, "a", 1, batch)], [own], TrainSettings(batch_size=4, epochs=1, dropout=0.0))
     assert len(seen[0]) == len(vectors) == 8
     for ours, vector in zip(seen[0], vectors.values(), strict=True):

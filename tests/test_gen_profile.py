@@ -10,10 +10,10 @@ import pytest
 import world
 
 import gen_profile
-from prime.data import load_profiles, load_users
+from prime.users.data import load_profiles, load_users
 from prime.errors import InputError
-from prime.profiles import PROFILE_PROMPTS, fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
-from prime.tasks import TASKS
+from prime.users.profiles import PROFILE_PROMPTS, fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
+from prime.users.tasks import TASKS
 
 DEMO_TASKS = sorted(path.parent.name for path in world.DEMO.glob("*/user_base_LLM.json"))
 CHAT = (
@@ -236,7 +236,7 @@ def test_too_little_room_names_the_user(here: Path) -> None:
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    from prime import describe as module
+    from prime.sources import describe as module
 
     def unreachable(*_, **__):
         raise LocalEntryNotFoundError("no connection\nand a long story")

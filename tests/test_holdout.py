@@ -7,11 +7,11 @@ import pytest
 import world
 
 from prime import cli
-from prime.data import User, load_users
+from prime.users.data import User, load_users
 from prime.errors import InputError
-from prime.holdout import Split, check_split, records_of, trained_records, trained_split
-from prime.prompts import TEMPLATES, history_records
-from prime.tasks import TASKS
+from prime.users.holdout import Split, check_split, records_of, trained_records, trained_split
+from prime.users.prompts import TEMPLATES, history_records
+from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
 TEXTS = cli.Texts(TASK, TEMPLATES[TASK.name], None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prime.journal import Journal
+from prime.runs.journal import Journal
 
 
 def compute(journal: Journal, counted: list[int], calls: int = 5, shift: int = 0) -> list[list[float]]:

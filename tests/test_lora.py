@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from prime.errors import InputError
-from prime.lora import (
+from prime.bank.lora import (
     RULES,
     Adapter,
     adapter_dir,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from prime import membership
+from prime.attack import scoring as membership
 
 
 def pairs(members, non_members):

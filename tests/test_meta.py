@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from prime.checkpoint import (
+from prime.checkpoints.loading import (
     Encoder,
     check_vocabulary,
     eos_ids,
@@ -19,10 +19,10 @@ from prime.checkpoint import (
     load_model,
     load_tokenizer,
 )
-from prime.checkpoint import kept_conversion as make_conversion
+from prime.checkpoints.loading import kept_conversion as make_conversion
 from prime.errors import InputError
-from prime.meta import MetaCheckpoint, is_meta_dir, llama_config, read_params, rope_rows
-from prime.meta_tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, load_meta_tokenizer
+from prime.checkpoints.meta import MetaCheckpoint, is_meta_dir, llama_config, read_params, rope_rows
+from prime.checkpoints.meta_tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, load_meta_tokenizer
 
 IDS = torch.randint(0, 400, (2, 300), generator=torch.Generator().manual_seed(0))  # long: slow rotary pairs count
 # name -> (params, vocabulary, width of the feed-forward layer, options of meta.save, tied)
@@ -107,7 +107,7 @@ def test_bf16_is_kept_on_disk_and_widened_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_become_several_files(made: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prime.meta.FILE_BYTES", 100_000)
+    monkeypatch.setattr("prime.checkpoints.meta.FILE_BYTES", 100_000)
     folder, params, whole = made["llama2, 2 shards"]
     kept = kept_conversion(str(folder), str(tmp_path / "hf"))
     files = sorted(Path(kept).glob("*.safetensors"))

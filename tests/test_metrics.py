@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from prime.metrics import METRICS, bootstrap, paired_bootstrap, score, sum_stats
-from prime.tasks import TASKS
+from prime.users.metrics import METRICS, bootstrap, paired_bootstrap, score, sum_stats
+from prime.users.tasks import TASKS
 
 TAGS = TASKS["movie_tagging"].labels
 LETTERS = ("a", "b", "c", "d")

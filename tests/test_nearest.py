@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from prime import nearest
+from prime.merging import nearest
 from prime.errors import InputError
-from prime.nearest import rounding, top_similar
+from prime.merging.nearest import rounding, top_similar
 
 
 def naive(test: torch.Tensor, anchors: torch.Tensor, n_sim: int) -> list[list[int]]:

@@ -12,12 +12,15 @@ import pytest
 from matplotlib.figure import Figure
 
 import postprocess
-from prime import across, figures, leakage, page
-from prime.data import read_lines
+from prime.report import across
+from prime.report import figures
+from prime.report import leakage
+from prime.report import page
+from prime.users.data import read_lines
 from prime.errors import InputError
-from prime.frontier import read_frontier
-from prime.runs import Run, machine, read_json, user_dirname
-from prime.tasks import TASKS
+from prime.report.frontier import read_frontier
+from prime.runs.run import Run, machine, read_json, user_dirname
+from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
 SCRIPT = "<script>alert(1)</script>"
@@ -384,7 +387,7 @@ def test_best_so_far_leaves_out_what_may_not_win() -> None:
 
 def test_rows_alike_are_told_as_such() -> None:
     """Where everybody deploys the base no row is best, none lies between, and no difference is minus nothing."""
-    from prime import figures
+    from prime.report import figures
 
     score = {"mean": 0.5, "low": 0.25, "high": 0.75}
     rows = [{"method": name, "accuracy": score, "auroc": score} for name in ("base", "prime")]

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import ablation, demo_runs
 from prime import cli
-from prime.checkpoint import Encoder, load_tokenizer
-from prime.data import load_labels, load_users
+from prime.checkpoints.loading import Encoder, load_tokenizer
+from prime.users.data import load_labels, load_users
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.evolution import fitness_records
-from prime.lora import Adapter, concatenate, load_adapter, merge, save_adapter
-from prime.prompts import TEMPLATES, history_records
-from prime.runs import user_dirname
-from prime.search import ranked_weights
-from prime.sharers import adapter_folder, load_pool
-from prime.tasks import TASKS
+from prime.merging.evolution import fitness_records
+from prime.bank.lora import Adapter, concatenate, load_adapter, merge, save_adapter
+from prime.users.prompts import TEMPLATES, history_records
+from prime.runs.run import user_dirname
+from prime.merging.optimizer import ranked_weights
+from prime.merging.sharers import adapter_folder, load_pool
+from prime.users.tasks import TASKS
 from tests import tiny
 
 TASK = "movie_tagging"

@@ -15,20 +15,20 @@ from scipy.stats import kstest, norm
 from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for, records
 from torch import Tensor
 
-from prime.anchors import ANCHOR_IDX
-from prime.bank import AdapterBank
-from prime.checkpoint import load_model
-from prime.data import User
-from prime.decode import EncodedRecord
+from prime.merging.anchors import ANCHOR_IDX
+from prime.bank.bank import AdapterBank
+from prime.checkpoints.loading import load_model
+from prime.users.data import User
+from prime.bank.decode import EncodedRecord
 from prime.errors import InputError
-from prime.gates import Gates
-from prime.lora import Adapter, load_adapter, save_adapter
-from prime.privacy import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
-from prime.prompts import TEMPLATES, history_records
-from prime.runs import read_results
-from prime.sharers import adapter_folder
-from prime.tasks import get_task
-from prime.train import Learner, TrainSettings, _accumulate_clipped, _Passes, _Row, row_losses, train
+from prime.merging.gates import Gates
+from prime.bank.lora import Adapter, load_adapter, save_adapter
+from prime.bank.dp import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
+from prime.users.prompts import TEMPLATES, history_records
+from prime.runs.run import read_results
+from prime.merging.sharers import adapter_folder
+from prime.users.tasks import get_task
+from prime.bank.train import Learner, TrainSettings, _accumulate_clipped, _Passes, _Row, row_losses, train
 from tests import tiny
 
 KEY = bytes(range(32))
@@ -93,7 +93,7 @@ def gathered(passes: _Passes, rows: list[_Row], monkeypatch: pytest.MonkeyPatch)
     def keep(sums: list[Tensor], grads: list[Tensor], places: list[int], limits: list[float]) -> None:
         seen.extend([grad[j].clone() for grad in grads] for j in range(len(places)))
 
-    monkeypatch.setattr("prime.train.add_clipped", keep)
+    monkeypatch.setattr("prime.bank.train.add_clipped", keep)
     _accumulate_clipped(passes, rows, [mechanism()] * len(LEARNERS))
     order = [row for part in passes.parts(rows) for row in part]
     return [seen[order.index(row)] for row in rows]
@@ -151,7 +151,7 @@ def test_one_item_more_moves_the_sum_by_the_clip_norm_at_most(
         seen.append([parameter.grad.clone() for parameter in parameters])
         return torch.zeros(1)
 
-    monkeypatch.setattr("prime.train.clip_by_adapter", keep)
+    monkeypatch.setattr("prime.bank.train.clip_by_adapter", keep)
     settings = replace(SETTINGS, dropout=0.3, gradient_checkpointing=checkpointing)
     items = sorted(records(7, 4), key=lambda record: len(record.ids) + len(record.target))
     limit = 0.02  # below every item's norm, so that each weighs it
@@ -231,7 +231,7 @@ def test_a_step_without_items_is_noise_alone(monkeypatch: pytest.MonkeyPatch) ->
         seen.append([parameter.grad.clone() for parameter in parameters])
         return torch.zeros(1)
 
-    monkeypatch.setattr("prime.train.clip_by_adapter", keep)
+    monkeypatch.setattr("prime.bank.train.clip_by_adapter", keep)
     bank = bank_for([learner])
     before = bank.adapter(0)
     assert train(bank, [learner], SETTINGS) == [[None, None]]
@@ -256,7 +256,7 @@ def test_an_items_dropout_does_not_depend_on_who_else_is_in_the_step(monkeypatch
         rows.extend(own)
         return _accumulate_clipped(passes, own, mechanisms)
 
-    monkeypatch.setattr("prime.train._accumulate_clipped", keep)
+    monkeypatch.setattr("prime.bank.train._accumulate_clipped", keep)
     for given in (records(5, 0), records(5, 0)[1:]):
         train(bank_for(LEARNERS[:1]), [private(replace(LEARNERS[0], records=given), steps=1)], SETTINGS)
     assert len(rows) == 9 and len({(row.record.id, row.noise) for row in rows}) == 5

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prime import products
-from prime.bank import AdapterBank
-from prime.decode import EncodedPrompt, EncodedRecord, decode, every_pair, score
-from prime.products import OneDnnLinear, quicken, restore
-from prime.sampling import Sampler
-from prime.train import Learner, TrainSettings, train
+from prime.bank import products
+from prime.bank.bank import AdapterBank
+from prime.bank.decode import EncodedPrompt, EncodedRecord, decode, every_pair, score
+from prime.bank.products import OneDnnLinear, quicken, restore
+from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, TrainSettings, train
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not products.built(), reason="this PyTorch has no oneDNN")

@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from prime.data import Query, User
+from prime.users.data import Query, User
 from prime.errors import InputError
-from prime.prompts import (
+from prime.users.prompts import (
     KEYS,
     TEMPLATES,
     Prompt,
@@ -20,7 +20,7 @@ from prime.prompts import (
     task_records,
     test_prompts,
 )
-from prime.tasks import TASKS
+from prime.users.tasks import TASKS
 
 TAGS = (
     "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, psychology, fantasy, "

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime import report
+from prime.report import table as report
 from prime.errors import InputError
-from prime.metrics import METRICS
-from prime.runs import Run, read_json
-from prime.tables import aligned
-from prime.tasks import TASKS
+from prime.users.metrics import METRICS
+from prime.runs.run import Run, read_json
+from prime.report.tables import aligned
+from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]
 TAGS = TASK.labels[:3]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_bm25 import BM25Okapi
 
-from prime.retrieval import top_k
+from prime.users.retrieval import top_k
 
 WORDS = st.sampled_from(["a", "b", "c", "d", "e", ""])
 TEXTS = st.lists(WORDS, max_size=8).map(" ".join)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prime import runs
+from prime.runs.run import run as runs
 from prime.errors import InputError
-from prime.runs import Run, derive_seed, read_results, read_settings, replacing, user_dirname, write_json, write_text
+from prime.runs.run import Run, derive_seed, read_results, read_settings, replacing, user_dirname, write_json, write_text
 
 NASTY = st.one_of(
     st.text(max_size=80),

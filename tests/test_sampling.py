@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from prime.sampling import Sampler, gumbel, nucleus
+from prime.bank.sampling import Sampler, gumbel, nucleus
 
 M64 = 2**64 - 1
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from prime.lora import save_adapter
-from prime.sharers import Pool
+from prime.bank.lora import save_adapter
+from prime.merging.sharers import Pool
 from tests import tiny
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prime.errors import InputError
-from prime.tasks import TASKS, extract, get_task
+from prime.users.tasks import TASKS, extract, get_task
 
 INPUTS = {
     "movie_tagging": (

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from prime.bank import AdapterBank
-from prime.decode import EncodedRecord
+from prime.bank.bank import AdapterBank
+from prime.bank.decode import EncodedRecord
 from prime.errors import InputError
-from prime.train import Learner, TrainSettings, _Row, clip_by_adapter, cosine_lr, dropout_scaler, train
+from prime.bank.train import Learner, TrainSettings, _Row, clip_by_adapter, cosine_lr, dropout_scaler, train
 from tests import tiny
 
 SETTINGS = TrainSettings(lr=5e-3, clip=0.3, batch_size=3, epochs=2, dropout=0.0)
@@ -113,7 +113,7 @@ def test_first_gradients_are_pefts() -> None:
         return clip_by_adapter(parameters, limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prime.train.clip_by_adapter", keep)
+        patch.setattr("prime.bank.train.clip_by_adapter", keep)
         settings = TrainSettings(lr=1e-3, batch_size=4, epochs=1, dropout=0.0)
         train(bank, [Learner(0, "u", 1, batch)], settings, max_batch_tokens=20)
     theirs = list(lora.values())
@@ -201,7 +201,7 @@ def kept_bytes(bank: AdapterBank, settings: TrainSettings) -> tuple[list, list[t
         return clip_by_adapter(parameters, limit)
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr("prime.train.clip_by_adapter", keep)
+        patch.setattr("prime.bank.train.clip_by_adapter", keep)
         return train(bank, LEARNERS, settings, max_batch_tokens=30), gradients, sum(kept)
 
 
@@ -224,7 +224,7 @@ def test_checkpointing_changes_nothing_but_memory(family: str) -> None:
 
 def test_a_model_that_cannot_recompute_its_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = bank_for(LEARNERS)
-    monkeypatch.setattr("prime.bank.GradientCheckpointingLayer", int)
+    monkeypatch.setattr("prime.bank.bank.GradientCheckpointingLayer", int)
     with pytest.raises(InputError, match="LlamaForCausalLM cannot recompute its layers"):
         train(bank, LEARNERS, TrainSettings(gradient_checkpointing=True))
 

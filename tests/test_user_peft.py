@@ -11,13 +11,13 @@ from test_train import LEARNERS, SETTINGS, assert_close, peft_loss, peft_trainin
 from transformers import AutoModelForCausalLM
 
 from prime import cli
-from prime.bank import AdapterBank
+from prime.bank.bank import AdapterBank
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.lora import load_adapter, merge, save_adapter
-from prime.prompts import history_records
-from prime.runs import read_results, user_dirname
-from prime.train import Learner, TrainSettings, train, train_settings
+from prime.bank.lora import load_adapter, merge, save_adapter
+from prime.users.prompts import history_records
+from prime.runs.run import read_results, user_dirname
+from prime.bank.train import Learner, TrainSettings, train, train_settings
 from tests import tiny
 
 # -- training on top of a frozen adapter ----------------------------------------------------------------------------

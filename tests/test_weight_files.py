@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prime.checkpoint import load_model
+from prime.checkpoints.loading import load_model
 from prime.errors import InputError
 from tests import tiny
 

@@ -13,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime import locks, runs, workers
+from prime.runs.run import locks
+from prime.runs.run import run as runs
+from prime.runs.run import workers
 from prime.errors import InputError
-from prime.locks import claim
-from prime.runs import Run, write_bytes, write_json
+from prime.runs.locks import claim
+from prime.runs.run import Run, write_bytes, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +34,7 @@ def start(code: str, *words: str, **env: str) -> subprocess.Popen:
 HOLD = """
 import sys
 from pathlib import Path
-from prime.locks import claim
+from prime.runs.locks import claim
 with claim(*map(Path, sys.argv[1:])) as held:
     print(held, flush=True)
     sys.stdin.readline()
@@ -91,7 +93,7 @@ def test_the_lock_of_a_killed_process_is_free(held: tuple[Path, subprocess.Popen
 COUNT = """
 import sys, time
 from pathlib import Path
-from prime import locks
+from prime.runs.run import locks
 locks.POLL = 0.001
 folder = Path(sys.argv[1])
 for _ in range(40):
@@ -155,8 +157,8 @@ def test_shares_are_within_graham_s_bound_of_the_best() -> None:
 
 SHARE = """
 import sys, time
-from prime import workers
-from prime.runs import Run
+from prime.runs.run import workers
+from prime.runs.run import Run
 workers.POLL = 0.02
 run = Run(sys.argv[1], "stage", "method", {})
 ids = [str(number) for number in range(12)]
@@ -238,7 +240,7 @@ def test_what_is_left_of_finished_users_is_removed(tmp_path: Path) -> None:
 
 
 def test_temporary_files_of_dead_writers_go_with_the_next_write(tmp_path: Path) -> None:
-    code = "import sys\nfrom prime.runs import replacing\nwith replacing(sys.argv[1]):\n    print(flush=True); input()"
+    code = "import sys\nfrom prime.runs.run import replacing\nwith replacing(sys.argv[1]):\n    print(flush=True); input()"
     living, dead = (start(code, str(tmp_path / "x.json")) for _ in range(2))
     for process in (living, dead):
         assert process.stdout and process.stdout.readline()
@@ -268,7 +270,8 @@ def test_folder_and_file_are_flushed_around_the_rename(tmp_path: Path, monkeypat
 STOPPED = """
 import os, signal, sys
 from pathlib import Path
-from prime import cli, runs
+from prime import cli
+from prime.runs.run import run as runs
 slow = Path.write_bytes
 def write(path, content):
     if b"last" in content:

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from prime.lora import Adapter
+from prime.bank.lora import Adapter
 
 VOCAB = 97
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -1,0 +1,344 @@
+"""The adapter bank: many low-rank adapters over one frozen base model, each row of a batch routed to its own.
+
+Shape legend: `b` batch rows, `t` tokens, `d` width, `v` vocabulary, `r` rank, `n` adapters, `c` candidates,
+`g` row groups (consecutive rows of one adapter), `l` layers.
+
+The target `nn.Linear`s of a Hugging Face causal LM are replaced by thin wrappers that add
+`scale * (x A_i^T) B_i^T` with i = the row's adapter (Hu et al. 2022; PEFT is the oracle in the tests). A trainable
+adapter may stand on a frozen one, a second pair of factors that no gradient reaches.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from prime.errors import InputError
+from prime.bank.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
+from prime.checkpoints.placement import place_of
+from prime.bank.products import quicken, restore, round_up
+from prime.runs.run import derive_seed
+
+# Adapters times tokens of a row group up to which one product with the factors of all adapters takes less than to
+# copy each group's own.
+SPREAD = 64
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+# Multiplies the input of one module, x [g, m*t, in], given the module's number.
+InputScaler = Callable[[int, Tensor], Tensor]
+
+
+class Route:
+    """Which adapter each row of the next forward pass uses; shared by all wrappers of a bank."""
+
+    def __init__(self) -> None:
+        self.groups: Tensor | None = None  # [g] adapter of each group of b / g consecutive rows; None: the base
+        self.on_base: Tensor | None = None  # [g, 1, 1] True where a group has no adapter, None if all have one
+        self.scaler: InputScaler | None = None  # dropout or gates in front of the factor pair
+
+
+class BankLinear(nn.Module):
+    """A frozen `nn.Linear` plus the routed low-rank update of stacked factors A `[n, r, in]`, B `[n, out, r]`."""
+
+    def __init__(self, base: nn.Linear, number: int, route: Route):
+        super().__init__()
+        self.base = base
+        self.number = number
+        self.route = route
+        self.place = place_of(base)
+        self.scale = 1.0
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
+        self.under: tuple[Tensor, Tensor] | None = None  # frozen A, B that trainable ones stand on; scale 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        groups = self.route.groups
+        if groups is None or self.A is None or self.B is None:
+            return y
+        if x.shape[0] % len(groups):
+            raise ValueError(f"{x.shape[0]} rows cannot be parted into {len(groups)} equal groups")
+        groups = groups.to(x.device)
+        if self.under is not None:
+            y = self._add(y, x, groups, *self.under, 1.0, None)
+        return self._add(y, x, groups, self.A, self.B, self.scale, self.route.scaler)
+
+    def _add(
+        self, y: Tensor, x: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor, scale: float,
+        scaler: InputScaler | None,
+    ) -> Tensor:  # fmt: skip
+        """y plus the routed update of one pair of stacks; only `scaler` stands in front of that pair."""
+        rows = x.reshape(len(groups), -1, x.shape[-1]).to(stacked_a.dtype)
+        if scaler is not None:
+            rows = scaler(self.number, rows)
+        training = torch.is_grad_enabled()
+        if not training and rows.shape[1] * len(stacked_b) <= SPREAD:
+            low, b = self._spread(rows, groups, stacked_a, stacked_b)
+        else:
+            low, b = _low(rows, groups, stacked_a), _selected(stacked_b, groups).mT
+            if self.route.on_base is not None:
+                low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
+        out = y.view(len(low), -1, y.shape[-1])
+        if out.dtype != b.dtype:
+            return (out + torch.bmm(low, b).mul_(scale).to(out.dtype)).view_as(y)
+        add = torch.baddbmm if training else Tensor.baddbmm_
+        return add(out, low, b, alpha=scale).view_as(y)
+
+    def _spread(self, rows: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> tuple[Tensor, Tensor]:
+        """The update as one product: each row's `x A^T` in the place of its own adapter among zeros, `[1, g*m*t, n*r]`,
+        and the B of all adapters, `[1, n*r, out]`. Not for training, where one that diverges would reach the others.
+        """
+        n, _, r = stacked_b.shape
+        places = torch.arange(n, device=groups.device)
+        others = groups[:, None] != places  # [g, n]
+        if self.route.on_base is not None:
+            others |= self.route.on_base.to(groups.device)[..., 0]
+        distinct = stacked_a[:1] if _shared(stacked_a) else stacked_a
+        low = rows @ distinct.flatten(0, 1).T  # [g, m*t, r or n*r]
+        placed = low.unflatten(-1, (-1, r)).masked_fill(others[:, None, :, None], 0.0)  # [g, m*t, n, r]
+        return placed.view(1, -1, n * r), stacked_b.mT.reshape(1, n * r, -1)
+
+
+def _low(rows: Tensor, groups: Tensor, stacked_a: Tensor) -> Tensor:
+    """x A_i^T of rows `[g, m*t, in]`, i the adapter of their group: `[g, m*t, r]`."""
+    if _shared(stacked_a):
+        return rows @ stacked_a[0].T
+    return torch.bmm(rows, _selected(stacked_a, groups).mT)
+
+
+def _selected(stack: Tensor, groups: Tensor) -> Tensor:
+    """The stack's members by group, in the order that each has in memory, so that it is copied in one piece."""
+    return stack.index_select(0, groups) if stack.is_contiguous() else stack.mT.index_select(0, groups).mT
+
+
+def _shared(stack: Tensor) -> bool:
+    """Whether all members of a stack are the same memory."""
+    return stack.stride(0) == 0
+
+
+class AdapterBank:
+    """Adapters stacked over one frozen causal LM.
+
+    Args:
+        model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
+        targets: last parts of the module names that carry adapters (published default: q, k, v, o).
+
+    Its products are quickened (`prime.bank.products`); `unwrap` gives it back with plain layers.
+
+    Raises:
+        InputError: no module, or a module that is no `nn.Linear`, has one of these names.
+    """
+
+    def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
+        self.model = model.requires_grad_(False).eval()
+        self.config: Any = model.config
+        whole: Any = model
+        self.device = place_of(whole.get_input_embeddings())  # of ids and logits; each layer has its own
+        self.route = Route()
+        self.wrappers = self._wrap(tuple(targets))
+        self.columns = quicken(self.model)
+        self.layers = 1 + max(layer_of(name) for name in self.wrappers)
+        self._stored: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _wrap(self, targets: tuple[str, ...]) -> dict[str, BankLinear]:
+        found = {name: module for name, module in self.model.named_modules() if name.rsplit(".", 1)[-1] in targets}
+        missing = set(targets) - {name.rsplit(".", 1)[-1] for name in found}
+        if missing:
+            raise InputError(f"the model has no module named {', '.join(sorted(missing))} (--target_modules)")
+        wrappers = {}
+        for number, (name, module) in enumerate(found.items()):
+            if not isinstance(module, nn.Linear):
+                raise InputError(f"{name} is a {type(module).__name__}, not an nn.Linear; it cannot carry an adapter")
+            parent, _, leaf = name.rpartition(".")
+            wrappers[name] = BankLinear(module, number, self.route)
+            setattr(self.model.get_submodule(parent), leaf, wrappers[name])
+        return wrappers
+
+    def unwrap(self) -> nn.Module:
+        """Put the plain linear layers back and return the model."""
+        for name, wrapper in self.wrappers.items():
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), leaf, wrapper.base)
+        restore(self.model)
+        return self.model
+
+    def width(self, tokens: int) -> int:
+        """Columns of a pass over prompts of so many tokens: as many, or more where that suits the products."""
+        return round_up(tokens, self.columns)
+
+    @property
+    def n(self) -> int:
+        """Number of adapters (or candidates) that rows can be routed to."""
+        first = next(iter(self.wrappers.values())).A
+        return 0 if first is None else first.shape[0]
+
+    # -- filling the bank ---------------------------------------------------------------------------------------
+
+    def load(self, adapters: Sequence[Adapter]) -> None:
+        """Stack adapters; row index i routes to adapters[i]. Ranks may differ, widths may not."""
+        check_alike(adapters)
+        parts = [adapter.folded() for adapter in adapters]
+        self._check_fits(parts[0])
+        for name, wrapper in self.wrappers.items():
+            self._stored[name] = self._stack(parts, name)
+            wrapper.A, wrapper.B = self._stored[name]
+            wrapper.scale, wrapper.under = 1.0, None
+
+    def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
+        """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
+        rank = max(part.rank for part in parts)
+        pairs = [pad_rank(*part.factors[name], rank) for part in parts]
+        a, b = (torch.stack([part.to(self.wrappers[name].place) for part in side]) for side in zip(*pairs, strict=True))
+        return a, b
+
+    def _check_fits(self, adapter: Adapter) -> None:
+        odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
+        if odd:
+            side = "the model" if odd[0] in self.wrappers else "the adapter"
+            raise InputError(f"adapter and model do not have the same target modules: {odd[0]} is only in {side}")
+        for name, (a, b) in adapter.factors.items():
+            base = self.wrappers[name].base
+            if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+                raise InputError(
+                    f"{name}: the adapter is {a.shape[1]} -> {b.shape[0]} wide, "
+                    f"the model {base.in_features} -> {base.out_features}"
+                )
+
+    def combine(self, weights: Tensor, rule: str, keep_rank: int = 0) -> None:
+        """Make c candidates out of the n loaded adapters; row index j then routes to candidate j.
+
+        Args:
+            weights: `[c, n]`, or `[c, n, l]` for one weight per adapter and layer. A zero row is the base, a
+                one-hot row that adapter.
+            rule: `factor` or `delta`, see `prime.bank.lora.merge`.
+            keep_rank: leading singular directions of each merged update that are kept; 0 = all.
+        """
+        for name, wrapper in self.wrappers.items():
+            a, b = self._stored[name]
+            own = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
+            pair = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
+            wrapper.A, wrapper.B = truncate(*pair, keep_rank) if keep_rank else pair
+
+    def allocate(self, seeds: Sequence[int], rank: int, alpha: float, under: Sequence[Adapter] = ()) -> None:
+        """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero.
+
+        Args:
+            under: one adapter per seed that the fresh one stands on. It takes part in every pass, but is frozen:
+                no `parameters()`, no dropout in front of it.
+        """
+        parts = [adapter.folded() for adapter in under]
+        if parts:
+            check_alike(parts)
+            self._check_fits(parts[0])
+        for name, wrapper in self.wrappers.items():
+            base = wrapper.base
+            bound = 1 / math.sqrt(base.in_features)
+            draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
+            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(wrapper.place).requires_grad_()
+            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=wrapper.place, requires_grad=True)
+            wrapper.scale, wrapper.under = alpha / rank, self._stack(parts, name) if parts else None
+            self._stored.pop(name, None)
+
+    def adapter(self, index: int) -> Adapter:
+        """A copy of one adapter (or candidate) now in the bank, together with the frozen one it stands on."""
+        scale = next(iter(self.wrappers.values())).scale
+        own = Adapter({name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}, scale)
+        under = {n: (_part(w.under[0], index), _part(w.under[1], index)) for n, w in self.wrappers.items() if w.under}
+        return merge([Adapter(under), own], torch.ones(2), "delta") if under else own
+
+    def parameters(self) -> list[Tensor]:
+        """The stacked factors, A and B of each module in turn."""
+        return [tensor for w in self.wrappers.values() for tensor in (w.A, w.B) if tensor is not None]
+
+    def stacks(self) -> list[Tensor]:
+        """All that rows are routed through: the factors, and the frozen ones they stand on."""
+        return self.parameters() + [tensor for w in self.wrappers.values() if w.under for tensor in w.under]
+
+    # -- using the bank -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def routed(self, groups: Sequence[int] | Tensor | None, scaler: InputScaler | None = None) -> Iterator[None]:
+        """Within the block, forward passes send rows to adapters.
+
+        Args:
+            groups: `[g]` adapter indices, -1 for the plain base; the b rows are g groups of b / g consecutive
+                rows (g = b: one index per row). None: the plain base for all.
+            scaler: multiplies each module's input in front of its factor pair (dropout, gates).
+        """
+        with self._on(*self._groups(groups), scaler):
+            yield
+
+    @contextmanager
+    def _on(self, groups: Tensor | None, on_base: Tensor | None, scaler: InputScaler | None) -> Iterator[None]:
+        before = (self.route.groups, self.route.on_base, self.route.scaler)
+        self.route.groups, self.route.on_base, self.route.scaler = groups, on_base, scaler
+        try:
+            yield
+        finally:
+            self.route.groups, self.route.on_base, self.route.scaler = before
+
+    @contextmanager
+    def checkpointing(self, wanted: bool = True) -> Iterator[None]:
+        """Within the block, backward passes recompute each layer instead of keeping what it computed.
+
+        Only the layers are told to train: dropout inside the model stays off. A layer is recomputed after `routed`
+        was left, so it is given the routes that it ran with.
+        """
+        model: Any = self.model
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
+        if wanted and not layers:
+            raise InputError(f"{type(model).__name__} cannot recompute its layers (--gradient_checkpointing)")
+        if layers:
+            own = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._recomputing}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=own)
+        try:
+            for layer in layers:
+                layer.training = True
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+            if layers:
+                model.activation_checkpointing_disable()
+
+    def _recomputing(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of a layer's first pass and of its recomputation."""
+        route = self.route
+        return nullcontext(), self._on(route.groups, route.on_base, route.scaler)
+
+    def _groups(self, groups: Sequence[int] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if groups is None:
+            return None, None
+        listed = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        on_base = [place < 0 for place in listed]
+        if all(on_base):
+            return None, None
+        mask = torch.tensor(on_base, device=self.device)[:, None, None] if any(on_base) else None
+        return torch.tensor([max(place, 0) for place in listed], device=self.device), mask
+
+
+def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A_c = sum_n w_cn A_n, B_c likewise (published rule). weights [c, n] -> [c, r, in], [c, out, r]."""
+    return torch.einsum("cn,nri->cri", weights, a), torch.einsum("cn,nor->cor", weights, b)
+
+
+def _combine_delta(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """dW_c = sum_n w_cn B_n A_n as stacked factors. weights [c, n] -> [c, n*r, in] (shared), [c, out, n*r]."""
+    n, r, width = a.shape
+    stacked = torch.einsum("cn,nor->cnro", weights, b).reshape(len(weights), n * r, b.shape[1])
+    return a.reshape(1, n * r, width).expand(len(weights), -1, -1), stacked.mT
+
+
+def _part(stack: Tensor | None, index: int) -> Tensor:
+    if stack is None:
+        raise ValueError("the bank is empty")
+    return stack[index].detach().clone()
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """A random stream of its own for each (adapter, module), so that neighbours in the bank change nothing."""
+    return torch.Generator().manual_seed(derive_seed(seed, name))

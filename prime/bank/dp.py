@@ -1,0 +1,300 @@
+"""Differential privacy of adapters and gates: DP-SGD (Abadi et al., CCS 2016), accounted by Opacus.
+
+Protected unit: one item of one user's history. Neighbouring histories differ in one item, added or removed. A step
+takes every item with probability q on its own (Poisson sampling), scales each item's gradient to norm C at most over
+all tensors of the adapter, adds Gaussian noise of standard deviation sigma * C to their sum, and divides by the
+expected number of items q * n. AdamW and everything after it (merging, decoding) only process that.
+
+So that an item has one gradient and no other, private training uses one record per item that quotes nothing else
+(`prime.users.prompts.history_records`, quoting=False). The second records would quote earlier items, which the item then
+influences through other records, and the textual profile, which is written from all items.
+
+Noise and sampling are a function of (key, options, records, step, tensor): the same on any device, beside any
+neighbour in the bank, after any crash. They are drawn from SHAKE-256 of a secret key, because whoever can draw them
+again can subtract them: a run's seed is published with its results, and torch's CPU generator knows 2^32 streams.
+
+Not covered, see docs/privacy.md: which anchors were selected, the number of items, the options, the losses in
+result.json, and the rounding of floating-point noise (Mironov, CCS 2012).
+
+Shapes: `b` rows, `n` adapters.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prime.errors import InputError
+
+UNIT = "history item, added or removed"
+KEY_FILE = "noise.key"
+KEY_BYTES = 32
+PRV_LIMIT = 200  # the memory of Opacus' prv accountant grows with epsilon: gigabytes at 10^4
+
+T = TypeVar("T")
+Spent = tuple[float, float, int]  # what an accountant counts: sigma, sampling rate, steps
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Private training of one adapter, or of one set of gates."""
+
+    sigma: float  # standard deviation of the noise over max_norm
+    max_norm: float  # of one item's gradient
+    n: int  # items
+    rate: float  # probability of an item to be in a step
+    steps: int
+    key: bytes  # the adapter's own secret
+
+    @property
+    def spends(self) -> Spent:
+        return (self.sigma, self.rate, self.steps)
+
+    @property
+    def size(self) -> float:
+        """Expected number of items in a step."""
+        return self.rate * self.n
+
+    def batches(self, items: Sequence[T]) -> list[list[T]]:
+        """The items of every step; a step may have none."""
+        found = []
+        for step in range(self.steps):
+            draws = uniform(self.key, len(items), "sample", step)
+            found.append([item for item, draw in zip(items, draws, strict=True) if draw < self.rate])
+        return found
+
+    def noise(self, step: int, tensor: int, shape: Sequence[int]) -> Tensor:
+        """Gaussian noise for the sum of a step's clipped gradients in one tensor, on the CPU."""
+        count = int(np.prod(shape))
+        draws = torch.from_numpy(uniform(self.key, count, "noise", step, tensor))
+        return torch.special.ndtri(draws).mul_(self.sigma * self.max_norm).float().reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run is asked to keep to: either epsilon or sigma, and how it is accounted."""
+
+    epsilon: float | None
+    sigma: float | None
+    delta: float
+    max_norm: float
+    accountant: str
+    key_file: Path  # made when the first learner needs it
+    settings: str  # all options of the run
+
+    def mechanism(
+        self, name: str, seed: int, records: Sequence[object], batch_size: int, epochs: int, max_step: int = 0
+    ) -> Mechanism:
+        """The mechanism of one learner: `epochs` passes in expectation, at most `max_step` steps (0: all of them).
+
+        Args:
+            seed: the learner's own.
+            records: one per item; what their `repr` tells is what they are.
+
+        Raises:
+            InputError: a delta of 1 / items or more, or an epsilon that no noise keeps; names the learner.
+        """
+        items = len(records)
+        if self.delta * items >= 1:
+            raise InputError(
+                f"{name}: --delta {self.delta:g} is no guarantee for {items} items; it has to be far below 1/{items}"
+            )
+        size = min(batch_size, items)
+        steps = -(-epochs * items // size)
+        steps = min(steps, max_step) if max_step else steps
+        try:
+            sigma = self.sigma or sigma_for(self.epsilon or 0.0, self.delta, size / items, steps, self.accountant)
+        except ValueError as error:
+            told = f"no noise keeps to --epsilon {self.epsilon:g} at --delta {self.delta:g} in {steps} steps"
+            raise InputError(f"{name}: {told} (--accountant {self.accountant}: {error})") from None
+        # Noise that two releases share could be taken out of both, so other options or other records draw other noise.
+        key = _stream(load_key(self.key_file), KEY_BYTES, "learner", seed, self.settings, *records)
+        return Mechanism(sigma, self.max_norm, items, size / items, steps, key)
+
+    def report(self, mechanism: Mechanism) -> dict[str, Any]:
+        """What an adapter's result and card tell about its guarantee."""
+        return {
+            "unit": UNIT,
+            "epsilon": spent_epsilon([mechanism.spends], self.delta, self.accountant),
+            "delta": self.delta,
+            "sigma": mechanism.sigma,
+            "max_per_sample_grad_norm": mechanism.max_norm,
+            "sample_rate": mechanism.rate,
+            "steps": mechanism.steps,
+            "accountant": self.accountant,
+        }
+
+    def together(self, mechanism: Mechanism, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Epsilon of a training after an earlier one on the same items; None where that one kept to no terms.
+
+        Args:
+            earlier: the report of the earlier one; None: it was not private.
+        """
+        if earlier is None:
+            return {"epsilon_with_adapter": None}
+        history = [(earlier["sigma"], earlier["sample_rate"], earlier["steps"]), mechanism.spends]
+        return {"epsilon_with_adapter": spent_epsilon(history, self.delta, self.accountant)}
+
+
+def terms_of(args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]) -> Terms | None:
+    """The differential-privacy options of a stage script that writes to `folder`; None without `--enable_dp`.
+
+    Args:
+        settings: all options that results depend on.
+
+    Raises:
+        InputError: options that contradict each other.
+    """
+    given = [name for name in ("epsilon", "sigma", "noise_key") if getattr(args, name) is not None]
+    if not args.enable_dp:
+        if given:
+            raise InputError(f"--{given[0]} does nothing without --enable_dp")
+        return None
+    if (args.epsilon is None) == (args.sigma is None):
+        told = "both are" if args.epsilon is not None else "none is"
+        raise InputError(f"--enable_dp needs one of --epsilon (the budget) and --sigma (the noise); {told} given")
+    key_file = Path(args.noise_key) if args.noise_key else folder / KEY_FILE
+    asked = (args.epsilon, args.sigma, args.delta, args.max_per_sample_grad_norm, args.accountant)
+    return Terms(*asked, key_file, json.dumps(dict(settings), sort_keys=True))
+
+
+# -- accounting -----------------------------------------------------------------------------------------------------
+
+
+def spent_epsilon(history: Sequence[Spent], delta: float, accountant: str) -> float:
+    """Epsilon at delta of all these trainings together, by Opacus' `rdp` or `prv` accountant.
+
+    Raises:
+        InputError: a budget beyond what `prv` counts.
+    """
+    if accountant == "prv":
+        _check_countable(spent_epsilon(history, delta, "rdp"))
+    with _opacus() as accountants:
+        found = accountants.create_accountant(mechanism=accountant)
+        found.history = list(history)
+        return float(found.get_epsilon(delta=delta))
+
+
+@cache
+def sigma_for(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
+    """The least noise multiplier, to a hundredth of epsilon, that keeps within epsilon at delta.
+
+    Raises:
+        ValueError: no noise does, by this accountant.
+        InputError: a budget beyond what `prv` counts.
+    """
+    if accountant == "prv":
+        _check_countable(epsilon)
+    with _opacus() as accountants:
+        return accountants.utils.get_noise_multiplier(
+            target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
+        )
+
+
+def _check_countable(epsilon: float) -> None:
+    if epsilon > PRV_LIMIT:
+        told = f"--accountant prv counts budgets up to epsilon {PRV_LIMIT}, this one is about {epsilon:.0f}"
+        raise InputError(f"{told}; take --accountant rdp")
+
+
+@contextmanager
+def _opacus() -> Iterator[Any]:
+    """Opacus' accountants, imported only here (it takes seconds), without their hints about looser bounds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import opacus.accountants.utils
+
+        yield opacus.accountants
+
+
+# -- randomness -----------------------------------------------------------------------------------------------------
+
+
+def load_key(path: Path) -> bytes:
+    """The secret in a key file (64 hexadecimal digits), made if there is none, readable by its owner only."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(secrets.token_hex(KEY_BYTES) + "\n")
+        try:
+            os.link(draft, path)  # unlike a rename it never replaces the key of a process that was faster
+        except FileExistsError:
+            pass
+        finally:
+            draft.unlink()
+    try:
+        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise InputError(f"{path}: not a noise key (--noise_key): expected {2 * KEY_BYTES} hexadecimal digits")
+    return key
+
+
+def uniform(key: bytes, count: int, *parts: object) -> np.ndarray:
+    """`count` numbers within (0, 1): odd multiples of 2^-53."""
+    bits = np.frombuffer(_stream(key, 8 * count, *parts), dtype="<u8")
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def _stream(key: bytes, count: int, *parts: object) -> bytes:
+    """Bytes of SHAKE-256 under a key of fixed length: a pseudo-random function of the parts."""
+    return hashlib.shake_256(key + "\x1f".join(map(str, parts)).encode()).digest(count)
+
+
+# -- gradients ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_slice_per_row(stacks: Sequence[Tensor], places: Sequence[int]) -> Iterator[None]:
+    """Within the block, slice j of every stack `[n, ...]` is a copy of that of places[j], `[b, ...]`.
+
+    Rows routed to 0 .. b - 1 then leave one gradient per row in `.grad`, what they would leave one at a time. It is
+    there within the block only.
+    """
+    index = torch.as_tensor(places, device=stacks[0].device)
+    kept = {id(stack): (stack, stack.data) for stack in stacks}  # a stack may be named twice
+    for stack, data in kept.values():
+        stack.grad, stack.data = None, data.index_select(0, index)
+    try:
+        yield
+    finally:
+        for stack, data in kept.values():
+            stack.grad, stack.data = None, data
+
+
+def row_norms(grads: Sequence[Tensor]) -> Tensor:
+    """Norm of each row's gradient over all tensors: `[b, ...]` each -> `[b]`."""
+    return torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
+
+
+def add_clipped(
+    sums: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], limits: Sequence[float]
+) -> None:
+    """Add each row's gradient, scaled to norm limits[j] at most, to slice places[j] of the sums `[n, ...]`."""
+    norms = row_norms(grads)
+    factor = (norms.new_tensor(limits) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
+    index = torch.as_tensor(places, device=norms.device)
+    for total, grad in zip(sums, grads, strict=True):
+        total.index_add_(0, index, grad * factor.view(-1, *[1] * (grad.dim() - 1)))
+
+
+def add_noise(sums: Sequence[Tensor], place: int, mechanism: Mechanism, step: int) -> None:
+    """Noise on one adapter's sums, and the mean by the expected size of a step; in place."""
+    for number, total in enumerate(sums):
+        if mechanism.sigma:
+            total[place] += mechanism.noise(step, number, total.shape[1:]).to(total.device)
+        total[place] /= mechanism.size

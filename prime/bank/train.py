@@ -1,0 +1,366 @@
+"""Joint training of many adapters in one bank, each as if it were alone.
+
+Every adapter has its own data order, dropout, AdamW state, gradient clipping and schedule; a step of the bank is one
+batch of every adapter that is not finished yet. What is trained is a list of stacked tensors `[n, ...]`, one slice
+per adapter: the bank's own factors, or gates in front of them (`prime.merging.gates`). The rows of a step are sorted by
+length and cut into micro-batches by a token budget; an adapter's loss is the mean over the target tokens of its own
+batch, so neither neighbours nor micro-batches change it. Learners with a `prime.bank.dp.Mechanism` get the noisy mean
+of their items' clipped gradients instead.
+
+Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prime.bank.bank import AdapterBank, InputScaler
+from prime.bank.decode import EncodedRecord
+from prime.errors import InputError
+from prime.bank.dp import Mechanism, add_clipped, add_noise, one_slice_per_row
+from prime.runs.run import derive_seed
+
+TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
+REHEARSED = 6  # passes of a step that a plan goes through
+
+# For the adapters of a batch's rows, what stands in front of their factor pairs: `prime.merging.gates.Gates.scaler`.
+Scalers = Callable[[list[int]], InputScaler]
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Published settings of the task adapter; anchors use lr 2e-5 and clip 1.0 (FACTS: Per-Pcs, PriME)."""
+
+    lr: float = 1e-4
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 0.3
+    batch_size: int = 6
+    epochs: int = 3
+    dropout: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_step: int = 0  # steps at most; 0: as many as the epochs have
+    gradient_checkpointing: bool = False  # less memory, more time, the same numbers
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One adapter's task: its place in the bank, name for messages, seed, records, and how it is kept private."""
+
+    place: int
+    name: str
+    seed: int
+    records: Sequence[EncodedRecord]
+    mechanism: Mechanism | None = None  # then every record is one protected item
+
+    def batches(self, settings: TrainSettings) -> list[list[EncodedRecord]]:
+        """The batches of all epochs, at most `max_step`, in this learner's own order; a mechanism draws its own."""
+        if self.mechanism:
+            return self.mechanism.batches(self.records)
+        found = []
+        for epoch in range(settings.epochs):
+            stream = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
+            order = torch.randperm(len(self.records), generator=stream).tolist()
+            for start in range(0, len(order), settings.batch_size):
+                found.append([self.records[i] for i in order[start : start + settings.batch_size]])
+        return found[: settings.max_step or None]
+
+
+def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
+    """Cosine decay from lr to min_lr by step (published schedule, no warm-up)."""
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(
+    bank: AdapterBank,
+    learners: Sequence[Learner],
+    settings: TrainSettings,
+    max_batch_tokens: int = 0,
+    progress: Callable[[int], object] | None = None,
+    stacks: Sequence[Tensor] | None = None,
+    scalers: Scalers | None = None,
+) -> list[list[float | None]]:
+    """Train the bank's adapters, or what stands in front of them, in place.
+
+    Args:
+        bank: filled by `bank.allocate`, or by `bank.load` where the adapters are frozen; learner.place is its row.
+        max_batch_tokens: tokens of a forward and backward pass; 0 = chosen for the device.
+        progress: called with the number of batches just done.
+        stacks: the trained tensors `[n, ...]`, one slice per adapter; None: the bank's factors.
+        scalers: gates in front of the factor pairs; dropout follows behind them.
+
+    Returns:
+        Per learner, the loss of every step: mean over the target tokens of its batch, before the update. With a
+        mechanism: mean over the batch's items of the mean over their target tokens; None for a step without items.
+
+    Raises:
+        InputError: a loss that is not finite, naming the learner.
+    """
+    plans = [learner.batches(settings) for learner in learners]
+    trained = bank.parameters() if stacks is None else list(stacks)
+    optimizers = [
+        _Optimizer(trained, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
+    ]
+    passes = _Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
+    mechanisms = _mechanisms(learners)
+    losses: list[list[float | None]] = [[] for _ in learners]
+    with bank.checkpointing(settings.gradient_checkpointing):
+        for step in range(max((len(plan) for plan in plans), default=0)):
+            active = [i for i, plan in enumerate(plans) if step < len(plan)]
+            rows = [row for i in active for row in _rows(i, learners[i], step, plans[i][step])]
+            if mechanisms:
+                sums = _accumulate_clipped(passes, rows, mechanisms)
+                for i in active:
+                    add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
+            else:
+                sums = _accumulate(passes, rows, len(learners))
+            norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
+            for i in active:
+                norm = float(norms[learners[i].place])
+                if not (math.isfinite(sums[i]) and math.isfinite(norm)):
+                    told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
+                    raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
+                losses[i].append(sums[i] if plans[i][step] else None)
+                optimizers[i].step(step)
+            for parameter in trained:
+                parameter.grad = None
+            if progress:
+                progress(len(active))
+    return losses
+
+
+def _mechanisms(learners: Sequence[Learner]) -> list[Mechanism]:
+    """The learners' mechanisms, or none at all."""
+    found = [learner.mechanism for learner in learners if learner.mechanism]
+    if found and len(found) < len(learners):
+        raise ValueError("private and plain learners cannot be trained together")
+    return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    learner: int
+    place: int
+    number: int  # within the learner's batch
+    noise: int  # seed of this row's dropout
+    record: EncodedRecord
+
+    @property
+    def length(self) -> int:
+        return len(self.record.ids) + len(self.record.target) - 1
+
+
+def _rows(number: int, learner: Learner, step: int, batch: Sequence[EncodedRecord]) -> list[_Row]:
+    """The rows of one learner's batch.
+
+    Dropout of a private item belongs to the item: a place in the batch would let one item change another's mask.
+    """
+    found = []
+    for place, record in enumerate(batch):
+        noise = derive_seed("dropout", learner.seed, step, record.id if learner.mechanism else place)
+        found.append(_Row(number, learner.place, place, noise, record))
+    return found
+
+
+@dataclass(frozen=True)
+class _Passes:
+    """How rows go forward and backward, and the tensors that then hold gradients."""
+
+    bank: AdapterBank
+    dropout: float
+    budget: int  # tokens of one pass
+    scalers: Scalers | None
+    trained: Sequence[Tensor]
+
+    def parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        return _by_length(rows, self.budget)
+
+    def backward(self, rows: list[_Row], weights: Sequence[float]) -> list[float]:
+        """One pass of the rows' summed losses, each times its weight; returns these products."""
+        nll = row_losses(self.bank, rows, self.dropout, self.scalers)
+        share = torch.tensor(weights, device=nll.device)
+        (nll * share).sum().backward()
+        return (nll.detach() * share).tolist()
+
+
+def _accumulate(passes: _Passes, rows: list[_Row], n: int) -> list[float]:
+    """Forward and backward over one batch of every learner; returns each one's loss, gradients stay in the stacks."""
+    tokens = [0] * n
+    for row in rows:
+        tokens[row.learner] += len(row.record.target)
+    sums = [0.0] * n
+    for part in passes.parts(rows):
+        for row, value in zip(part, passes.backward(part, [1 / tokens[row.learner] for row in part]), strict=True):
+            sums[row.learner] += value
+    return sums
+
+
+def _accumulate_clipped(passes: _Passes, rows: list[_Row], mechanisms: Sequence[Mechanism]) -> list[float]:
+    """As `_accumulate`, for items whose own gradients are clipped before they are summed.
+
+    An item's loss is the mean over its own target tokens, so no item changes what another contributes. Returns the
+    mean loss of each learner's items.
+    """
+    totals = [torch.zeros_like(stack) for stack in passes.trained]
+    sums, counts = [0.0] * len(mechanisms), [0] * len(mechanisms)
+    everything = [*passes.bank.stacks(), *passes.trained]
+    for part in passes.parts(rows):
+        places = [row.place for row in part]
+        with one_slice_per_row(everything, places):
+            own = [replace(row, place=slice_) for slice_, row in enumerate(part)]
+            values = passes.backward(own, [1 / len(row.record.target) for row in part])
+            limits = [mechanisms[row.learner].max_norm for row in part]
+            add_clipped(totals, [_grad(stack) for stack in passes.trained], places, limits)
+        for row, value in zip(part, values, strict=True):
+            sums[row.learner] += value
+            counts[row.learner] += 1
+    for stack, total in zip(passes.trained, totals, strict=True):
+        stack.grad = total
+    return [value / max(1, count) for value, count in zip(sums, counts, strict=True)]
+
+
+def _grad(stack: Tensor) -> Tensor:
+    if stack.grad is None:
+        raise ValueError("a trained tensor that no row went through")
+    return stack.grad
+
+
+def _by_length(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
+    """Rows in ascending length, parted so that rows x longest stays within the budget."""
+    part: list[_Row] = []
+    for row in sorted(rows, key=lambda row: (row.length, row.learner, row.number)):
+        if part and (len(part) + 1) * row.length > budget:
+            yield part
+            part = []
+        part.append(row)
+    if part:
+        yield part
+
+
+def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float, scalers: Scalers | None = None) -> Tensor:
+    """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
+    texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
+    width = bank.width(max(map(len, texts)))
+    first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token
+    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
+    labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)
+    places = [row.place for row in rows]
+    with bank.routed(places, _in_front(rows, dropout, scalers)):
+        logits = bank.model(input_ids=ids, logits_to_keep=width - first, use_cache=False).logits
+    nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return nll.sum(1)
+
+
+def _in_front(rows: list[_Row], dropout: float, scalers: Scalers | None) -> InputScaler | None:
+    """What the input of a factor pair goes through: its gate, then dropout."""
+    steps = [scalers([row.place for row in rows])] if scalers else []
+    steps += [dropout_scaler(rows, dropout)] if dropout else []
+
+    def scale(module: int, x: Tensor) -> Tensor:
+        for step in steps:
+            x = step(module, x)
+        return x
+
+    return scale if steps else None
+
+
+def _labels(record: EncodedRecord, first: int, width: int) -> list[int]:
+    """Next-token targets of columns first .. width - 1; -100 where nothing counts."""
+    before = len(record.ids) - 1 - first
+    return [-100] * before + list(record.target) + [-100] * (width - first - before - len(record.target))
+
+
+def dropout_scaler(rows: list[_Row], rate: float) -> InputScaler:
+    """LoRA dropout whose noise belongs to (adapter seed, step, row, module): the same in any batch."""
+
+    def scale(module: int, x: Tensor) -> Tensor:
+        mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for place, row in enumerate(rows):
+            stream = torch.Generator(device=x.device).manual_seed((row.noise + module) % 2**63)
+            own = torch.empty(row.length, x.shape[-1], dtype=x.dtype, device=x.device)
+            mask[place, : row.length] = own.bernoulli_(1 - rate, generator=stream)
+        return x * mask.div_(1 - rate)
+
+    return scale
+
+
+def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
+    """Scale each adapter's gradient to norm at most `limit` over all its tensors, as clip_grad_norm_ does for one.
+
+    Returns:
+        The norms before, `[n]`.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
+    factor = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
+    return norms
+
+
+def heaviest_step(learners: Sequence[Learner], settings: TrainSettings, max_batch_tokens: int = 0) -> list[list[_Row]]:
+    """The passes of the step that has the largest one, at most REHEARSED of them, that one included."""
+    steps = zip_longest(*(learner.batches(settings) for learner in learners), fillvalue=())
+    parts = []
+    for number, batches in enumerate(steps):
+        rows = [row for i, own in enumerate(batches) for row in _rows(i, learners[i], number, own)]
+        parts.append(list(_by_length(rows, max_batch_tokens or TRAIN_BATCH_TOKENS)))
+
+    def size(part: list[_Row]) -> int:
+        return len(part) * part[-1].length
+
+    heaviest = max(parts, key=lambda step: max(map(size, step), default=0), default=[])
+    return sorted(sorted(heaviest, key=size)[-REHEARSED:], key=lambda part: part[-1].length)
+
+
+def rehearse(
+    bank: AdapterBank, parts: Sequence[list[_Row]], settings: TrainSettings, stacks: Sequence[Tensor] | None = None,
+    scalers: Scalers | None = None,
+) -> None:  # fmt: skip
+    """The passes of a step (`heaviest_step`) on tensors without data, for `prime.checkpoints.plan`; arguments as in `train`."""
+    trained = bank.parameters() if stacks is None else list(stacks)
+    moments = [torch.zeros_like(stack) for stack in trained for _ in range(2)]  # AdamW's
+    with bank.checkpointing(settings.gradient_checkpointing):
+        for part in parts:
+            row_losses(bank, part, settings.dropout, scalers).sum().backward()
+    clip_by_adapter(trained, settings.clip)
+    for stack in trained:
+        stack.grad = None
+    del moments
+
+
+class _Optimizer:
+    """AdamW over one adapter's slices of the stacked tensors, with its own cosine schedule."""
+
+    def __init__(self, stacks: list[Tensor], place: int, steps: int, settings: TrainSettings):
+        self.stacks, self.place, self.steps, self.settings = stacks, place, steps, settings
+        self.slices = [torch.nn.Parameter(stack.data[place]) for stack in self.stacks]
+        self.adamw = torch.optim.AdamW(
+            self.slices, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+
+    def step(self, step: int) -> None:
+        self.adamw.param_groups[0]["lr"] = cosine_lr(self.settings, step, self.steps)
+        for part, stack in zip(self.slices, self.stacks, strict=True):
+            part.grad = None if stack.grad is None else stack.grad[self.place]
+        self.adamw.step()
+
+
+def train_settings(args: argparse.Namespace) -> TrainSettings:
+    """The training options of a stage script."""
+    return TrainSettings(
+        lr=args.lr,
+        min_lr=args.min_lr,
+        weight_decay=args.weight_decay,
+        clip=args.clip,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        dropout=args.lora_dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+    )

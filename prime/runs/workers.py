@@ -1,0 +1,170 @@
+"""Processes that work on one output directory together, on one machine or many.
+
+`torchrun` and `accelerate launch` tell each process its rank; each begins with its share of the users, the costly ones
+first, and then helps the others. Nothing is sent between them: what is finished is told by result files, who works on
+what by claims (`prime.runs.locks`). So processes may come, die and come back at any time, and any others started by hand
+or by a scheduler on the same directory share the work as well.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from typing import NamedTuple, TypeVar
+
+from prime.users.data import User
+from prime.errors import tell
+from prime.runs.locks import PATIENCE, POLL, holder
+from prime.runs.run import Run
+
+Unit = TypeVar("Unit")
+
+
+class World(NamedTuple):
+    """The place of this process among those that were launched together (torchrun's environment)."""
+
+    rank: int
+    size: int
+    local_rank: int  # on this machine: the number of its GPU
+    local_size: int
+
+
+def world() -> World:
+    return World(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+
+
+def _number(name: str, default: int) -> int:
+    return int(os.environ.get(name) or default)
+
+
+def limit_threads() -> None:
+    """Part this machine's cores among the local processes, unless OMP_NUM_THREADS says how many each takes."""
+    local = world().local_size
+    if local > 1 and not os.environ.get("OMP_NUM_THREADS"):
+        import torch
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+def start_missing() -> list[int]:
+    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for; those started here.
+
+    On a CPU accelerate (1.15) starts one process, and leaves the others to mpirun. A fork costs no second import.
+    """
+    env = os.environ
+    if "RANK" in env or env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in env:
+        return []
+    import psutil  # comes with accelerate
+
+    asked = psutil.Process(os.getppid()).cmdline()
+    number = _argument(asked, "--num_processes", 1) // _argument(asked, "--num_machines", 1)
+    started: list[int] = []
+    for rank in range(1, number):
+        started.append(os.fork())
+        if started[-1] == 0:
+            env.update(_rank_of(rank, number))
+            return []
+    env.update(_rank_of(0, number))
+    return started
+
+
+def _rank_of(rank: int, size: int) -> dict[str, str]:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {name: str(number) for name, number in zip(names, (rank, size, rank, size), strict=True)}
+
+
+def wait_for(started: Sequence[int], stop: bool) -> None:
+    """Wait until the processes of `start_missing` have ended; `stop`: have them end as after a SIGTERM."""
+    for pid in started:
+        if stop:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+    for pid in started:
+        os.waitpid(pid, 0)
+
+
+def _argument(words: Sequence[str], name: str, default: int) -> int:
+    """The number after an option of a command line."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        key, _, value = word.partition("=")
+        if key.replace("-", "_") == name.replace("-", "_") and (value or following).isdecimal():
+            return int(value or following)
+    return default
+
+
+def user_cost(user: User, recent_k: int = 0) -> int:
+    """Characters to read for a user: the history that is used, and the queries."""
+    texts = [str(value) for item in user.profile[-recent_k:] for value in item.values()]
+    return 1 + sum(map(len, texts)) + sum(len(query.input) for query in user.queries)
+
+
+def shares(costs: Sequence[int], size: int) -> list[list[int]]:
+    """Places parted among `size` processes, each to whom has the least so far, the costliest first (Graham 1969:
+    longest processing time first, at most 4/3 of the best possible time).
+    """
+    load = [0] * size
+    parts: list[list[int]] = [[] for _ in range(size)]
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        rank = load.index(min(load))
+        load[rank] += costs[place]
+        parts[rank].append(place)
+    return parts
+
+
+def order_of(costs: Sequence[int], rank: int, size: int) -> list[int]:
+    """The places in the order this process works on them: its own share, then the ends of the others'."""
+    if size == 1:
+        return list(range(len(costs)))
+    parts = shares(costs, size)
+    others = [place for step in range(1, size) for place in reversed(parts[(rank + step) % size])]
+    return parts[rank] + others
+
+
+def share(
+    run: Run, units: Sequence[Unit], ids: Callable[[Unit], Sequence[str]], cost: Callable[[Unit], int],
+    others: Sequence[Run] = (),
+) -> Iterator[Unit]:  # fmt: skip
+    """Units of work, each claimed as long as the caller works on it, until the users of all are finished.
+
+    Units that others work on are waited for at the end, and taken over if these die.
+
+    Args:
+        units: of which every process gives the same ones in the same order.
+        ids: of the users that a unit finishes.
+        cost: estimate of its work, in any measure.
+        others: further runs in which the same work finishes the users.
+    """
+    here = world()
+    waiting = [units[place] for place in order_of([cost(unit) for unit in units], here.rank, here.size)]
+    idle = 0
+    while waiting:
+        held: list[Unit] = []
+        for unit in waiting:
+            names = ids(unit)
+            if _finished([run, *others], names):
+                continue
+            with run.claim(names) as mine:
+                if not mine:
+                    held.append(unit)
+                    continue
+                run.recover(names)
+                if not _finished([run, *others], names):
+                    yield unit
+        if len(held) == len(waiting):
+            idle += 1
+            if idle == PATIENCE:
+                _tell(run, [name for unit in held for name in ids(unit)])
+            time.sleep(POLL)
+        waiting = held
+
+
+def _finished(runs: Sequence[Run], names: Sequence[str]) -> bool:
+    return all(run.done(name) for run in runs for name in names)
+
+
+def _tell(run: Run, names: Sequence[str]) -> None:
+    """Say which users are waited for, and who works on them."""
+    holders = {holder(path): name for name in names if (path := run.lock_path(name)).exists()}
+    for who, name in holders.items():
+        tell(f"waiting for user {name}: {who} is at it")

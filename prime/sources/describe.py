@@ -1,0 +1,101 @@
+"""Users described by an instruction-tuned model: chat template, decoding by token budget, noise by user."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from prime.users.data import User
+from prime.bank.decode import Progress, every_pair
+from prime.engine import Engine, load_engine
+from prime.errors import InputError
+from prime.users.profiles import fit, whole_sentences
+from prime.bank.sampling import Sampler
+
+BASE = -1  # the bank's row without an adapter
+WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # of a repository of the hub
+DOUBLE = ("consolidated*", "original/*")  # the same weights in Meta's or Mistral's own format
+
+
+def model_dir(name: str) -> str:
+    """A directory as it is; a name of the hub downloaded, or found where it was downloaded before."""
+    if Path(name).is_dir():
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(DOUBLE))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{name}: no directory, and it cannot be had from the Hugging Face hub ({reason}); "
+            "download it elsewhere and give its directory (--model_name)"
+        ) from None
+
+
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A question as the model was taught to read one, without BOS; where it has no chat template, as it is.
+
+    What a user wrote is text: the names of special tokens in it are taken out.
+    """
+    special = (token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special)
+    for token in sorted(special, key=len, reverse=True):
+        text = text.replace(token, "")
+    if not tokenizer.chat_template:
+        return text
+    try:
+        question = [{"role": "user", "content": text}]
+        found = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
+    return str(found).removeprefix(str(tokenizer.bos_token or ""))
+
+
+class Describer:
+    """Writes texts about users.
+
+    Args:
+        args: the options of gen_profile.py.
+        prompts: `profile` and `retrieval_history`, see `prime.users.profiles.load_profile_prompts`.
+    """
+
+    def __init__(self, args: argparse.Namespace, prompts: Mapping[str, str]):
+        self.args, self.prompts = args, prompts
+        local = vars(args) | {"llama_model_path": model_dir(args.llama_model_path)}
+        self.engine: Engine = load_engine(argparse.Namespace(**local))
+        self.sampler = Sampler(args.temperature, args.top_p, args.seed)
+
+    def texts(self, users: Sequence[User], progress: Progress) -> dict[str, dict[str, Any]]:
+        """`text`, and `items`, the number of items it is about, by user id; empty for an empty history."""
+        asked, found = [], {}
+        for user in users:
+            found[user.user_id] = {"text": "", "items": 0}
+            if user.profile:
+                text, found[user.user_id]["items"] = self._question(user)
+                asked.append(self.engine.encoder.prompt(user.user_id, text))
+        pairs = every_pair([BASE], len(asked))
+        answers = self.engine.answer(asked, pairs, self.sampler, self.args.max_gen_len, progress=progress)
+        for (_, place), ids in answers.items():
+            text = self.engine.encoder.text(ids)
+            cut = len(ids) >= self.args.max_gen_len
+            found[asked[place].id]["text"] = whole_sentences(text) if cut else text
+        return found
+
+    def _question(self, user: User) -> tuple[str, int]:
+        """The question about as many items as leave room for the answer, and their number."""
+        encoder = self.engine.encoder
+        room = self.args.max_length - self.args.max_gen_len
+
+        def fits(text: str) -> bool:
+            tokens = encoder.tokenizer(as_chat(encoder.tokenizer, text), add_special_tokens=False)["input_ids"]
+            return len(encoder.bos) + len(tokens) <= room
+
+        text, number = fit(user.profile, self.prompts, self.args.item_words, fits)
+        if not number:
+            raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.args.max_length})")
+        return as_chat(encoder.tokenizer, text), number

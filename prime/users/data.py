@@ -1,0 +1,332 @@
+"""Users, their histories and queries: loading and checking of the files described in data/README.md.
+
+Everything is checked once, here; all problems of a file are told together, with file, user, item and field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prime.errors import InputError, harmless
+from prime.users.tasks import Task, extract
+
+Path_ = str | os.PathLike[str]
+
+# Parsed, JSON takes five to twenty times its size in memory.
+DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
+PREPARING = ".prepare"  # within a task's folder: prepare_data.py at work; with its report in it, placing finished files
+JSON_BYTES = 256 << 20  # of any other JSON file
+
+
+@dataclass(frozen=True)
+class Query:
+    """One test question; `gold` is None where the file does not tell it."""
+
+    id: str
+    input: str
+    gold: str | None
+
+
+@dataclass(frozen=True)
+class User:
+    """One user; `profile` is the history, oldest first; an item has exactly the task's fields, as strings."""
+
+    user_id: str
+    profile: tuple[Mapping[str, str], ...]
+    queries: tuple[Query, ...] = ()
+
+
+def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_golds: bool = False) -> list[User]:
+    """All users of a file (`user_base_LLM.json`, `user_anchor_candidate.json`, `user_test_100.json`).
+
+    `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
+    `need_golds`: each query must tell its gold answer (training).
+    """
+    _check_there(Path(path), task)
+    rows = read_json(path, DATA_BYTES)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected a list of users, found {kind_of(rows)}")
+    if not rows:
+        raise InputError(f"{path}: holds no users")
+    check = _Checker(str(path), task, need_queries, need_golds)
+    users = [check.user(row, position) for position, row in enumerate(rows)]
+    if check.problems:
+        raise InputError.many(check.problems)
+    check.warn()
+    return [user for user in users if user is not None]
+
+
+def load_profiles(path: Path_) -> dict[str, str]:
+    """`profile-id2text.json`: the textual profile of each user, by user id."""
+    rows = read_json(path, DATA_BYTES)
+    if not isinstance(rows, dict):
+        raise InputError(f"{path}: expected an object of user id to text, found {kind_of(rows)}")
+    problems: list[str] = []
+    texts = {key: _text(value, f"{path}: user {key}: the text", problems) for key, value in rows.items()}
+    if problems:
+        raise InputError.many(problems)
+    return texts
+
+
+def load_labels(path: Path_) -> dict[str, str]:
+    """`user_test_100_label.json`: the gold answer of each query, by query id."""
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; prepare_data.py makes it together with the users of the test")
+    data = read_json(path, DATA_BYTES)
+    rows = data.get("golds") if isinstance(data, dict) else None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: expected an object with a list under 'golds'")
+    problems: list[str] = []
+    golds: dict[str, str] = {}
+    for position, row in enumerate(rows):
+        where = f"{path}: gold {position}"
+        if not isinstance(row, dict):
+            problems.append(f"{where}: expected an object, found {kind_of(row)}")
+            continue
+        key, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
+        if key in golds and golds[key] != gold:
+            problems.append(f"{where}: id {key} was given before with another output")
+        golds[key] = gold
+    if problems:
+        raise InputError.many(problems)
+    return golds
+
+
+def _check_there(path: Path, task: Task) -> None:
+    """InputError for a file of users that is not there, with where it is instead, or what makes it; and for one of a
+    folder in which old and new files may lie together.
+    """
+    folder = path.parent.parent if path.parent.name == "test_100" else path.parent
+    if (folder / PREPARING / "prepare_report.json").exists():
+        raise InputError(f"{path}: prepare_data.py was stopped while it placed the files of this folder; run it again")
+    if path.exists():
+        return
+    if (folder / task.name / path.relative_to(folder)).exists():
+        raise InputError(f"{path}: no such file; give --data_dir {folder / task.name}, where there is one")
+    made = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"
+    raise InputError(f"{path}: no such file; from the official LaMP files this makes it: {made}")
+
+
+def select(users: Sequence[User], spec: str | None) -> list[User]:
+    """The users named by `--user_idxs`: see `select_indices`."""
+    return [users[i] for i in select_indices(spec, len(users))]
+
+
+def select_indices(spec: str | None, n: int) -> list[int]:
+    """Positions named by '0-100,7', in the order written, each once; None is all.
+
+    Ranges are half open ('0-100' is the first hundred) and end at `n`.
+    """
+    if spec is None:
+        return list(range(n))
+    chosen: dict[int, None] = {}
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not _is_index(first) or (dash and not _is_index(last)):
+            raise InputError(f"--user_idxs '{spec}': '{part}' is no index like 7 and no range like 0-100")
+        start, stop = int(first), int(last) if dash else int(first) + 1
+        if stop <= start:
+            raise InputError(f"--user_idxs '{spec}': the range '{part}' is empty (its end is not included)")
+        if start >= n:
+            raise InputError(f"--user_idxs '{spec}': '{part}' is out of range, the file holds {n} users")
+        chosen.update(dict.fromkeys(range(start, min(stop, n))))
+    return list(chosen)
+
+
+class _Checker:
+    """Turns the rows of one file into users, and collects what is wrong with them."""
+
+    def __init__(self, path: str, task: Task, need_queries: bool, need_golds: bool):
+        self.path, self.task, self.need_queries, self.need_golds = path, task, need_queries, need_golds
+        self.problems: list[str] = []
+        self.unmarked: list[str] = []  # queries without the task's marker
+        self.repeated: list[str] = []  # items whose id an earlier one of the same user has
+        self.seen: dict[str, int] = {}
+
+    def user(self, row: Any, position: int) -> User | None:
+        nameless = f"{self.path}: user at position {position}"
+        if not isinstance(row, dict):
+            self.problems.append(f"{nameless}: expected an object, found {kind_of(row)}")
+            return None
+        user_id = self._user_id(row, position, nameless)
+        where = f"{self.path}: user {user_id}" if user_id else nameless
+        items = self._list(row, "profile", where, required=True)
+        queries = self._list(row, "query", where, required=self.need_queries)
+        profile = [self._item(item, f"{where}: item {i}") for i, item in enumerate(items)]
+        parsed = [self._query(query, f"{where}: query {i}", user_id) for i, query in enumerate(queries)]
+        self._check_unique([query.id for query in parsed if query], where)
+        times = Counter(item["id"] for item in profile if "id" in item)
+        self.repeated += [f"user {user_id} item id {key}" for key, count in times.items() if count > 1]
+        return User(user_id, tuple(profile), tuple(query for query in parsed if query))
+
+    def _user_id(self, row: dict[str, Any], position: int, where: str) -> str:
+        value = row.get("user_id")
+        if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
+            kind = "is empty" if isinstance(value, str) else f"is {kind_of(value)}"
+            told = kind if "user_id" in row else "is missing"
+            self.problems.append(f"{where}: field 'user_id' {told}, expected an integer or a text")
+            return ""
+        user_id = _text(value, f"{where}: field 'user_id'", self.problems)
+        first = self.seen.setdefault(user_id, position)
+        if first != position:
+            self.problems.append(f"{where}: user_id {user_id} is taken by the user at position {first}")
+        return user_id
+
+    def _list(self, row: dict[str, Any], name: str, where: str, required: bool) -> list[Any]:
+        if name not in row:
+            if required:
+                self.problems.append(f"{where}: field '{name}' is missing")
+            return []
+        value = row[name]
+        if isinstance(value, list):
+            return value
+        self.problems.append(f"{where}: field '{name}' is {kind_of(value)}, expected a list")
+        return []
+
+    def _item(self, item: Any, where: str) -> dict[str, str]:
+        if not isinstance(item, dict):
+            self.problems.append(f"{where}: expected an object, found {kind_of(item)}")
+            return {}
+        return {name: _field(item, name, where, self.problems) for name in self.task.fields}
+
+    def _query(self, query: Any, where: str, user_id: str) -> Query | None:
+        if not isinstance(query, dict):
+            self.problems.append(f"{where}: expected an object, found {kind_of(query)}")
+            return None
+        before = len(self.problems)
+        key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
+        gold = _field(query, "gold", where, self.problems) if self.need_golds or "gold" in query else None
+        if len(self.problems) > before:
+            return None
+        if self.need_queries and extract(self.task, text) is None:
+            self._unextractable(where, user_id, key)
+        return Query(key, text, gold)
+
+    def _unextractable(self, where: str, user_id: str, key: str) -> None:
+        if self.task.marker:
+            self.unmarked.append(f"user {user_id} query {key}")
+        else:
+            self.problems.append(f"{where}: field 'input' does not hold a title and the options [1] and [2]")
+
+    def _check_unique(self, keys: list[str], where: str) -> None:
+        for key, times in Counter(keys).items():
+            if times > 1:
+                self.problems.append(f"{where}: query id {key} is used more than once")
+
+    def warn(self) -> None:
+        """Real files hold such things: they are used as they are, and told once per file."""
+        marker = (self.task.marker or "").strip()
+        self._warn(self.unmarked, f"queries do not hold '{marker}', their whole input is taken as the text")
+        self._warn(self.repeated, "item ids are used more than once in a history, all of those items are used")
+
+    def _warn(self, found: list[str], what: str) -> None:
+        if found:
+            named = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            warnings.warn(harmless(f"{self.path}: {len(found)} {what}: {named}"), stacklevel=4)
+
+
+def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
+    """The content of a JSON file; whatever is wrong with it is an InputError that names the file.
+
+    Wrong are, beside broken JSON, a file of more than `limit` bytes, NaN and infinity (no JSON), and an object that
+    holds a key twice (the second would silently win).
+    """
+    try:
+        return json.loads(_text_of(Path(path), limit), parse_constant=_no_constant, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a key given twice, NaN
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _text_of(path: Path, limit: int) -> str:
+    """The text of a regular file of at most `limit` bytes; a pipe or device could be read for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a regular file")
+    if found.st_size > limit:
+        raise ValueError(f"{found.st_size:,} bytes, above the limit of {limit:,} for such a file")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"not JSON: {name}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"an object holds the key {twice[:80]!r} more than once")
+    return found
+
+
+def _text(value: Any, what: str, problems: list[str]) -> str:
+    """A text or number as text; the empty text is fine, real files hold it."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        problems.append(f"{what} is {kind_of(value)}, expected a text or a number")
+        return ""
+    text = str(value)
+    if isinstance(value, float) and not math.isfinite(value):  # 1e999
+        problems.append(f"{what} is beyond the largest number")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # no tokenizer takes it, no file can hold it
+        problems.append(f"{what} is not valid Unicode (half of a surrogate pair)")
+    return text
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object per line; InputError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number}: not an object")
+        found.append(row)
+    return found
+
+
+def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> str:
+    if name not in row:
+        problems.append(f"{where}: field '{name}' is missing")
+        return ""
+    return _text(row[name], f"{where}: field '{name}'", problems)
+
+
+def _is_index(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def kind_of(value: Any) -> str:
+    """A value's JSON type, for messages."""
+    return _KINDS.get(type(value), "null")
+
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a decimal number",
+}
