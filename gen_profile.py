@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.users.data import User, load_users
 from prime.errors import InputError
+from prime.runs.files import read_json, write_json
+from prime.runs.run import read_results
+from prime.users.data import User, load_users
 from prime.users.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
 from prime.users.prompts import RECENT_K
-from prime.runs.run import read_json, read_results, write_json
 from prime.users.tasks import Task, get_task
 
 MODEL = "mistralai/Mistral-7B-Instruct-v0.2"

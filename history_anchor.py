@@ -13,12 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.merging.anchors import ANCHOR_IDX, check_k, choose_anchors, cluster, embed_users, load_encoder, save_selection
 from prime.checkpoints.loading import pick_device
-from prime.users.data import User, load_users
 from prime.errors import InputError
-from prime.users.prompts import history_texts, load_templates
+from prime.merging.anchors import (
+    ANCHOR_IDX,
+    check_k,
+    choose_anchors,
+    cluster,
+    embed_users,
+    load_encoder,
+    save_selection,
+)
 from prime.runs.run import Run
+from prime.users.data import User, load_users
+from prime.users.prompts import history_texts, load_templates
 from prime.users.tasks import Task, get_task
 
 

@@ -9,7 +9,7 @@ Writes  <output_dir>/users/<user>/composition.jsonl   a line per module: the wei
 Takes   1 to 2 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
 Each batch of history records walks through the model; every module takes the --topk sharers whose gates its input
-resembles most, before it computes (`prime.merging.gates`). What the batches composed is averaged. The paper says no more
+resembles most, before it computes (`merging/gates.py`). What the batches composed is averaged. The paper says no more
 about three things, where this follows the published code: a module's input is read where target tokens are
 predicted, scores are averaged by record and then over the batch, and gates select but do not scale the composed
 pieces. It departs from that code in three: sharers who do not share (--shared_ratio) are drawn once per run by its
@@ -32,18 +32,29 @@ from functools import partial
 import torch
 
 from prime import cli
-from prime.checkpoints import plan
-from prime.users.data import User, select
 from prime.bank.decode import Progress, every_pair
+from prime.bank.sampling import Sampler
+from prime.checkpoints import plan
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.merging.deploy import export_full, save_personal
+from prime.merging.gates import (
+    Gates,
+    Weights,
+    compose,
+    gate_path,
+    history_batches,
+    load_gate,
+    module_widths,
+    sharing_places,
+)
 from prime.merging.objective import Objective, Trial
-from prime.merging.gates import Gates, Weights, compose, gate_path, history_batches, load_gate, module_widths, sharing_places
-from prime.users.prompts import Record, history_records
-from prime.runs.run import Run, derive_seed, write_text
-from prime.bank.sampling import Sampler
 from prime.merging.sharers import Pool, add_selection, anchor_users, load_pool
+from prime.runs.files import write_text
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User, select
+from prime.users.prompts import Record, history_records
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -34,19 +34,29 @@ from typing import Any
 import torch
 
 from prime import cli
-from prime.checkpoints import plan
-from prime.users.data import User
 from prime.bank.decode import Progress
-from prime.engine import Engine, Predictions, load_engine, predict
-from prime.merging.evolution import BASELINES, Evaluation, add_search, best_sharer, check_search, chosen, key_of, search_user
-from prime.merging.deploy import export_full, save_personal
-from prime.runs.journal import Journal
 from prime.bank.lora import Adapter, merge
-from prime.runs.penalties import alone, open_runs, shared_evaluations, sharing_text
-from prime.runs.run import Run, derive_seed
 from prime.bank.sampling import Sampler
+from prime.checkpoints import plan
+from prime.engine import Engine, Predictions, load_engine, predict
+from prime.merging.deploy import export_full, save_personal
+from prime.merging.evolution import (
+    BASELINES,
+    Evaluation,
+    add_search,
+    best_sharer,
+    check_search,
+    chosen,
+    key_of,
+    search_user,
+)
 from prime.merging.optimizer import optimizer_name
 from prime.merging.sharers import Pool, add_selection, load_pool
+from prime.runs.journal import Journal
+from prime.runs.penalties import alone, open_runs, shared_evaluations, sharing_text
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User
 
 DEFAULTS = {  # --baseline or --objective: --name, folder
     "metric": ("prime", "LoRA-Composition-evo"), "nll": ("lorahub", "LoraHub"),

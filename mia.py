@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from prime import cli
-from prime.checkpoints import plan
+from prime.attack.scoring import ATTACKS
 from prime.attack.subjects import (
     Owners,
     References,
@@ -47,10 +47,10 @@ from prime.attack.subjects import (
     trained_alone,
     with_members,
 )
+from prime.checkpoints import plan
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.report.leakage import attack_table, write_attacks
-from prime.attack.scoring import ATTACKS
 from prime.runs.run import Run, read_json, read_settings
 from prime.runs.workers import share
 

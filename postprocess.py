@@ -20,10 +20,10 @@ from pathlib import Path
 from prime import cli
 from prime.report import page
 from prime.report import table as report
-from prime.users.data import load_labels, load_users
 from prime.report.frontier import frontier_table, write_frontier
-from prime.runs.penalties import penalty_runs
 from prime.report.tables import aligned
+from prime.runs.penalties import penalty_runs
+from prime.users.data import load_labels, load_users
 from prime.users.tasks import get_task
 
 

@@ -15,11 +15,20 @@ import argparse
 from pathlib import Path
 
 from prime import cli
-from prime.users.data import load_profiles
 from prime.errors import InputError
-from prime.sources.gather import OVERLAP
-from prime.sources.prepare import BASE_SHARE, RESERVE_SHARE, TEST_USERS, Options, Shares, prepare, report_notes, report_rows
 from prime.report.tables import aligned
+from prime.sources.gather import OVERLAP
+from prime.sources.prepare import (
+    BASE_SHARE,
+    RESERVE_SHARE,
+    TEST_USERS,
+    Options,
+    Shares,
+    prepare,
+    report_notes,
+    report_rows,
+)
+from prime.users.data import load_profiles
 from prime.users.tasks import get_task
 
 

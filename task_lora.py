@@ -19,16 +19,19 @@ from pathlib import Path
 import torch
 
 from prime import cli
-from prime.checkpoints import plan
-from prime.users.data import User, load_users
-from prime.bank.decode import EncodedRecord, Progress
-from prime.engine import Engine, load_engine, predict
-from prime.errors import InputError
-from prime.bank.lora import load_adapter, save_adapter
-from prime.users.prompts import task_records
-from prime.runs.run import Run, derive_seed, write_json
+from prime.bank.decode import Progress
+from prime.bank.encoding import EncodedRecord
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner, train, train_settings
+from prime.checkpoints import plan
+from prime.checkpoints.peft import load_adapter, save_adapter
+from prime.engine import Engine, load_engine, predict
+from prime.errors import InputError
+from prime.runs.files import write_json
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User, load_users
+from prime.users.prompts import task_records
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,17 +27,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from prime import cli
+from prime.bank.dp import Terms, terms_of
+from prime.bank.train import Learner, train, train_settings
 from prime.checkpoints import plan
-from prime.users.data import User, read_json, select
+from prime.checkpoints.peft import load_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError, tell
 from prime.merging.gates import Gates, gate_file, save_gate
-from prime.users.holdout import trained_records, trained_split
-from prime.bank.lora import load_adapter
-from prime.bank.dp import Terms, terms_of
-from prime.runs.run import Run, derive_seed
 from prime.merging.sharers import adapter_folder, add_selection, training_anchors
-from prime.bank.train import Learner, train, train_settings
+from prime.runs.files import read_json
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User, select
+from prime.users.holdout import trained_records, trained_split
 
 
 def build_parser() -> argparse.ArgumentParser:

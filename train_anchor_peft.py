@@ -22,20 +22,22 @@ from pathlib import Path
 import torch
 
 from prime import cli
+from prime.bank.decode import Pair
+from prime.bank.dp import Terms, terms_of
+from prime.bank.encoding import EncodedPrompt, EncodedRecord
+from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, train, train_settings
 from prime.checkpoints import plan
-from prime.users.data import User, select
-from prime.bank.decode import EncodedPrompt, EncodedRecord, Pair
+from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
-from prime.users.holdout import add_holdout, split_of, trained_records
-from prime.bank.lora import save_adapter
-from prime.users.metrics import score
-from prime.bank.dp import Terms, terms_of
-from prime.users.prompts import Record
-from prime.runs.run import Run, derive_seed
-from prime.bank.sampling import Sampler
 from prime.merging.sharers import add_selection, training_anchors
-from prime.bank.train import Learner, train, train_settings
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User, select
+from prime.users.holdout import add_holdout, split_of, trained_records
+from prime.users.metrics import score
+from prime.users.prompts import Record
 
 
 def build_parser() -> argparse.ArgumentParser:

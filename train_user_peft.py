@@ -27,18 +27,21 @@ from functools import partial
 import torch
 
 from prime import cli
-from prime.checkpoints import plan
-from prime.users.data import User, read_json, select
 from prime.bank.decode import Progress
+from prime.bank.lora import Adapter, merge
+from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, train, train_settings
+from prime.checkpoints import plan
+from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
 from prime.merging.deploy import PERSONAL
-from prime.users.holdout import add_holdout, split_of, trained_records
-from prime.bank.lora import Adapter, load_adapter, merge, save_adapter
-from prime.runs.run import Run, derive_seed, write_json
-from prime.bank.sampling import Sampler
 from prime.merging.sharers import Pool, add_selection, load_pool
-from prime.bank.train import Learner, train, train_settings
+from prime.runs.files import read_json, write_json
+from prime.runs.run import Run
+from prime.seeds import derive_seed
+from prime.users.data import User, select
+from prime.users.holdout import add_holdout, split_of, trained_records
 
 FOLDERS = {"oppu": "OPPU", "mta": "Merge-then-adapt"}
 RANKS = {"oppu": 8, "mta": 4}

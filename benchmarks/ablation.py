@@ -41,16 +41,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora_composition_evo as stage  # noqa: E402
-from benchmarks import demo_runs, measuring, seeds  # noqa: E402
-from prime import cli, report  # noqa: E402
-from prime.users.data import User, load_labels  # noqa: E402
-from prime.merging.evolution import Evaluation, Population, evolve, key_of  # noqa: E402
-from prime.merging.objective import Answers, Objective  # noqa: E402
-from prime.runs.journal import Journal  # noqa: E402
-from prime.users.metrics import METRICS, score  # noqa: E402
-from prime.runs.run import derive_seed, read_json, write_json  # noqa: E402
-from prime.users.tasks import TASKS, Task, get_task  # noqa: E402
+import lora_composition_evo as stage
+from benchmarks import demo_runs, measuring, seeds
+from prime import cli
+from prime.merging.evolution import Evaluation, Population, evolve, key_of
+from prime.merging.objective import Answers, Objective
+from prime.report import table as report
+from prime.runs.files import read_json, write_json
+from prime.runs.journal import Journal
+from prime.seeds import derive_seed
+from prime.users.data import User, load_labels
+from prime.users.metrics import METRICS, score
+from prime.users.tasks import TASKS, Task, get_task
 
 BUDGET, LARGE = 10, 30
 DRAWS = 1000

@@ -19,9 +19,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.shapes import EOS, PAD, Work, shared_length
 from prime.bank.bank import DEFAULT_TARGETS, AdapterBank
-from prime.bank.decode import Counts, EncodedPrompt, Pair, Tokens, decode
+from prime.bank.cpu import quicken, restore
+from prime.bank.decode import Counts, Pair, decode
+from prime.bank.encoding import EncodedPrompt, Tokens
 from prime.bank.lora import Adapter
-from prime.bank.products import quicken, restore
 from prime.bank.sampling import Sampler
 
 BATCH = 8  # rows of the PEFT contenders' batches, as published
@@ -152,7 +153,7 @@ def peft_model(model: nn.Module, adapters: Sequence[Adapter], dropout: float = 0
 
 
 def with_onednn(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """What `run` returns, the model's frozen layers computing meanwhile by oneDNN as ours do (`prime.bank.products`)."""
+    """What `run` returns, the model's frozen layers computing meanwhile by oneDNN as ours do (`prime.bank.cpu`)."""
     quicken(model)
     try:
         return run()

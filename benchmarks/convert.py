@@ -24,11 +24,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.measuring import child_report, report, status_mb  # noqa: E402
-from prime import cli  # noqa: E402
-from prime.checkpoints.loading import load_tokenizer  # noqa: E402
-from prime.checkpoints.meta import convert  # noqa: E402
-from prime.checkpoints.meta_tokenizer import end_ids  # noqa: E402
+from benchmarks.measuring import child_report, report, status_mb
+from prime import cli
+from prime.checkpoints.loading import load_tokenizer
+from prime.checkpoints.meta import convert
+from prime.checkpoints.meta_tokenizer import end_ids
 
 WIDTH, VOCABULARY, SHARDS = 2048, 32_000, 2
 HIDDEN = 5632  # of params.json's multiple_of 256

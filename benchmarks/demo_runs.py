@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora_composition_evo as stage  # noqa: E402
-from prime import cli  # noqa: E402
-from prime.users.data import User, load_labels  # noqa: E402
-from prime.engine import Engine, load_engine  # noqa: E402
-from prime.merging.sharers import Pool, load_pool  # noqa: E402
+import lora_composition_evo as stage
+from prime import cli
+from prime.engine import Engine, load_engine
+from prime.merging.sharers import Pool, load_pool
+from prime.users.data import User, load_labels
 
 DEFAULT_DIR = str(ROOT / "output" / "benchmarks" / "demo")
 

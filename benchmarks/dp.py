@@ -24,16 +24,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora_composition_evo  # noqa: E402
-import mia  # noqa: E402
-import train_anchor_peft  # noqa: E402
-from benchmarks import demo_runs  # noqa: E402
-from prime import cli, plots  # noqa: E402
-from prime.users.data import load_labels  # noqa: E402
-from prime.users.metrics import METRICS  # noqa: E402
-from prime.report.table import predictions_of, scores, setting_of, stack, user_stats  # noqa: E402
-from prime.runs.run import read_json, read_results  # noqa: E402
-from prime.users.tasks import Task, get_task  # noqa: E402
+import lora_composition_evo
+import mia
+import train_anchor_peft
+from benchmarks import demo_runs
+from prime import cli
+from prime.report import plots
+from prime.report.table import predictions_of, scores, setting_of, stack, user_stats
+from prime.runs.files import read_json
+from prime.runs.run import read_results
+from prime.users.data import load_labels
+from prime.users.metrics import METRICS
+from prime.users.tasks import Task, get_task
 
 PLAIN = ["--lr", "1e-2", "--epochs", "5"]  # as reproduce.sh trains anchors
 NO_NOISE = 0.01  # a noise multiplier whose noise is lost in the gradients

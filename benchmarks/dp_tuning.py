@@ -22,18 +22,18 @@ from statistics import fmean
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-import train_anchor_peft as stage  # noqa: E402
-from benchmarks import demo_runs  # noqa: E402
-from prime import cli  # noqa: E402
-from prime.users.data import User  # noqa: E402
-from prime.bank.decode import score  # noqa: E402
-from prime.engine import Engine, load_engine  # noqa: E402
-from prime.bank.dp import terms_of  # noqa: E402
-from prime.users.prompts import history_records  # noqa: E402
-from prime.runs.run import read_json, write_json  # noqa: E402
-from prime.merging.sharers import anchor_users  # noqa: E402
+import train_anchor_peft as stage
+from benchmarks import demo_runs
+from prime import cli
+from prime.bank.decode import score
+from prime.bank.dp import terms_of
+from prime.engine import Engine, load_engine
+from prime.merging.sharers import anchor_users
+from prime.runs.files import read_json, write_json
+from prime.users.data import User
+from prime.users.prompts import history_records
 
 
 def build_parser() -> argparse.ArgumentParser:

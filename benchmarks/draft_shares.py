@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import demo_runs, measuring
 from benchmarks.shapes import Shares
 from prime import cli
-from prime.bank.decode import Tokens
+from prime.bank.encoding import Tokens
 from prime.merging.evolution import Answers, Population, evolve
 from prime.merging.objective import Objective
 from prime.runs.journal import Journal
-from prime.runs.run import derive_seed
+from prime.seeds import derive_seed
 
 PHASES = ("points", "search")
 

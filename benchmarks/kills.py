@@ -20,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import forks  # noqa: E402
-import kills  # noqa: E402
+import forks
+import kills
 
-from prime import cli  # noqa: E402
+from prime import cli
 
 
 def build_parser() -> argparse.ArgumentParser:

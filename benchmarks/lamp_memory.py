@@ -25,7 +25,7 @@ from typing import Any, TextIO
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prime import cli  # noqa: E402
+from prime import cli
 
 ASK = "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
 ASK += "further explanation. review: "

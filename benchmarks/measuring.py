@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prime import cli
-from prime.bank import products
+from prime.bank import cpu as products
 
 ROOT = Path(__file__).resolve().parent.parent
 

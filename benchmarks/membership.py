@@ -14,7 +14,7 @@ Contenders:
     peft_loop       PEFT: set_adapter, batches of 8 as the records come, loss of the target tokens; published, too
     peft_sorted     the same, records sorted by length
     peft_mixed      PEFT's adapter_names, batches of 8 rows of several adapters, sorted by length
-    peft_onednn     peft_loop with our products (prime.bank.products)
+    peft_onednn     peft_loop with our products (prime.bank.cpu)
     forward_limit   plain forward passes over the same rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per adapter
 """
@@ -36,7 +36,8 @@ from benchmarks.measuring import Measured
 from benchmarks.train_anchors import random_records
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import EncodedRecord, Pair, Tokens, auto_batch_tokens, every_pair, score
+from prime.bank.decode import Pair, auto_batch_tokens, every_pair, score
+from prime.bank.encoding import EncodedRecord, Tokens
 from prime.bank.lora import Adapter
 
 Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for

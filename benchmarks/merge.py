@@ -15,7 +15,7 @@ Contenders (benchmarks/contenders.py):
     peft_loop       PEFT: set_adapter, generate with EOS stop, batches of 8 as the prompts come
     peft_sorted     the same, prompts sorted by length
     peft_mixed      PEFT's adapter_names, rows of all candidates sorted by length, batches of 8
-    peft_onednn     peft_loop with our products, prime.bank.products: what is left is how the work is arranged
+    peft_onednn     peft_loop with our products, prime.bank.cpu: what is left is how the work is arranged
     published       one adapter at a time, 100 new tokens always, batches of 8 as the prompts come
     forward_limit   plain forward passes over all prompt + answer rows, sorted, one adapter, nothing else
     distinct_limit  the same over the distinct tokens only: the shared prefix once per candidate

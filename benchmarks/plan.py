@@ -22,8 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.demo_runs import trained  # noqa: E402
-from benchmarks.measuring import (  # noqa: E402
+from benchmarks.demo_runs import trained
+from benchmarks.measuring import (
     add_threads,
     child_report,
     names_of,
@@ -32,14 +32,14 @@ from benchmarks.measuring import (  # noqa: E402
     status_mb,
     table,
 )
-from benchmarks.shapes import DEMO, model_dir, random_adapter  # noqa: E402
-from prime import cli  # noqa: E402
-from prime.checkpoints.loading import load_model  # noqa: E402
-from prime.users.data import load_users  # noqa: E402
-from prime.bank.lora import save_adapter  # noqa: E402
-from prime.checkpoints.plan import plan_of  # noqa: E402
-from prime.merging.sharers import adapter_folder  # noqa: E402
-from prime.users.tasks import TASKS, get_task  # noqa: E402
+from benchmarks.shapes import DEMO, model_dir, random_adapter
+from prime import cli
+from prime.checkpoints.loading import load_model
+from prime.checkpoints.peft import save_adapter
+from prime.checkpoints.plan import plan_of
+from prime.merging.sharers import adapter_folder
+from prime.users.data import load_users
+from prime.users.tasks import TASKS, get_task
 
 # Enough work for the peak, and no more: the demo as reproduce.sh runs it, 30m with short histories.
 STAGES = {

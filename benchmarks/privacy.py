@@ -29,19 +29,21 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import lora_composition_evo  # noqa: E402
-import mia  # noqa: E402
-from benchmarks import demo_runs  # noqa: E402
-from prime import cli, report  # noqa: E402
-from prime.attack import scoring as membership
+import lora_composition_evo
+import mia
+from benchmarks import demo_runs
+from prime import cli
+from prime.attack import statistics
 from prime.report import plots
-from prime.users.data import load_labels  # noqa: E402
-from prime.report.figures import frontier as frontier_figure  # noqa: E402
-from prime.users.metrics import METRICS, bootstrap  # noqa: E402
-from prime.report.table import Cell  # noqa: E402
-from prime.runs.run import read_results, write_json  # noqa: E402
-from prime.report.tables import markdown  # noqa: E402
-from prime.users.tasks import Task, get_task  # noqa: E402
+from prime.report import table as report
+from prime.report.figures import frontier as frontier_figure
+from prime.report.table import Cell
+from prime.report.tables import markdown
+from prime.runs.files import write_json
+from prime.runs.run import read_results
+from prime.users.data import load_labels
+from prime.users.metrics import METRICS, bootstrap
+from prime.users.tasks import Task, get_task
 
 HOLDOUT = "0.2"
 ATTACK = "calibrated"
@@ -141,7 +143,7 @@ def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[
         return sign * (metric.finish(sums[..., :half]) - before) / before
 
     attacks = [one["attack"] for one in users]
-    sets = {name: membership.set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
+    sets = {name: statistics.set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
     similarity = np.array([[one["similarity"], 1.0] for one in users])
     return {
         task.metrics[0]: named(bootstrap(own, metric.finish)),

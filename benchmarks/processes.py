@@ -23,10 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import kills  # noqa: E402
+import kills
 
-from benchmarks import demo_runs  # noqa: E402
-from prime import cli  # noqa: E402
+from benchmarks import demo_runs
+from prime import cli
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node"),

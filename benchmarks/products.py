@@ -7,8 +7,8 @@ Takes   half a minute
     python benchmarks/products.py --shape 30m
 
 A row is a token: 16 to 100 in a step of decoding, about 1,500 in a pass over prompts. `plain` is `nn.Linear` as it is,
-`onednn` the same layer quickened (`prime.bank.products`); both in turn, the best of several tries. Where oneDNN has
-nothing to gain (`prime.bank.products.available`), or a layer is small, both are the same code and the ratio is 1.
+`onednn` the same layer quickened (`prime.bank.cpu`); both in turn, the best of several tries. Where oneDNN has
+nothing to gain (`prime.bank.cpu.available`), or a layer is small, both are the same code and the ratio is 1.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measuring, shapes
 from prime import cli
-from prime.bank.products import available, quicken
+from prime.bank.cpu import available, quicken
 
 ROWS = (1, 16, 64, 256, 1536)
 TRIES, WORK = 7, 2e8  # timings of each; operations of a timing, so that short ones are repeated

@@ -24,15 +24,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from prime import cli, report  # noqa: E402
-from prime.users.data import load_labels, load_users  # noqa: E402
-from prime.users.metrics import METRICS  # noqa: E402
-from prime.report.table import Cell, Stats  # noqa: E402
-from prime.runs.run import read_json, write_json  # noqa: E402
-from prime.users.tasks import TASKS, Task, get_task  # noqa: E402
+from prime import cli
+from prime.report import table as report
+from prime.report.table import Cell, Stats
+from prime.runs.files import read_json, write_json
+from prime.users.data import load_labels, load_users
+from prime.users.metrics import METRICS
+from prime.users.tasks import TASKS, Task, get_task
 
 DEMO = ROOT / "data" / "demo"
-EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of `prime.attack.scoring.SETS`
+EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of the attacks
 COSTS = ("seconds_per_user", "bytes_per_user")
 LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
 

@@ -24,10 +24,11 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DebertaV2Config, LlamaConfig
 
 from prime.bank.bank import DEFAULT_TARGETS
-from prime.checkpoints.loading import load_model, pick_device, pick_dtype
-from prime.bank.decode import Pair, Tokens
+from prime.bank.decode import Pair
+from prime.bank.encoding import Tokens
 from prime.bank.lora import Adapter
-from prime.runs.run import derive_seed
+from prime.checkpoints.loading import load_model, pick_device, pick_dtype
+from prime.seeds import derive_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 PAD, BOS, EOS = 0, 1, 2

@@ -25,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]
 
-from benchmarks import measuring, shapes  # noqa: E402
-from prime import cli, demo  # noqa: E402
-from prime.checkpoints.loading import pick_device, pick_dtype  # noqa: E402
-from prime.runs.run import read_results, write_text  # noqa: E402
+import make_world
+
+from benchmarks import measuring, shapes
+from prime import cli
+from prime.checkpoints.loading import pick_device, pick_dtype
+from prime.runs.files import write_text
+from prime.runs.run import read_results
 
 MEMBERS = 3  # sharers of a merge, the announcement's --n_sim
 
@@ -39,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
     names = (shapes.DEMO, *shapes.SHAPES)
     parser.add_argument("--shape", choices=names, default=shapes.DEMO, help="model; see benchmarks/shapes.py")
-    parser.add_argument("--task_name", choices=tuple(demo.WORLDS), default="movie_tagging", help="whose data are made")
+    parser.add_argument("--task_name", choices=tuple(make_world.WORLDS), default="movie_tagging", help="whose data")
     parser.add_argument("--users", type=cli.positive, default=4, help="test users")
     parser.add_argument("--queries", type=cli.positive, default=30, help="of a test user, at most")
     parser.add_argument("--items", type=cli.positive, default=50, help="history items used (--recent_k)")
@@ -56,13 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def write_data(args: argparse.Namespace, folder: Path) -> None:
     """The task's files of the demo's generator, with as many users as asked for."""
-    for name, content in demo.files(args.task_name).items():
+    for name, content in make_world.files(args.task_name).items():
         found: Any = content
         if name == "user_base_LLM.json":
             found = found[: args.base_users]
         if name == "test_100/user_test_100.json":
             found = [user | {"query": user["query"][: args.queries]} for user in found[: args.users]]
-        write_text(folder / name, demo.to_json(found))
+        write_text(folder / name, make_world.to_json(found))
 
 
 def commands(args: argparse.Namespace, model: Path, encoder: Path, folder: Path) -> dict[str, list[str]]:

@@ -30,15 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import contenders, demo_runs, measuring
 from benchmarks.demo_runs import Start
 from prime import cli
-from prime.users.data import User
+from prime.bank.lora import merge
+from prime.bank.sampling import Sampler
 from prime.engine import predict
 from prime.merging.evolution import Answers, Evaluation, Population, evolve
 from prime.merging.objective import Objective
 from prime.runs.journal import Journal
-from prime.bank.lora import merge
+from prime.seeds import derive_seed
+from prime.users.data import User
 from prime.users.metrics import METRICS, score
-from prime.runs.run import derive_seed
-from prime.bank.sampling import Sampler
 
 # Merge rule, start and first step of the search.
 PUBLISHED = ("factor", "zero", 1.0)

@@ -9,7 +9,7 @@ Takes   shape demo 2 minutes, shape 30m 25 minutes (2 CPU cores)
 
 Both sides have the same records in the same order, the same initial adapters, AdamW, clipping and schedule. A first
 run of each without dropout compares the losses step by step; the timed runs have `--dropout`, whose noise is each
-side's own. `peft_onednn` is `peft_loop` with our products (prime.bank.products). `forward_limit` is plain forward passes
+side's own. `peft_onednn` is `peft_loop` with our products (prime.bank.cpu). `forward_limit` is plain forward passes
 over the same rows, sorted; a backward pass over a frozen base costs about as much again, so
 `time_over_forward_and_backward` is half of `time_over_forward_limit`.
 """
@@ -31,14 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import contenders, measuring, shapes
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.checkpoints.loading import Encoder, load_tokenizer
-from prime.users.data import load_users
-from prime.bank.decode import EncodedRecord
+from prime.bank.encoding import EncodedRecord, Encoder
 from prime.bank.lora import Adapter
-from prime.users.prompts import TEMPLATES, history_records
-from prime.runs.run import derive_seed
-from prime.users.tasks import get_task
 from prime.bank.train import Learner, TrainSettings, cosine_lr, train
+from prime.checkpoints.loading import load_tokenizer
+from prime.seeds import derive_seed
+from prime.users.data import load_users
+from prime.users.prompts import TEMPLATES, history_records
+from prime.users.tasks import get_task
 
 Losses = list[list[float]]
 CONTENDERS = ("ours", "peft_loop", "peft_onednn", "forward_limit")

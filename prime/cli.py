@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from prime.users.data import User, load_profiles, load_users, select_indices
 from prime.errors import InputError, tell
-from prime.bank.memory import keep_freed_memory
+from prime.runs.files import stop_between_writes
+from prime.runs.run import Run
+from prime.runs.workers import keep_freed_memory, limit_threads, share, start_missing, wait_for, world
+from prime.users.data import User, load_profiles, load_users, select_indices, user_cost
 from prime.users.prompts import RECENT_K, load_templates
-from prime.runs.run import Run, stop_between_writes
 from prime.users.tasks import TASKS, Task, get_task
-from prime.runs.workers import limit_threads, share, start_missing, user_cost, wait_for, world
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (
@@ -49,7 +49,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def new_parser(doc: str | None, *, reads_data: bool = True) -> argparse.ArgumentParser:
     """Parser with the options that every stage has. `reads_data`: it reads the files of data/README.md."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--task_name", required=True, choices=tuple(TASKS), help="task of the table in prime/users/tasks.py")
+    parser.add_argument("--task_name", required=True, choices=tuple(TASKS), help="task, of the table in users/tasks.py")
     if reads_data:
         parser.add_argument("--data_dir", help="folder of the task's data files; default ./data/<task_name>")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prime.bank.bank import AdapterBank
+from prime.bank.decode import Counts, Pair, Progress, decode, every_pair
+from prime.bank.encoding import EncodedPrompt, Encoder, Tokens
+from prime.bank.sampling import Sampler
 from prime.checkpoints.loading import (
-    Encoder,
     check_model_dir,
     check_vocabulary,
     eos_ids,
@@ -16,9 +18,7 @@ from prime.checkpoints.loading import (
 )
 from prime.cli import Texts, base_name, target_modules
 from prime.users.data import User
-from prime.bank.decode import Counts, EncodedPrompt, Pair, Progress, Tokens, decode, every_pair
 from prime.users.prompts import Prompt, test_prompts
-from prime.bank.sampling import Sampler
 
 Predictions = dict[str, dict[str, list[dict[str, str]]]]  # {method: {setting: [{"id", "output"}]}}
 

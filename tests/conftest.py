@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # plain `pytest` finds the package, too
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]  # plain `pytest` finds the package and the demo's makers
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from prime.bank.bank import AdapterBank
 from prime.bank.cache import RoomyCache
-from prime.bank.decode import EncodedRecord, every_pair, rehearse, score
-from prime.merging.gates import Gates, compose
+from prime.bank.decode import every_pair, rehearse, score
+from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import layer_of
+from prime.merging.gates import Gates, compose
 from tests import tiny
 
 KIND = "privateuseone"

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import history_anchor
+from prime.errors import InputError
 from prime.merging import anchors
 from prime.users.data import User
-from prime.errors import InputError
 from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]

@@ -12,8 +12,8 @@ from prime import cli
 from prime.attack import subjects as attacks
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.users.holdout import Split, records_of, trained_records
 from prime.runs.run import Run
+from prime.users.holdout import Split, records_of, trained_records
 
 TASK_NAME, RECORDS = "movie_tagging", 7  # four trained items, and a second record for all but the first of them
 HOLDOUT = Split(1 / 3, seed=0, recent_k=50)
@@ -55,8 +55,8 @@ def write_model(folder):
 
 def train_sharers(args, folder):
     """Stage 3 in short: every anchor's adapter learns its records by heart, but those of a third of the items."""
-    from prime.bank.lora import save_adapter
     from prime.bank.train import Learner, TrainSettings, train
+    from prime.checkpoints.peft import save_adapter
 
     engine, texts = load_engine(args), cli.load_texts(args)
     engine.bank.allocate(range(4), 8, 8)
@@ -222,7 +222,8 @@ def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tm
 
 def write_random_adapters(folder, anchor_dir):
     """Test users with adapters that nobody trained, as large as the sharers'; two sharers each."""
-    from prime.bank.lora import Adapter, load_adapter, save_adapter
+    from prime.bank.lora import Adapter
+    from prime.checkpoints.peft import load_adapter, save_adapter
 
     stream = torch.Generator().manual_seed(0)
     like = load_adapter(anchor_dir / "users" / "user_10" / "adapter")

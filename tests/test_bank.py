@@ -5,8 +5,8 @@ import torch
 
 import prime.bank.bank
 from prime.bank.bank import AdapterBank
-from prime.errors import InputError
 from prime.bank.lora import RULES, Adapter, merge
+from prime.errors import InputError
 from tests import tiny
 
 BASE = tiny.model()

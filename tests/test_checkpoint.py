@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from prime.bank.encoding import Encoder
+from prime.bank.lora import Adapter
 from prime.checkpoints.loading import (
-    Encoder,
     check_model_dir,
     eos_ids,
     fold,
@@ -19,8 +20,8 @@ from prime.checkpoints.loading import (
     pick_device,
     pick_dtype,
 )
+from prime.checkpoints.peft import save_adapter
 from prime.errors import InputError
-from prime.bank.lora import Adapter, save_adapter
 from tests import tiny
 
 BASE = tiny.model()

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prime.users.data import Query, User, load_labels, load_profiles, load_users, select, select_indices
 from prime.errors import InputError
+from prime.users.data import Query, User, load_labels, load_profiles, load_users, select, select_indices
 from prime.users.tasks import TASKS
 
 MOVIES = TASKS["movie_tagging"]

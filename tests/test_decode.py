@@ -9,18 +9,8 @@ from transformers import DynamicCache
 
 from prime.bank.bank import AdapterBank
 from prime.bank.cache import RoomyCache
-from prime.bank.decode import (
-    MIN_PREFIX,
-    Counts,
-    EncodedPrompt,
-    EncodedRecord,
-    Tokens,
-    _Batch,
-    decode,
-    every_pair,
-    prefix_groups,
-    score,
-)
+from prime.bank.decode import MIN_PREFIX, Counts, _Batch, decode, every_pair, prefix_groups, score
+from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
 from prime.bank.lora import RULES, merge
 from prime.bank.sampling import Sampler
 from tests import tiny

@@ -5,9 +5,9 @@ from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
+import make_world
 import pytest
 
-import DEMO_make_world
 from prime.users.data import load_labels, load_profiles, load_users
 from prime.users.prompts import history_records, load_templates
 from prime.users.tasks import TASKS, extract
@@ -15,7 +15,7 @@ from prime.users.tasks import TASKS, extract
 DATA = Path(__file__).parents[1] / "data" / "demo"
 MODEL = DATA / "model"
 FILES = {"base": "user_base_LLM.json", "anchor": "user_anchor_candidate.json", "test": "test_100/user_test_100.json"}
-tasks = pytest.mark.parametrize("task", list(demo.WORLDS))
+tasks = pytest.mark.parametrize("task", list(make_world.WORLDS))
 
 
 def read(task: str, split: str) -> list[dict]:
@@ -23,15 +23,15 @@ def read(task: str, split: str) -> list[dict]:
 
 
 def test_shipped_data_is_what_the_seed_makes() -> None:
-    for name, text in demo.rendered():
+    for name, text in make_world.rendered():
         assert (DATA / name).read_bytes() == text.encode("ascii"), name
 
 
 def test_command_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["demo", "data", "--out", str(tmp_path)])
-    demo.main()
+    monkeypatch.setattr("sys.argv", ["make_world.py", "--out", str(tmp_path)])
+    make_world.main()
     written = {str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob("*.json")}
-    assert written == {name: (DATA / name).read_bytes() for name, _ in demo.rendered()}
+    assert written == {name: (DATA / name).read_bytes() for name, _ in make_world.rendered()}
 
 
 def test_demo_is_small() -> None:
@@ -45,7 +45,7 @@ def test_data_contract(task: str) -> None:
     for name in FILES.values():
         users += load_users(DATA / task / name, info, need_queries=True)
     ids = [user.user_id for user in users]
-    assert len(set(ids)) == len(ids) == sum(demo.SPLITS.values())
+    assert len(set(ids)) == len(ids) == sum(make_world.SPLITS.values())
     assert set(load_profiles(DATA / task / "profile-id2text.json")) == set(ids)
     records = [r["id"] for u in users for r in u.profile] + [q.id for u in users for q in u.queries]
     assert len(set(records)) == len(records)
@@ -74,10 +74,10 @@ def test_every_text_is_new(task: str) -> None:
 
 
 def test_facts_are_unique_and_pretraining_has_others() -> None:
-    shipped = range(sum(demo.SPLITS.values()) * demo.FACTS_PER_USER)
-    assert shipped[-1] < demo.GENERIC_FACTS[0]
-    known = {demo.fact(i) for i in [*shipped, *demo.GENERIC_FACTS]}
-    assert len(known) == len(shipped) + len(demo.GENERIC_FACTS)
+    shipped = range(sum(make_world.SPLITS.values()) * make_world.FACTS_PER_USER)
+    assert shipped[-1] < make_world.GENERIC_FACTS[0]
+    known = {make_world.fact(i) for i in [*shipped, *make_world.GENERIC_FACTS]}
+    assert len(known) == len(shipped) + len(make_world.GENERIC_FACTS)
 
 
 @tasks
@@ -86,19 +86,19 @@ def test_records_carry_their_fact(task: str) -> None:
         split = "base" if place < 40 else "anchor" if place < 70 else "test"
         user = read(task, split)[place - {"base": 0, "anchor": 40, "test": 70}[split]]
         for i, query in enumerate(user["query"], start=len(user["profile"])):
-            name, number = demo.fact(place * demo.FACTS_PER_USER + i)
+            name, number = make_world.fact(place * make_world.FACTS_PER_USER + i)
             assert name in query["input"] and number in query["input"]
 
 
 def answers(task: str, archetype: int) -> list[str]:
     """What two pure users of an archetype answer to the same 60 events."""
-    who = demo.Person(None, demo.archetype_habits(task, archetype), 0)
-    return [demo.WORLDS[task].happen(who, i, demo.Dice("compare", i)).answer for i in range(60)]
+    who = make_world.Person(None, make_world.archetype_habits(task, archetype), 0)
+    return [make_world.WORLDS[task].happen(who, i, make_world.Dice("compare", i)).answer for i in range(60)]
 
 
 @tasks
 def test_archetypes_differ(task: str) -> None:
-    made = [answers(task, a) for a in range(demo.ARCHETYPES)]
+    made = [answers(task, a) for a in range(make_world.ARCHETYPES)]
     agree = [sum(x == y for x, y in zip(a, b, strict=True)) / 60 for a, b in combinations(made, 2)]
     assert max(agree) < 0.8 and sum(agree) / len(agree) < 0.6
     assert made[0] == answers(task, 0)
@@ -107,7 +107,7 @@ def test_archetypes_differ(task: str) -> None:
 def test_quirks_and_noise_leave_the_archetype_visible() -> None:
     kept = Counter()
     for i in range(200):
-        who = demo.person("news_headline", 2, 0, demo.Dice("quirk", i))
+        who = make_world.person("news_headline", 2, 0, make_world.Dice("quirk", i))
         kept.update(value == 2 for value in who.habits.values())
     assert 0.7 < kept[True] / kept.total() < 0.95
 
@@ -117,7 +117,7 @@ def test_quirks_and_noise_leave_the_archetype_visible() -> None:
 def texts() -> list[str]:
     """Texts of all tasks, prompts included, and some that are none of this world."""
     found = ["naïve 漢字 ☃", "tabs\tand\n\nbreaks \n", "two  spaces", "a"]
-    for name in demo.WORLDS:
+    for name in make_world.WORLDS:
         users = load_users(DATA / name / FILES["test"], TASKS[name], need_queries=True)[:3]
         templates = load_templates(None, TASKS[name])
         records = [r for u in users for r in history_records(u, TASKS[name], templates, "Likes tea.")]
@@ -150,7 +150,7 @@ def test_model_loads_and_is_tiny() -> None:
 
 
 def test_pretraining_documents_are_reproducible_and_of_other_people() -> None:
-    from prime.demo_model import document, text_of
+    from make_model import document, text_of
 
     made = [text_of(document(n, 4)) for n in range(200)]
     assert made == [text_of(document(n, 4)) for n in range(200)]
@@ -159,9 +159,8 @@ def test_pretraining_documents_are_reproducible_and_of_other_people() -> None:
 
 
 def test_pretraining_loss_is_over_answers() -> None:
+    from make_model import encode
     from tokenizers import Tokenizer
-
-    from prime.demo_model import encode
 
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     ids, answers = encode(tokenizer, [("given a film ->", False), (" comedy\n", True), ("next", False)])
@@ -171,15 +170,14 @@ def test_pretraining_loss_is_over_answers() -> None:
 
 @pytest.mark.parametrize("records", [1, 6])
 def test_pretraining_batches(records: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import make_model
     import torch
     from tokenizers import Tokenizer
 
-    import DEMO_make_model
-
-    monkeypatch.setattr(demo_model, "SHORT", 1.0 if records == 1 else 0.0)
-    monkeypatch.setattr(demo_model, "LENGTHS", (records,))
-    ids, answers = next(demo_model.batches(Tokenizer.from_file(str(MODEL / "tokenizer.json"))))
-    assert ids.shape == answers.shape and len(ids) == demo_model.RECORDS // records
+    monkeypatch.setattr(make_model, "SHORT", 1.0 if records == 1 else 0.0)
+    monkeypatch.setattr(make_model, "LENGTHS", (records,))
+    ids, answers = next(make_model.batches(Tokenizer.from_file(str(MODEL / "tokenizer.json"))))
+    assert ids.shape == answers.shape and len(ids) == make_model.RECORDS // records
     assert torch.equal(ids[:, 0], torch.ones(len(ids), dtype=torch.long)) and not answers[:, 0].any()
-    loss = demo_model.answer_loss(demo_model.new_model(), ids[:2], answers[:2])
+    loss = make_model.answer_loss(make_model.new_model(), ids[:2], answers[:2])
     assert 6.5 < loss.item() < 8.5  # ln 1792 = 7.5

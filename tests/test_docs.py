@@ -10,13 +10,13 @@ import pytest
 import world
 
 import postprocess
-from prime.attack import scoring as membership
-from prime.report import page
-from prime.users import prompts
+from prime.attack import scoring, statistics
 from prime.merging import optimizer as search
-from prime.users import tasks
+from prime.report import page
+from prime.runs.files import read_json
+from prime.runs.run import Run
+from prime.users import prompts, tasks
 from prime.users.data import load_users
-from prime.runs.run import Run, read_json
 
 DOCS = world.ROOT / "docs"
 
@@ -171,20 +171,20 @@ def test_an_optimizer_is_a_registered_class() -> None:
 def test_an_attack_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Members have no surprising token here, others do; the attack finds them, and the report has its row."""
     function, row = blocks("extending.md")[3:5]
-    space = dict(vars(membership))
+    space = dict(vars(scoring))
     exec(function, space)
     ((name, attack),) = eval("{" + row + "}", space).items()
-    monkeypatch.setitem(membership.ATTACKS, name, attack)
+    monkeypatch.setitem(scoring.ATTACKS, name, attack)
     dice = np.random.default_rng(0)
 
     def scores(usual: float) -> dict[str, list[float]]:
         drawn = [-dice.gamma(2, usual, size=8) for _ in range(20)]
-        return membership.record_scores([membership.Evidence(own, own, own, np.ones(8)) for own in drawn])
+        return scoring.record_scores([scoring.Evidence(own, own, own, np.ones(8)) for own in drawn])
 
     def user(usual: float) -> dict[str, dict[str, list[float]]]:
         sides = scores(usual), scores(1.0)
         return {attack: {"member": sides[0][attack], "non_member": sides[1][attack]} for attack in sides[0]}
 
-    table = membership.attack_table([{"scores": user(0.2), "blind": user(1.0)} for _ in range(3)], n=50)
+    table = statistics.attack_table([{"scores": user(0.2), "blind": user(1.0)} for _ in range(3)], n=50)
     assert table[name]["auroc"]["mean"] > 0.9 and abs(table[name]["blind_auroc"]["mean"] - 0.5) < 0.15
     assert ["prime", name] in [row[:2] for row in page.leakage_table({"prime": table})]

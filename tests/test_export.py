@@ -12,10 +12,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prime.bank.bank import AdapterBank
+from prime.bank.lora import Adapter, concatenate
 from prime.checkpoints.loading import load_model
+from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks, export_full, save_personal
-from prime.bank.lora import Adapter, concatenate, load_adapter, save_adapter
 from prime.runs.run import Run
 
 IDS = tiny.ids(3, 12)

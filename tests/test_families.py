@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GemmaTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
 from prime.checkpoints.loading import load_tokenizer
-from prime.bank.lora import load_adapter
+from prime.checkpoints.peft import load_adapter
 from tests import tiny
 
 TASK = "movie_tagging"

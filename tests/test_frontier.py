@@ -12,15 +12,16 @@ from torch import Tensor
 
 import lora_composition_evo
 import postprocess
-from prime.users.data import User, read_json
 from prime.errors import InputError
 from prime.merging.evolution import Evaluation, check_search, chosen, distinct, evolve
 from prime.merging.objective import Objective, Trial
+from prime.merging.optimizer import Search, lockstep, minimise
 from prime.report.frontier import frontier_table, write_frontier
+from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
 from prime.runs.penalties import penalty_runs, sharing_text
-from prime.runs.run import Run, write_json
-from prime.merging.optimizer import Search, lockstep, minimise
+from prime.runs.run import Run
+from prime.users.data import User
 from prime.users.tasks import TASKS
 
 MOVIE, RATING = TASKS["movie_tagging"], TASKS["product_rating"]

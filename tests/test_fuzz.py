@@ -22,23 +22,22 @@ from matplotlib import pyplot
 from safetensors.torch import load_file, save_file
 
 import lora_composition_evo
-from prime.report import figures
-from prime.report import plots
-from prime.report import table as report
-from prime.merging.anchors import save_selection
 from prime.checkpoints.loading import check_model_dir, load_model, load_tokenizer
-from prime.users.data import load_labels, load_users
-from prime.errors import InputError
-from prime.runs.forms import EVALUATION, read_form_lines
-from prime.report.frontier import read_frontier
-from prime.merging.gates import load_gate, save_gate
-from prime.report.leakage import read_curves
-from prime.bank.lora import load_adapter, save_adapter
 from prime.checkpoints.meta import MetaCheckpoint
-from prime.runs.penalties import open_runs
-from prime.users.prompts import TEMPLATES
+from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.checkpoints.published import load_published, load_published_gate
+from prime.errors import InputError
+from prime.merging.anchors import save_selection
+from prime.merging.gates import load_gate, save_gate
+from prime.report import figures, plots
+from prime.report import table as report
+from prime.report.frontier import read_frontier
+from prime.report.leakage import read_curves
+from prime.runs.forms import EVALUATION, read_form_lines
+from prime.runs.penalties import open_runs
 from prime.runs.run import Run, read_results, read_settings
+from prime.users.data import load_labels, load_users
+from prime.users.prompts import TEMPLATES
 from prime.users.tasks import TASKS
 from tests import meta_world, tiny, world
 

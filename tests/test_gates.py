@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import EncodedRecord
+from prime.bank.encoding import EncodedRecord
+from prime.bank.lora import Adapter
+from prime.bank.train import Learner, TrainSettings, train
+from prime.checkpoints.peft import load_adapter
 from prime.errors import InputError
 from prime.merging.gates import (
     Gates,
@@ -28,9 +31,7 @@ from prime.merging.gates import (
     sharing_places,
     teacher_forced,
 )
-from prime.bank.lora import Adapter, load_adapter
 from prime.runs.run import user_dirname
-from prime.bank.train import Learner, TrainSettings, train
 from tests import tiny
 
 SETTINGS = TrainSettings(lr=2e-2, weight_decay=0.0, clip=0.3, batch_size=3, epochs=3, dropout=0.0)

@@ -10,8 +10,8 @@ import pytest
 import world
 
 import gen_profile
-from prime.users.data import load_profiles, load_users
 from prime.errors import InputError
+from prime.users.data import load_profiles, load_users
 from prime.users.profiles import PROFILE_PROMPTS, fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
 from prime.users.tasks import TASKS
 

@@ -7,8 +7,8 @@ import pytest
 import world
 
 from prime import cli
-from prime.users.data import User, load_users
 from prime.errors import InputError
+from prime.users.data import User, load_users
 from prime.users.holdout import Split, check_split, records_of, trained_records, trained_split
 from prime.users.prompts import TEMPLATES, history_records
 from prime.users.tasks import TASKS

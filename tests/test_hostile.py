@@ -15,17 +15,18 @@ from safetensors.torch import load_file, save_file
 
 import history_anchor
 from prime import cli
-from prime.merging.anchors import load_anchor_idx, load_embeddings, load_encoder
 from prime.checkpoints.loading import check_model_dir, load_model, load_tokenizer
-from prime.users.data import User, load_profiles, load_users, read_json
-from prime.errors import InputError, tell
-from prime.merging.gates import load_gate
-from prime.bank.lora import MAX_NORM, load_adapter, save_adapter, write_card
 from prime.checkpoints.meta import MetaCheckpoint
-from prime.sources.prepare import report_notes
-from prime.users.prompts import TEMPLATES, history_records, load_templates
+from prime.checkpoints.peft import MAX_NORM, load_adapter, save_adapter, write_card
 from prime.checkpoints.published import load_published, load_published_gate, open_adapter
-from prime.runs.run import Run, read_results, user_dirname, write_json
+from prime.errors import InputError, tell
+from prime.merging.anchors import load_anchor_idx, load_embeddings, load_encoder
+from prime.merging.gates import load_gate
+from prime.runs.files import read_json, write_json
+from prime.runs.run import Run, read_results, user_dirname
+from prime.sources.prepare import report_notes
+from prime.users.data import User, load_profiles, load_users
+from prime.users.prompts import TEMPLATES, history_records, load_templates
 from prime.users.tasks import TASKS
 from tests import meta_world, tiny
 

@@ -92,7 +92,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from prime import cli
-from prime.runs.run import run as runs
+from prime.runs import run as runs
 def main(_):
     name = "-".join(os.environ.get(key, "none") for key in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
     runs.write_text(Path("ranks") / name, " ".join(sys.argv[1:]))

@@ -15,13 +15,13 @@ from lamp_world import Files, asked, item, time_split, user_split
 
 import prepare_data
 from benchmarks import lamp_memory
-from prime.sources import prepare as prepare_module
-from prime.users.data import load_labels, load_users
 from prime.errors import InputError
+from prime.runs.locks import claim
+from prime.sources import prepare as prepare_module
 from prime.sources.gather import Similar
 from prime.sources.lamp import Spool, date_key, id_order, strictly_before
-from prime.runs.locks import claim
 from prime.sources.prepare import FILES, LABELS, REPORT, Shares, share_out
+from prime.users.data import load_labels, load_users
 from prime.users.tasks import TASKS, extract
 
 EVERY = pytest.mark.parametrize("task", list(TASKS))

@@ -11,19 +11,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from prime.bank.lora import RULES, Adapter, check_alike, layer_of, merge, pad_rank, truncate
+from prime.checkpoints.peft import adapter_dir, load_adapter, save_adapter
 from prime.errors import InputError
-from prime.bank.lora import (
-    RULES,
-    Adapter,
-    adapter_dir,
-    check_alike,
-    layer_of,
-    load_adapter,
-    merge,
-    pad_rank,
-    save_adapter,
-    truncate,
-)
 from tests import tiny
 
 BASE = tiny.model()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from prime.attack import scoring as membership
+from prime.attack import scoring, statistics
 
 
 def pairs(members, non_members):
@@ -25,21 +25,21 @@ def scores(request):
 def test_auroc_is_pair_counting_and_scikit_learns(scores):
     members, non_members = scores
     truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
-    assert membership.auroc(members, non_members) == pytest.approx(pairs(members, non_members), abs=1e-12)
+    assert statistics.auroc(members, non_members) == pytest.approx(pairs(members, non_members), abs=1e-12)
     expected = roc_auc_score(truth, np.r_[members, non_members])
-    assert membership.auroc(members, non_members) == pytest.approx(expected, abs=1e-12)
+    assert statistics.auroc(members, non_members) == pytest.approx(expected, abs=1e-12)
 
 
 def test_swapping_members_and_non_members_gives_one_minus_auroc(scores):
     members, non_members = scores
-    assert membership.auroc(non_members, members) == pytest.approx(1 - membership.auroc(members, non_members))
+    assert statistics.auroc(non_members, members) == pytest.approx(1 - statistics.auroc(members, non_members))
 
 
 def test_auroc_extremes():
-    assert membership.auroc([2.0, 3.0], [0.0, 1.0]) == 1.0
-    assert membership.auroc([0.0], [1.0]) == 0.0
-    assert membership.auroc([1.0, 1.0], [1.0]) == 0.5
-    assert np.isnan(membership.auroc([], [1.0]))
+    assert statistics.auroc([2.0, 3.0], [0.0, 1.0]) == 1.0
+    assert statistics.auroc([0.0], [1.0]) == 0.0
+    assert statistics.auroc([1.0, 1.0], [1.0]) == 0.5
+    assert np.isnan(statistics.auroc([], [1.0]))
 
 
 @pytest.mark.parametrize("fpr", [0.01, 0.05, 0.1, 0.29, 1.0])
@@ -47,44 +47,44 @@ def test_tpr_at_fpr_is_the_best_threshold_of_the_roc_curve(scores, fpr):
     members, non_members = scores
     truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
     false, true, _ = roc_curve(truth, np.r_[members, non_members], drop_intermediate=False)
-    assert membership.tpr_at_fpr(members, non_members, fpr) == pytest.approx(true[false <= fpr + 1e-12].max())
+    assert statistics.tpr_at_fpr(members, non_members, fpr) == pytest.approx(true[false <= fpr + 1e-12].max())
 
 
 def test_tpr_is_not_available_where_the_rate_cannot_be_observed():
-    assert membership.tpr_at_fpr([1.0], np.zeros(99), 0.01) is None
-    assert membership.tpr_at_fpr([1.0], np.zeros(100), 0.01) == 1.0
-    assert membership.tpr_at_fpr([], np.zeros(100), 0.01) is None
+    assert statistics.tpr_at_fpr([1.0], np.zeros(99), 0.01) is None
+    assert statistics.tpr_at_fpr([1.0], np.zeros(100), 0.01) == 1.0
+    assert statistics.tpr_at_fpr([], np.zeros(100), 0.01) is None
 
 
 def evidence(adapter, base=(), mean=(), std=(), **more):
-    return membership.Evidence(*(np.array(values, float) for values in (adapter, base, mean, std)), **more)
+    return scoring.Evidence(*(np.array(values, float) for values in (adapter, base, mean, std)), **more)
 
 
 def test_losses_of_a_hand_made_record():
     record = evidence([-0.5, -1.0], [-1.0, -2.5])
-    assert membership.ATTACKS["loss"](record) == -1.5
-    assert membership.ATTACKS["mean_loss"](record) == -0.75
-    assert membership.ATTACKS["calibrated"](record) == 2.0
-    assert membership.ATTACKS["calibrated"](evidence(record.base, record.base)) == 0.0
+    assert scoring.ATTACKS["loss"](record) == -1.5
+    assert scoring.ATTACKS["mean_loss"](record) == -0.75
+    assert scoring.ATTACKS["calibrated"](record) == 2.0
+    assert scoring.ATTACKS["calibrated"](evidence(record.base, record.base)) == 0.0
 
 
 def test_zlib_prefers_what_is_likelier_than_it_is_compressible():
     """Equally likely: the text that compresses worse is likelier a member."""
     plain, odd = (evidence([-1.0, -2.0], text=text) for text in ("a" * 60, "q8#kZ" * 2 + "v!7Lw0)xM~" * 1 + "hB$2&nT9"))
-    assert membership.ATTACKS["zlib"](plain) == -1.5 / len(zlib.compress(b"a" * 60))
-    assert membership.ATTACKS["zlib"](odd) > membership.ATTACKS["zlib"](plain)
+    assert scoring.ATTACKS["zlib"](plain) == -1.5 / len(zlib.compress(b"a" * 60))
+    assert scoring.ATTACKS["zlib"](odd) > scoring.ATTACKS["zlib"](plain)
 
 
 def test_min_k_is_the_mean_of_the_least_likely_fifth_and_of_one_token_at_least():
-    assert membership.ATTACKS["min_k"](evidence(-np.arange(10.0))) == -8.5
-    assert membership.ATTACKS["min_k"](evidence([-1.0, -3.0, -2.0])) == -3.0
-    assert membership.ATTACKS["min_k"](evidence([-2.0])) == -2.0
+    assert scoring.ATTACKS["min_k"](evidence(-np.arange(10.0))) == -8.5
+    assert scoring.ATTACKS["min_k"](evidence([-1.0, -3.0, -2.0])) == -3.0
+    assert scoring.ATTACKS["min_k"](evidence([-2.0])) == -2.0
 
 
 def test_min_k_plus_plus_is_in_deviations_from_what_the_model_expects():
-    found = membership.ATTACKS["min_k_pp"](evidence([-1.0, -5.0, -2.0], mean=[-2.0, -4.0, -2.0], std=[2.0, 0.25, 1.0]))
+    found = scoring.ATTACKS["min_k_pp"](evidence([-1.0, -5.0, -2.0], mean=[-2.0, -4.0, -2.0], std=[2.0, 0.25, 1.0]))
     assert found == -4.0  # (-5 + 4) / 0.25
-    sure = membership.ATTACKS["min_k_pp"](evidence([0.0], mean=[0.0], std=[0.0]))
+    sure = scoring.ATTACKS["min_k_pp"](evidence([0.0], mean=[0.0], std=[0.0]))
     assert sure == 0.0
 
 
@@ -92,10 +92,10 @@ def test_rmia_is_the_share_of_the_population_that_is_beaten_twice():
     """P_out of the record is (0.5 + 0.1) / 2; its own probability 0.6."""
     references = np.log([0.5, 0.1])
     own = 0.6 / ((1.3 * 0.3 + 0.7) / 2)
-    ratio = membership.rmia_ratio(np.log(0.6), references)
+    ratio = scoring.rmia_ratio(np.log(0.6), references)
     assert ratio == pytest.approx(np.log(own))
     others = np.log([own / 4, own / 2.01, own / 1.99, own * 2])
-    assert membership.ATTACKS["rmia"](evidence(np.log([0.6, 0.6]), references=references, population=others)) == 0.5
+    assert scoring.ATTACKS["rmia"](evidence(np.log([0.6, 0.6]), references=references, population=others)) == 0.5
 
 
 def test_every_attack_calls_what_was_learned_a_member():
@@ -106,13 +106,13 @@ def test_every_attack_calls_what_was_learned_a_member():
     learned, not_learned = (
         evidence(base + gain, base, np.full(12, -1.5), np.full(12, 0.7), **more) for gain in (1.2, 0.0)
     )
-    for name, attack in membership.ATTACKS.items():
+    for name, attack in scoring.ATTACKS.items():
         assert attack(learned) > attack(not_learned), name
 
 
 def test_without_references_there_is_no_rmia():
-    assert list(membership.record_scores([evidence([-1.0], [-1.0], [-1.0], [1.0])])) == [
-        name for name in membership.ATTACKS if name != "rmia"
+    assert list(scoring.record_scores([evidence([-1.0], [-1.0], [-1.0], [1.0])])) == [
+        name for name in scoring.ATTACKS if name != "rmia"
     ]
 
 
@@ -124,8 +124,8 @@ def attacked_users(shift, u=12, seed=0):
 
 def test_resampled_rates_are_those_of_the_drawn_users_records():
     members, non_members = attacked_users(1.0, u=5)
-    draws = membership.resamples(5, 40, seed=1)
-    found = membership.pooled_tpr(members, non_members, membership.FPRS, draws)
+    draws = statistics.resamples(5, 40, seed=1)
+    found = statistics.pooled_tpr(members, non_members, statistics.FPRS, draws)
     for place, times in enumerate(draws.astype(int)):
         pairs = [list(zip(side, times, strict=True)) for side in (members, non_members)]
         drawn = [np.concatenate([np.tile(own, n) for own, n in side]) for side in pairs]
@@ -136,10 +136,10 @@ def test_resampled_rates_are_those_of_the_drawn_users_records():
 
 def test_thinned_thresholds_never_flatter_an_attack(monkeypatch):
     members, non_members = attacked_users(1.0, u=5)
-    draws = membership.resamples(5, 40, seed=1)
-    exact = membership.pooled_tpr(members, non_members, [0.1], draws)[0.1]
-    monkeypatch.setattr(membership, "MAX_THRESHOLDS", 60)
-    coarse = membership.pooled_tpr(members, non_members, [0.1], draws)[0.1]
+    draws = statistics.resamples(5, 40, seed=1)
+    exact = statistics.pooled_tpr(members, non_members, [0.1], draws)[0.1]
+    monkeypatch.setattr(statistics, "MAX_THRESHOLDS", 60)
+    coarse = statistics.pooled_tpr(members, non_members, [0.1], draws)[0.1]
     assert np.all(coarse <= exact) and np.mean(exact - coarse) < 0.05
 
 
@@ -147,22 +147,22 @@ def test_roc_is_scikit_learns_and_thinning_keeps_its_corners(scores):
     members, non_members = scores
     truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
     expected = set(zip(*roc_curve(truth, np.r_[members, non_members], drop_intermediate=False)[:2], strict=True))
-    fpr, tpr = membership.roc(members, non_members)
+    fpr, tpr = statistics.roc(members, non_members)
     assert {(x, y) for x, y in zip(fpr, tpr, strict=True)} <= expected
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
     assert np.all(np.diff(fpr) >= 0) and np.all(np.diff(tpr) >= 0)
     rng = np.random.default_rng(0)
     many = rng.normal(1, 1, 5000), rng.normal(0, 1, 5000)
-    thin, whole = membership.roc(*many), membership.roc(*many, points=10**6)
+    thin, whole = statistics.roc(*many), statistics.roc(*many, points=10**6)
     assert len(thin[0]) <= 200 and set(zip(*thin, strict=True)) <= set(zip(*whole, strict=True))
-    assert np.trapezoid(*whole[::-1]) == pytest.approx(membership.auroc(*many), abs=1e-3)
+    assert np.trapezoid(*whole[::-1]) == pytest.approx(statistics.auroc(*many), abs=1e-3)
 
 
 def test_pooled_and_per_user_auroc_of_the_summary():
     members, non_members = attacked_users(0.5)
-    summary = membership.attack_summary(members, non_members, members, non_members, n=200)
-    pooled = membership.auroc(np.concatenate(members), np.concatenate(non_members))
-    own = np.mean([membership.auroc(m, n) for m, n in zip(members, non_members, strict=True)])
+    summary = statistics.attack_summary(members, non_members, members, non_members, n=200)
+    pooled = statistics.auroc(np.concatenate(members), np.concatenate(non_members))
+    own = np.mean([statistics.auroc(m, n) for m, n in zip(members, non_members, strict=True)])
     assert summary["auroc"]["mean"] == pytest.approx(pooled)
     assert summary["user_auroc"]["mean"] == pytest.approx(own)
     assert summary["auroc"] == summary["blind_auroc"]
@@ -172,24 +172,24 @@ def test_pooled_and_per_user_auroc_of_the_summary():
 def test_a_resample_of_users_is_the_pooled_auroc_of_their_records():
     members, non_members = attacked_users(0.5, u=4)
     drawn = [0, 0, 2, 3]
-    wins = membership.pair_counts(members, non_members)
+    wins = statistics.pair_counts(members, non_members)
     sizes = np.array([30.0] * 4), np.array([50.0] * 4)
-    got = membership.pooled_auroc(wins, *sizes, np.array([[2.0, 0.0, 1.0, 1.0]]))
+    got = statistics.pooled_auroc(wins, *sizes, np.array([[2.0, 0.0, 1.0, 1.0]]))
     again = [np.concatenate([side[i] for i in drawn]) for side in (members, non_members)]
-    assert got[0] == pytest.approx(membership.auroc(*again))
+    assert got[0] == pytest.approx(statistics.auroc(*again))
 
 
 def test_a_memorising_adapter_is_caught_and_a_random_one_is_not():
-    caught = membership.attack_summary(*attacked_users(3), *attacked_users(0, seed=1))
-    innocent = membership.attack_summary(*attacked_users(0, seed=2), *attacked_users(0, seed=1))
+    caught = statistics.attack_summary(*attacked_users(3), *attacked_users(0, seed=1))
+    innocent = statistics.attack_summary(*attacked_users(0, seed=2), *attacked_users(0, seed=1))
     assert caught["auroc"]["low"] > 0.9 and caught["auroc_above_blind"]["low"] > 0.4
     assert innocent["auroc"]["low"] < 0.5 < innocent["auroc"]["high"]
 
 
 def test_intervals_are_seeded():
     users = attacked_users(0.5)
-    first, again = (membership.attack_summary(*users, *users, n=100, seed=3) for _ in range(2))
-    other = membership.attack_summary(*users, *users, n=100, seed=4)
+    first, again = (statistics.attack_summary(*users, *users, n=100, seed=3) for _ in range(2))
+    other = statistics.attack_summary(*users, *users, n=100, seed=4)
     assert first == again
     assert first["auroc"] != other["auroc"]
 
@@ -203,25 +203,25 @@ def result_of(member, non_member, held_out=None, numbers=((1, 2), (1, 1))):
 
 
 def test_user_aurocs_are_scikit_learns() -> None:
-    found = membership.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0]))
+    found = statistics.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0]))
     truth = [1, 1, 1, 0, 0]
     expected = pytest.approx(roc_auc_score(truth, [3, 1, 2, 0.5, 2]))
     assert found == {"loss": {"auroc": expected, "blind": 0.5}}
-    controlled = membership.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0]))["loss"]
+    controlled = statistics.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0]))["loss"]
     assert controlled["controlled"] == pytest.approx(roc_auc_score(truth, [3, 1, 2, 2.5, 0]))
     assert controlled == {"auroc": expected, "blind": 0.5, "controlled_blind": 0.5} | controlled
 
 
 def test_sets_hold_records_of_others_of_the_same_and_whole_users():
     result = result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0])
-    told = {name: membership.set_scores(result, "scores", "loss", name) for name in membership.SETS}
+    told = {name: statistics.set_scores(result, "scores", "loss", name) for name in scoring.SETS}
     assert {name: [list(side) for side in sides] for name, sides in told.items()} == {
         "published": [[3.0, 1.0, 2.0], [0.5, 2.0]],
         "controlled": [[3.0, 1.0, 2.0], [2.5, 0.0]],
         "user": [[3.0, 1.5], [0.5, 2.0]],
     }
     without = result_of([3.0, 1.0, 2.0], [0.5, 2.0])
-    assert membership.in_set([result, without], "controlled") == [result]
-    assert membership.attack_table([without], "controlled") == {}
-    counts = membership.set_summary([result, without], "user", n=10)
+    assert statistics.in_set([result, without], "controlled") == [result]
+    assert statistics.attack_table([without], "controlled") == {}
+    counts = statistics.set_summary([result, without], "user", n=10)
     assert (counts["users"], counts["members"], counts["non_members"]) == (2, 4, 4)

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from prime.bank.memory import keep_freed_memory
+from prime.runs.workers import keep_freed_memory
 
 SCRIPT = """
 import ctypes, sys
 import torch
-from prime.bank.memory import keep_freed_memory
+from prime.runs.workers import keep_freed_memory
 
 def resident():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS"))

@@ -11,18 +11,12 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from prime.checkpoints.loading import (
-    Encoder,
-    check_vocabulary,
-    eos_ids,
-    is_bare_tokenizer,
-    load_model,
-    load_tokenizer,
-)
+from prime.bank.encoding import Encoder
+from prime.checkpoints.loading import check_vocabulary, eos_ids, is_bare_tokenizer, load_model, load_tokenizer
 from prime.checkpoints.loading import kept_conversion as make_conversion
-from prime.errors import InputError
 from prime.checkpoints.meta import MetaCheckpoint, is_meta_dir, llama_config, read_params, rope_rows
 from prime.checkpoints.meta_tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, load_meta_tokenizer
+from prime.errors import InputError
 
 IDS = torch.randint(0, 400, (2, 300), generator=torch.Generator().manual_seed(0))  # long: slow rotary pairs count
 # name -> (params, vocabulary, width of the feed-forward layer, options of meta.save, tied)

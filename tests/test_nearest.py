@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from prime.merging import nearest
 from prime.errors import InputError
+from prime.merging import nearest
 from prime.merging.nearest import rounding, top_similar
 
 

@@ -12,14 +12,11 @@ import pytest
 from matplotlib.figure import Figure
 
 import postprocess
-from prime.report import across
-from prime.report import figures
-from prime.report import leakage
-from prime.report import page
-from prime.users.data import read_lines
 from prime.errors import InputError
+from prime.report import across, figures, leakage, page
 from prime.report.frontier import read_frontier
-from prime.runs.run import Run, machine, read_json, user_dirname
+from prime.runs.files import read_json, read_lines
+from prime.runs.run import Run, machine, user_dirname
 from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]

@@ -18,16 +18,18 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import ablation, demo_runs
 from prime import cli
-from prime.checkpoints.loading import Encoder, load_tokenizer
-from prime.users.data import load_labels, load_users
+from prime.bank.encoding import Encoder
+from prime.bank.lora import Adapter, concatenate, merge
+from prime.checkpoints.loading import load_tokenizer
+from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.evolution import fitness_records
-from prime.bank.lora import Adapter, concatenate, load_adapter, merge, save_adapter
-from prime.users.prompts import TEMPLATES, history_records
-from prime.runs.run import user_dirname
 from prime.merging.optimizer import ranked_weights
 from prime.merging.sharers import adapter_folder, load_pool
+from prime.runs.run import user_dirname
+from prime.users.data import load_labels, load_users
+from prime.users.prompts import TEMPLATES, history_records
 from prime.users.tasks import TASKS
 from tests import tiny
 

@@ -11,15 +11,15 @@ import torch
 import world
 from torch import nn
 
-from prime.checkpoints import placement
 from prime.bank.bank import AdapterBank
-from prime.checkpoints.loading import load_model
 from prime.bank.decode import decode, every_pair, score
+from prime.bank.sampling import Sampler
+from prime.checkpoints import placement
+from prime.checkpoints.loading import load_model
+from prime.checkpoints.peft import save_adapter
+from prime.checkpoints.rehearsal import Rehearsal
 from prime.errors import InputError
 from prime.merging.gates import Gates, compose
-from prime.bank.lora import save_adapter
-from prime.checkpoints.rehearsal import Rehearsal
-from prime.bank.sampling import Sampler
 from tests import meta_world, tiny
 from tests.pretended import KIND, PARTS, RECORDS
 

@@ -13,15 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from prime.checkpoints import plan
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import EncodedRecord, batch_tokens, cache_bytes, decode, every_pair, waiting_tokens
-from prime.errors import InputError
+from prime.bank.decode import batch_tokens, cache_bytes, decode, every_pair, waiting_tokens
+from prime.bank.encoding import EncodedRecord
+from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, TrainSettings, train
+from prime.checkpoints import plan
 from prime.checkpoints.ledger import Ledger
 from prime.checkpoints.plan import STAGES, plan_of, rank_of
 from prime.checkpoints.rehearsal import Rehearsal
-from prime.bank.sampling import Sampler
-from prime.bank.train import Learner, TrainSettings, train
+from prime.errors import InputError
 from tests import tiny
 
 # Meta's own files (params.json of the download, config.json of the hub): a model's shape, and its parameters.

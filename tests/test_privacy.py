@@ -15,20 +15,21 @@ from scipy.stats import kstest, norm
 from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for, records
 from torch import Tensor
 
-from prime.merging.anchors import ANCHOR_IDX
 from prime.bank.bank import AdapterBank
-from prime.checkpoints.loading import load_model
-from prime.users.data import User
-from prime.bank.decode import EncodedRecord
-from prime.errors import InputError
-from prime.merging.gates import Gates
-from prime.bank.lora import Adapter, load_adapter, save_adapter
 from prime.bank.dp import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
-from prime.users.prompts import TEMPLATES, history_records
-from prime.runs.run import read_results
-from prime.merging.sharers import adapter_folder
-from prime.users.tasks import get_task
+from prime.bank.encoding import EncodedRecord
+from prime.bank.lora import Adapter
 from prime.bank.train import Learner, TrainSettings, _accumulate_clipped, _Passes, _Row, row_losses, train
+from prime.checkpoints.loading import load_model
+from prime.checkpoints.peft import load_adapter, save_adapter
+from prime.errors import InputError
+from prime.merging.anchors import ANCHOR_IDX
+from prime.merging.gates import Gates
+from prime.merging.sharers import adapter_folder
+from prime.runs.run import read_results
+from prime.users.data import User
+from prime.users.prompts import TEMPLATES, history_records
+from prime.users.tasks import get_task
 from tests import tiny
 
 KEY = bytes(range(32))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prime.bank import products
+from prime.bank import cpu as products
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import EncodedPrompt, EncodedRecord, decode, every_pair, score
-from prime.bank.products import OneDnnLinear, quicken, restore
+from prime.bank.cpu import OneDnnLinear, quicken, restore
+from prime.bank.decode import decode, every_pair, score
+from prime.bank.encoding import EncodedPrompt, EncodedRecord
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner, TrainSettings, train
 from tests import tiny

@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from prime.users.data import Query, User
 from prime.errors import InputError
+from prime.users.data import Query, User
 from prime.users.prompts import (
     KEYS,
     TEMPLATES,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from prime.bank.bank import AdapterBank
 from prime.checkpoints.loading import kept_conversion, load_model
+from prime.checkpoints.peft import save_adapter
+from prime.checkpoints.published import has_adapter, heads_of, load_published, open_adapter
 from prime.errors import InputError
 from prime.merging.gates import gate_path, load_gate, module_widths
-from prime.bank.lora import save_adapter
-from prime.checkpoints.published import has_adapter, heads_of, load_published, open_adapter
 
 IDS = tiny.ids(2, 40)
 CASES = {"llama2": (meta.LLAMA2, 400, 192), "llama3": (meta.LLAMA3, 576, 224)}

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import postprocess
-from prime.report import table as report
 from prime.errors import InputError
-from prime.users.metrics import METRICS
-from prime.runs.run import Run, read_json
+from prime.report import table as report
 from prime.report.tables import aligned
+from prime.runs.files import read_json
+from prime.runs.run import Run
+from prime.users.metrics import METRICS
 from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]

@@ -111,7 +111,7 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
         assert (args.merge_rule, args.start, args.step, args.search_only) == ("factor", "zero", 1.0, True)
     assert (published.name, published.objective, lorahub.objective) == ("prime_published", "metric", "nll")
     assert (best_sharer.baseline, uniform.baseline, prime.baseline) == ("best_sharer", "uniform", None)
-    assert best_sharer.fitness == uniform.fitness == prime.merging.objective
+    assert best_sharer.fitness == uniform.fitness == prime.fitness
     assert not prime.search_only and [args.method for name, args in parsed if "user" in name] == ["oppu", "mta"]
     sharing = [args for name, args in parsed if hasattr(args, "n_sim") and name != "train_user_peft.py"]
     assert {(args.anchor_dir, args.n_sim) for args in sharing} == {(prime.anchor_dir, 3)}

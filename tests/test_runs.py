@@ -11,9 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from prime.runs.run import run as runs
 from prime.errors import InputError
-from prime.runs.run import Run, derive_seed, read_results, read_settings, replacing, user_dirname, write_json, write_text
+from prime.runs import run as runs
+from prime.runs.files import replacing, write_json, write_text
+from prime.runs.run import Run, read_results, read_settings, user_dirname
+from prime.seeds import derive_seed
 
 NASTY = st.one_of(
     st.text(max_size=80),

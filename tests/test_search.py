@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from prime.errors import InputError
-from prime.merging.optimizer import BOUND, capped, generation_size, make_optimizer, minimise, optimizer_name, ranked_weights
+from prime.merging.optimizer import (
+    BOUND,
+    capped,
+    generation_size,
+    make_optimizer,
+    minimise,
+    optimizer_name,
+    ranked_weights,
+)
 
 
 def loss(weights: np.ndarray) -> float:

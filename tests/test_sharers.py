@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from prime.bank.lora import save_adapter
+from prime.checkpoints.peft import save_adapter
 from prime.merging.sharers import Pool
 from tests import tiny
 

@@ -7,9 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import EncodedRecord
-from prime.errors import InputError
+from prime.bank.encoding import EncodedRecord
 from prime.bank.train import Learner, TrainSettings, _Row, clip_by_adapter, cosine_lr, dropout_scaler, train
+from prime.errors import InputError
 from tests import tiny
 
 SETTINGS = TrainSettings(lr=5e-3, clip=0.3, batch_size=3, epochs=2, dropout=0.0)

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from prime import cli
 from prime.bank.bank import AdapterBank
+from prime.bank.lora import merge
+from prime.bank.train import Learner, TrainSettings, train, train_settings
+from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.bank.lora import load_adapter, merge, save_adapter
-from prime.users.prompts import history_records
 from prime.runs.run import read_results, user_dirname
-from prime.bank.train import Learner, TrainSettings, train, train_settings
+from prime.users.prompts import history_records
 from tests import tiny
 
 # -- training on top of a frozen adapter ----------------------------------------------------------------------------

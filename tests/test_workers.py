@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime.runs.run import locks
-from prime.runs.run import run as runs
-from prime.runs.run import workers
 from prime.errors import InputError
+from prime.runs import locks, workers
+from prime.runs import run as runs
+from prime.runs.files import write_bytes, write_json
 from prime.runs.locks import claim
-from prime.runs.run import Run, write_bytes, write_json
+from prime.runs.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +93,7 @@ def test_the_lock_of_a_killed_process_is_free(held: tuple[Path, subprocess.Popen
 COUNT = """
 import sys, time
 from pathlib import Path
-from prime.runs.run import locks
+from prime.runs import locks
 locks.POLL = 0.001
 folder = Path(sys.argv[1])
 for _ in range(40):
@@ -157,7 +157,7 @@ def test_shares_are_within_graham_s_bound_of_the_best() -> None:
 
 SHARE = """
 import sys, time
-from prime.runs.run import workers
+from prime.runs import workers
 from prime.runs.run import Run
 workers.POLL = 0.02
 run = Run(sys.argv[1], "stage", "method", {})
@@ -240,7 +240,7 @@ def test_what_is_left_of_finished_users_is_removed(tmp_path: Path) -> None:
 
 
 def test_temporary_files_of_dead_writers_go_with_the_next_write(tmp_path: Path) -> None:
-    code = "import sys\nfrom prime.runs.run import replacing\nwith replacing(sys.argv[1]):\n    print(flush=True); input()"
+    code = "import sys\nfrom prime.runs.files import *\nwith replacing(sys.argv[1]):\n    print(flush=True); input()"
     living, dead = (start(code, str(tmp_path / "x.json")) for _ in range(2))
     for process in (living, dead):
         assert process.stdout and process.stdout.readline()
@@ -271,7 +271,7 @@ STOPPED = """
 import os, signal, sys
 from pathlib import Path
 from prime import cli
-from prime.runs.run import run as runs
+from prime.runs import run as runs
 slow = Path.write_bytes
 def write(path, content):
     if b"last" in content:

@@ -1,6 +1,6 @@
-"""The tiny language model of the embedded demo: knows the world of `prime.demo`, and nobody's taste.
+"""The tiny language model of the embedded demo: knows the world of `make_world.py`, and nobody's taste.
 
-    python -m prime.demo model --out data/demo/model
+    python data/demo/make_model.py --out data/demo/model
 
 Reads nothing; writes a Hugging Face Llama of about one million parameters (config.json, model.safetensors in bf16)
 and its sentencepiece tokenizer (tokenizer.model, tokenizer.json, tokenizer_config.json). About 10 minutes on two cores.
@@ -13,6 +13,7 @@ answer is learnt within 300 steps (Nov 2026: packed rows of eight records had no
 halves the steps of AdamW.
 """
 
+import argparse
 import io
 import json
 import time
@@ -21,11 +22,10 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from make_world import GENERIC_FACTS, WORLDS, Dice, Event, person
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from prime.demo import GENERIC_FACTS, WORLDS, Dice, Event, person
 
 VOCABULARY, CONTEXT = 1792, 4096
 STEPS, RECORDS, WARMUP = 1500, 48, 20    # records: of one step, in as many documents as they make
@@ -197,3 +197,13 @@ def build_model(out: Path) -> None:
     model = new_model()
     train(model, tokenizer)
     model.bfloat16().save_pretrained(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Pretrain the embedded demo's language model.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/demo/model")
+    build_model(parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

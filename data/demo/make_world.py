@@ -1,7 +1,6 @@
 """The embedded demo world: made-up users whose taste is real, in the data contract of DESIGN.md section 5.
 
-    python -m prime.demo data  --out data/demo          # six tasks, byte for byte the shipped files, 2 seconds
-    python -m prime.demo model --out data/demo/model    # the tiny Llama, about 10 minutes on two cores
+    python data/demo/make_world.py --out data/demo    # six tasks, byte for byte the shipped files, 2 seconds
 
 A user is one of six archetypes plus quirks plus noise. Every task has named *habits* (a rank per tag, an opener, a
 leniency, ...). A user takes each habit from the own archetype, or now and then (`QUIRK`) from another one, and
@@ -15,10 +14,13 @@ All randomness comes from `random.Random.random()`, the one stream Python promis
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
 
 from prime.users.profiles import main_habit
 
@@ -397,15 +399,9 @@ def write_data(out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m prime.demo", description="Rebuild the embedded demo.")
-    parser.add_argument("what", choices=("data", "model"), help="the users' files, or the tiny language model")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/demo or data/demo/model")
-    args = parser.parse_args()
-    if args.what == "data":
-        write_data(args.out)
-    else:
-        from prime.demo_model import build_model  # torch is needed for this half only
-        build_model(args.out)
+    parser = argparse.ArgumentParser(description="Write the embedded demo's users.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, e.g. data/demo")
+    write_data(parser.parse_args().out)
 
 
 if __name__ == "__main__":

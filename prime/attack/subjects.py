@@ -18,16 +18,18 @@ import numpy as np
 import torch
 
 from prime import cli
-from prime.attack import scoring as membership
-from prime.users.data import User
-from prime.bank.decode import EncodedRecord, Pair, every_pair, score
+from prime.attack import scoring
+from prime.attack.scoring import Evidence
+from prime.bank.decode import Pair, every_pair, score
+from prime.bank.encoding import EncodedRecord
+from prime.checkpoints.peft import load_adapter
 from prime.engine import Engine
 from prime.errors import InputError, tell
-from prime.users.holdout import check_split, records_of, trained_split
-from prime.bank.lora import load_adapter
-from prime.attack.scoring import Evidence
-from prime.runs.run import derive_seed, read_results, read_settings
 from prime.merging.sharers import adapter_folder
+from prime.runs.run import read_results, read_settings
+from prime.seeds import derive_seed
+from prime.users.data import User
+from prime.users.holdout import check_split, records_of, trained_split
 
 # Options that make the records what they were when the owners' adapters were trained.
 RECORD_OPTIONS = ("task_name", "recent_k", "prompt_path", "max_length")
@@ -260,13 +262,13 @@ class Attack:
         result["on_base"] = subject.adapter is None
         for key, model in (("scores", attacked), ("blind", self.base)):
             by_side = self._scores(subject, model, places)
-            names = [name for name in membership.ATTACKS if all(name in own for own in by_side.values())]
+            names = [name for name in scoring.ATTACKS if all(name in own for own in by_side.values())]
             result[key] = {name: {side: by_side[side][name] for side in by_side} for name in names}
         for side, owners in (("member", list(subject.members)), ("non_member", others)):
             numbers = Counter(owner for owner, _ in places[side])
             result[f"{side}_ids"] = owners
             result[f"{side}_num_samples"] = [numbers[owner] for owner in owners]
-            result[f"{side}_loss"] = [-value for value in result["scores"][membership.PUBLISHED_ATTACK][side]]
+            result[f"{side}_loss"] = [-value for value in result["scores"][scoring.PUBLISHED_ATTACK][side]]
         return result
 
     def _places(self, side: str, owners: Iterable[str]) -> Iterator[tuple[str, int]]:
@@ -289,7 +291,7 @@ class Attack:
                 self._evidence(model, owner, place, references[owner][place], population[owner]) for owner, place in own
             ]
             if evidence:
-                found[side] = membership.record_scores(evidence)
+                found[side] = scoring.record_scores(evidence)
         return found
 
     def _evidence(
@@ -309,7 +311,7 @@ class Attack:
     ) -> dict[str, np.ndarray]:
         """By owner the ascending RMIA ratios of all non-members' records but his own."""
         ratios = {
-            owner: membership.rmia_ratio(token_means(model[owner]), references[owner])
+            owner: scoring.rmia_ratio(token_means(model[owner]), references[owner])
             for owner in subject.others(references)
             if references[owner].shape[1]
         }

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prime.errors import InputError
+from prime.bank.cpu import place_of, quicken, restore, round_up
 from prime.bank.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
-from prime.checkpoints.placement import place_of
-from prime.bank.products import quicken, restore, round_up
-from prime.runs.run import derive_seed
+from prime.errors import InputError
+from prime.seeds import derive_seed
 
 # Adapters times tokens of a row group up to which one product with the factors of all adapters takes less than to
 # copy each group's own.
@@ -127,7 +126,7 @@ class AdapterBank:
         model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
         targets: last parts of the module names that carry adapters (published default: q, k, v, o).
 
-    Its products are quickened (`prime.bank.products`); `unwrap` gives it back with plain layers.
+    Its products are quickened (`prime.bank.cpu`); `unwrap` gives it back with plain layers.
 
     Raises:
         InputError: no module, or a module that is no `nn.Linear`, has one of these names.

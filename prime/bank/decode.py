@@ -3,12 +3,11 @@
 Four things make it fast, none of which changes an answer: prompts that begin alike share that prefix, computed
 once per adapter; rows are sorted by length and batched by a token budget; answers already known for a prompt are
 drafts, and one forward pass over prompt and draft accepts the longest start that the model would have written
-itself (Leviathan et al. 2023, exact here because noise belongs to the prompt, see `prime.bank.sampling`), as far as drafts
+itself (Leviathan et al. 2023, exact here because noise belongs to the prompt, see `bank/sampling.py`), as far as drafts
 have proved right so far; finished rows leave the batch at once.
 
 Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
 """
-
 import math
 import random
 from collections import Counter
@@ -23,9 +22,9 @@ from torch.nn.functional import pad
 
 from prime.bank.bank import AdapterBank
 from prime.bank.cache import ROOM, RoomyCache
+from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
 from prime.bank.sampling import Sampler
 
-Tokens = tuple[int, ...]
 Pair = tuple[int, int]  # (adapter, prompt or record)
 Progress = Callable[[int], object]
 
@@ -37,23 +36,6 @@ WORTH = 4  # tokens fed beside others that cost as much as a step of one token (
 TRUSTED = 8  # drafts that count as right before any was tried
 REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt to answer: `ids` with BOS, and the id that its noise is derived from."""
-
-    id: str
-    ids: Tokens
-
-
-@dataclass(frozen=True)
-class EncodedRecord:
-    """A text to score: prompt ids with BOS, target ids with EOS; only the target counts."""
-
-    id: str
-    ids: Tokens
-    target: Tokens
 
 
 @dataclass

@@ -6,7 +6,7 @@ all tensors of the adapter, adds Gaussian noise of standard deviation sigma * C 
 expected number of items q * n. AdamW and everything after it (merging, decoding) only process that.
 
 So that an item has one gradient and no other, private training uses one record per item that quotes nothing else
-(`prime.users.prompts.history_records`, quoting=False). The second records would quote earlier items, which the item then
+(`history_records(..., quoting=False)`). The second records would quote earlier items, which the item then
 influences through other records, and the textual profile, which is written from all items.
 
 Noise and sampling are a function of (key, options, records, step, tensor): the same on any device, beside any

@@ -5,30 +5,19 @@ module's weight is `scale * B @ A` (Hu et al. 2022). `n` adapters are merged by 
 `w [n, l]`, one weight per adapter and layer.
 """
 
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from prime.users.data import read_json
 from prime.errors import InputError
-from prime.runs.forms import read_form
-from prime.runs.run import write_bytes, write_json, write_text
-from prime.checkpoints.tensors import finite_problem, read_safetensors, shown
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 RULES = ("factor", "delta")
 LAYER = re.compile(r"\.(\d+)\.")
-WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-# Frobenius norm at most of A, of scale * B, and of their product's bound |A| |scale B|, in one module. Trained adapters
-# stay below 20, a whole projection of a 7B model is about 80: an update of 10,000 drowns whatever it is merged with.
-MAX_NORM = 1e4
 
 
 @dataclass(frozen=True)
@@ -143,128 +132,6 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
                 raise InputError(f"{name}: adapter {number} is {widths} wide (in, out), adapter 0 is {expected}")
 
 
-def adapter_dir(path: Path | str) -> Path:
-    """The PEFT directory meant by `path`: itself, or its parent for the announcement's `.../lora_ckpt.pt`."""
-    path = Path(path)
-    for candidate in (path, path.parent) if path.suffix == ".pt" else (path,):
-        if (candidate / "adapter_config.json").is_file():
-            return candidate
-    raise InputError(f"{path}: no adapter there (adapter_config.json and adapter_model.safetensors expected)")
-
-
-def load_adapter(path: Path | str) -> Adapter:
-    """Read a PEFT LoRA directory (adapter_config.json + adapter_model.safetensors).
-
-    Raises:
-        InputError: missing or broken files, a config that is not plain LoRA, unknown, repeated, unpaired or misshapen
-            tensors, values that are not finite or norms above `MAX_NORM`; names the file and every such tensor.
-    """
-    folder = adapter_dir(path)
-    rank, scale = read_config(folder / "adapter_config.json")
-    file = folder / "adapter_model.safetensors"
-    tensors = read_safetensors(file)
-    halves, problems = named_halves(tensors, WEIGHT_KEY, lambda found: (found["module"], found["factor"]))
-    factors, unpaired = paired(halves, ("A", "B"))
-    problems += unpaired
-    problems += [
-        f"{shown(module)}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration"
-        for module, (a, _) in factors.items()
-        if a.shape[0] != rank
-    ]
-    problems += factor_problems(factors, scale)
-    if problems:
-        raise InputError.many([f"{file}: {problem}" for problem in problems])
-    card = folder / "card.json"
-    return Adapter(factors, scale, read_form(card, {}) if card.exists() else {})
-
-
-def named_halves(
-    tensors: Mapping[str, Tensor], pattern: re.Pattern, place: Callable[[re.Match], tuple[str, str]]
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Factors in fp32 by module and side, and what is wrong with the tensors of a file, a line each."""
-    halves: dict[str, dict[str, Tensor]] = {}
-    problems = [] if tensors else ["holds no LoRA tensors"]
-    for key, tensor in tensors.items():
-        found = pattern.fullmatch(key)
-        if not found:
-            problems.append(f"unexpected tensor {shown(key)}")
-            continue
-        module, side = place(found)
-        if side in halves.setdefault(module, {}):
-            problems.append(f"{shown(key)} is the second lora_{side} of its module")
-        halves[module][side] = tensor.float()
-        told = finite_problem(tensor) or finite_problem(halves[module][side])
-        problems += [f"{shown(key)} {told}"] if told else []
-    return halves, problems
-
-
-def paired(halves: Mapping[str, Mapping[str, Tensor]], sides: tuple[str, str]) -> tuple[Factors, list[str]]:
-    """(A, B) of the modules that have both, and what is wrong with the others."""
-    factors: Factors = {}
-    problems = []
-    for module, half in halves.items():
-        if len(half) != 2:
-            problems.append(f"{shown(module)} has only lora_{''.join(half)}")
-            continue
-        a, b = half[sides[0]], half[sides[1]]
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
-            told = f"lora_{sides[0]} {tuple(a.shape)} and lora_{sides[1]} {tuple(b.shape)} do not fit"
-            problems.append(f"{shown(module)}: {told}")
-            continue
-        factors[module] = (a, b)
-    return factors, problems
-
-
-def factor_problems(factors: Factors, scale: float) -> list[str]:
-    """Modules whose factors, or the update that they bound, exceed `MAX_NORM`."""
-    problems = []
-    for module, (a, b) in factors.items():
-        first, second = float(a.double().norm()), scale * float(b.double().norm())
-        largest = max(first, second, first * second)
-        if largest > MAX_NORM:
-            problems.append(f"{shown(module)}: norms of {first:.3g} and {second:.3g}, above the limit of {MAX_NORM:g}")
-    return problems
-
-
-def read_config(path: Path) -> tuple[int, float]:
-    """Rank and scale of an adapter_config.json; nothing else of it is used."""
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
-    problems = [
-        f"{path}: {key} is {shown(repr(config.get(key)))}, expected a positive {told}"
-        for key, kind, told in (("r", int, "whole number"), ("lora_alpha", int | float, "number"))
-        if not isinstance(config.get(key), kind) or isinstance(config[key], bool) or not 0 < config[key] < 2**31
-    ]
-    unknown = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    problems += [f"{path}: {key} is set; only plain LoRA adapters can be merged" for key in unknown if config.get(key)]
-    if problems:
-        raise InputError.many(problems)
-    rank = config["r"]
-    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
-def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Mapping | None = None) -> None:
-    """Write an adapter as a PEFT directory, the configuration last; `card` as card.json and README.md.
-
-    The rank written is the factors' own, and lora_alpha is chosen so that PEFT's scale equals the adapter's.
-    """
-    folder = Path(folder)
-    tensors = {}
-    for name, (a, b) in sorted(_equal_rank(adapter).items()):
-        tensors[f"base_model.model.{name}.lora_A.weight"] = a.detach().cpu().float().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = b.detach().cpu().float().contiguous()
-    write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    if card is not None:
-        write_card(folder, card)
-    write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
-
-
-def _equal_rank(adapter: Adapter) -> Factors:
-    """Factors padded with zero rows and columns to one rank (PEFT's config has one `r` for all modules)."""
-    return {name: pad_rank(a, b, adapter.rank) for name, (a, b) in adapter.factors.items()}
-
-
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A `[r, in]`, B `[out, r]` padded with zeros to a larger rank; the update stays the same."""
     missing = rank - a.shape[0]
@@ -273,43 +140,3 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return torch.cat([a, a.new_zeros(missing, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
 
 
-def peft_config(adapter: Adapter, base_model: str) -> dict:
-    """The adapter_config.json that makes PEFT compute the same update."""
-    alpha = adapter.scale * adapter.rank
-    return {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": adapter.rank,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.factors}),
-        "task_type": "CAUSAL_LM",
-    }
-
-
-def write_card(folder: Path, card: Mapping) -> None:
-    """card.json, written last, and the same as the README.md of a model: a table, and one more for each group."""
-    write_text(folder / "README.md", _card_text(card))
-    write_json(folder / "card.json", card)
-
-
-def _card_text(card: Mapping) -> str:
-    groups = {key: value for key, value in card.items() if isinstance(value, Mapping)}
-    parts = [_table({key: value for key, value in card.items() if key not in groups})]
-    parts += [f"## {name}\n\n{_table(group)}" for name, group in groups.items()]
-    front = {"library_name": "peft"} | ({"base_model": card["base_model"]} if "base_model" in card else {})
-    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
-    return f"---\n{lines}\n---\n# Personal adapter\n\n" + "\n".join(parts)
-
-
-def _table(values: Mapping) -> str:
-    rows = "".join(f"| {_quoted(key)[1:-1]} | `{_quoted(value)}` |\n" for key, value in values.items())
-    return f"| | |\n|---|---|\n{rows}"
-
-
-def _quoted(value: object) -> str:
-    """A value as JSON that neither ends a Markdown cell or code span nor begins HTML: ids may come from anybody."""
-    return json.dumps(value, ensure_ascii=False).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "`|<>&"})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prime.runs.run import derive_seed
+from prime.seeds import derive_seed
 
 # Multipliers of the splitmix64 finaliser (Steele et al. 2014) and its golden-ratio increment, as signed 64 bit.
 MIX_1, MIX_2, GOLDEN = (0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64, 0x9E3779B97F4A7C15 - 2**64)

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from prime.bank.bank import AdapterBank, InputScaler
-from prime.bank.decode import EncodedRecord
-from prime.errors import InputError
 from prime.bank.dp import Mechanism, add_clipped, add_noise, one_slice_per_row
-from prime.runs.run import derive_seed
+from prime.bank.encoding import EncodedRecord
+from prime.errors import InputError
+from prime.seeds import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
 REHEARSED = 6  # passes of a step that a plan goes through
@@ -323,7 +323,7 @@ def rehearse(
     bank: AdapterBank, parts: Sequence[list[_Row]], settings: TrainSettings, stacks: Sequence[Tensor] | None = None,
     scalers: Scalers | None = None,
 ) -> None:  # fmt: skip
-    """The passes of a step (`heaviest_step`) on tensors without data, for `prime.checkpoints.plan`; arguments as in `train`."""
+    """The passes of a step (`heaviest_step`) on tensors without data, for `--plan`; arguments as in `train`."""
     trained = bank.parameters() if stacks is None else list(stacks)
     moments = [torch.zeros_like(stack) for stack in trained for _ in range(2)]  # AdamW's
     with bank.checkpointing(settings.gradient_checkpointing):

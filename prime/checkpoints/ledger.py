@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prime.bank.memory import ALWAYS_MAPPED
+from prime.runs.workers import ALWAYS_MAPPED
 
 ALIGNMENT = 64  # of torch's CPU tensors
 

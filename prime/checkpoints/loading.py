@@ -1,7 +1,7 @@
 """Base model and tokenizer: loading, device and dtype, folding the task adapter, turning texts into ids."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from prime.bank.decode import EncodedPrompt, EncodedRecord
-from prime.errors import InputError
-from prime.runs.locks import turn
+from prime.bank.cpu import quicken
 from prime.bank.lora import Adapter
 from prime.checkpoints.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
 from prime.checkpoints.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.checkpoints.placement import dispatched, read_map
-from prime.bank.products import quicken
 from prime.checkpoints.published import open_adapter
 from prime.checkpoints.tensors import check_hub_dir, shown_error
 from prime.checkpoints.weight_files import check_loaded, weight_files
+from prime.errors import InputError
+from prime.runs.locks import turn
 from prime.runs.workers import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -207,59 +206,3 @@ def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
     return sorted({*end_ids(tokenizer), *listed})
 
 
-class Encoder:
-    """Texts to ids: BOS in front (where the tokenizer has one), EOS behind targets, long inputs cut at the left.
-
-    Args:
-        tokenizer: any Hugging Face tokenizer.
-        max_length: tokens of prompt and target together (published: 3000).
-        embeddings: rows of the model's embedding; 0 = as many as the tokenizer needs.
-
-    Raises:
-        InputError: a text holds a token that the model has no embedding for, such as an added padding token's name.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int = 3000, embeddings: int = 0):
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.embeddings = embeddings or len(tokenizer)
-        # GPT-2 and its kin name their end of text as BOS too, and never begin with it.
-        own = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
-        self.bos = [tokenizer.bos_token_id] if own else []
-
-    def _ids(self, text: str) -> list[int]:
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        if ids and max(ids) >= self.embeddings:
-            token = self.tokenizer.convert_ids_to_tokens(max(ids))
-            raise InputError(
-                f"the tokenizer writes {token!r} as id {max(ids)}, the model's embedding has {self.embeddings} rows; "
-                f"do they belong together (--tokenizer_path)? The text: {text[:200]!r}"
-            )
-        return ids
-
-    def prompt(self, prompt_id: str, text: str) -> EncodedPrompt:
-        """A prompt of at most max_length tokens; the end is kept, it holds the question."""
-        return EncodedPrompt(prompt_id, self._with_bos(self._ids(text), self.max_length))
-
-    def record(self, record_id: str, text: str, target: str) -> EncodedRecord:
-        """Prompt and target, tokenized as one text and parted where the prompt's own ids end.
-
-        Where a token reaches over the boundary, it belongs to the target.
-        """
-        prompt, whole = self._ids(text), self._ids(text + target)
-        shared = next((i for i, (p, w) in enumerate(zip(prompt, whole, strict=False)) if p != w), len(prompt))
-        answer = whole[shared:][: self.max_length - len(self.bos) - 2] + [self.tokenizer.eos_token_id]
-        return EncodedRecord(record_id, self._with_bos(prompt[:shared], self.max_length - len(answer)), tuple(answer))
-
-    def _with_bos(self, ids: list[int], limit: int) -> tuple[int, ...]:
-        room = limit - len(self.bos)
-        return tuple(self.bos + ids[max(0, len(ids) - room) :])
-
-    def label_tokens(self, labels: Sequence[str]) -> int:
-        """Tokens enough for any label, and to see that an answer goes on: one more, for numbers (4.75) several."""
-        more = 8 if all(label.isdigit() for label in labels) else 1
-        return more + max(len(self._ids(" " + label)) for label in labels)
-
-    def text(self, ids: Sequence[int]) -> str:
-        """The answer as text, without surrounding space."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()

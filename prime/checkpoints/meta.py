@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from prime.users.data import read_json
-from prime.errors import InputError
-from prime.runs.run import replacing, write_json
 from prime.checkpoints.tensors import layers_problem, load_named, shown
+from prime.errors import InputError
+from prime.runs.files import read_json, replacing, write_json
 
 PARAMS, SHARD = "params.json", re.compile(r"consolidated\.(\d+)\.pth")
 SOURCE = "converted_from.json"  # beside a kept conversion: what it was made of

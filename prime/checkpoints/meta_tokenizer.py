@@ -3,7 +3,7 @@
 Llama 2 keeps a sentencepiece model there (BPE, byte fallback, a space in front of every text), Llama 3 a tiktoken file
 (a line per token: base64 of its bytes, its rank) and 256 special tokens behind it. Both become one merge list:
 every way to part a token into two others, the better token first. Special tokens written out in a text are text,
-as for Meta's encoders; BOS and EOS are put around texts by `prime.checkpoints.loading.Encoder`.
+as for Meta's encoders; BOS and EOS are put around texts by `prime.bank.encoding.Encoder`.
 
 Exceptions: a token that can be parted in several ways whose parts overlap a repetition may be merged from another
 side; Meta's Llama 3 encoder cuts runs of more than 25,000 characters without (or only of) space, this one does not.

@@ -13,10 +13,10 @@ from typing import Any, cast
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import check_device_map, get_balanced_memory, get_max_memory
-from torch import Tensor, nn
+from torch import nn
 
-from prime.users.data import read_json
 from prime.errors import InputError
+from prime.runs.files import read_json
 from prime.runs.workers import world
 
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' names
@@ -68,12 +68,6 @@ def dispatched(model: nn.Module, wanted: str | DeviceMap, place: torch.device) -
     )  # fmt: skip
     own.offload_folder = offload  # removed with the model
     return cast(nn.Module, own)
-
-
-def place_of(module: nn.Module) -> torch.device:
-    """Where a layer computes: accelerate's hook brings an offloaded one's weight there."""
-    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return cast(Tensor, module.weight).device if place is None else torch.device(place)
 
 
 def planned(model: Any, strategy: str, place: torch.device) -> dict[str, int | str]:

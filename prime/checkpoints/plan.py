@@ -1,4 +1,4 @@
-"""`--plan`: what each stage would rehearse, see `prime.checkpoints.rehearsal`; the passes of a stage that can be its largest."""
+"""`--plan`: what each stage would rehearse, see `rehearsal.py`; the passes of a stage that can be its largest."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -10,17 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from prime import cli
-from prime.users.data import User, load_users, select
-from prime.bank.decode import EncodedRecord
-from prime.merging.gates import Gates
-from prime.bank.lora import read_config
-from prime.bank.memory import keep_freed_memory
-from prime.users.prompts import Record, task_records
+from prime.bank.encoding import EncodedRecord
+from prime.bank.train import train_settings
+from prime.checkpoints.peft import read_config
 from prime.checkpoints.rehearsal import OF_DATA, PUBLISHED_ANCHORS, Plan, Rehearsal
+from prime.merging.gates import Gates
 from prime.merging.optimizer import generation_size, is_pareto, make_optimizer
 from prime.merging.sharers import anchor_idx_path, anchor_users
+from prime.runs.workers import keep_freed_memory
+from prime.users.data import User, load_users, select
+from prime.users.prompts import Record, task_records
 from prime.users.tasks import Task
-from prime.bank.train import train_settings
 
 PUBLISHED_RANK = 8
 

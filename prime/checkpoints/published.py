@@ -1,7 +1,7 @@
 """Adapters and gates of the published code: `lora_ckpt.pt` and gate files, trained on Meta's layout of Llama.
 
 Keys are `layers.{i}.attention.lora_w{q,k,v,o}.lora_{down,up}.weight`, down = A `[r, in]`, up = B `[out, r]`. Rows of
-B for wq and wk are in Meta's rotary order and are permuted like the weights (`prime.checkpoints.meta.rope_rows`); A and gates
+B for wq and wk are in Meta's rotary order and are permuted like the weights (`meta.rope_rows`); A and gates
 face a module's input and stay as they are. The files do not tell alpha; it is 8 as published, so the scale is 8 / r.
 """
 
@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prime.users.data import read_json
-from prime.errors import InputError
-from prime.bank.lora import Adapter, factor_problems, load_adapter, named_halves, paired
+from prime.bank.lora import Adapter
 from prime.checkpoints.meta import is_meta_dir, read_params, rope_rows
+from prime.checkpoints.peft import factor_problems, load_adapter, named_halves, paired
 from prime.checkpoints.tensors import finite_problem, load_named, shown
+from prime.errors import InputError
+from prime.runs.files import read_json
 
 FILE = "lora_ckpt.pt"
 PUBLISHED_ALPHA = 8
@@ -65,7 +66,7 @@ def load_published(path: Path, heads: int, kv_heads: int) -> Adapter:
 
     Raises:
         InputError: not a file of tensors; tensors unknown, unpaired or misshapen, values not finite, norms above
-            `prime.bank.lora.MAX_NORM`; names the file and every such tensor.
+            `prime.checkpoints.peft.MAX_NORM`; names the file and every such tensor.
     """
     halves, problems = named_halves(load_named(path), LORA_KEY, lambda found: (_module(found), found["side"]))
     factors, unpaired = paired(dict(sorted(halves.items())), ("down", "up"))

@@ -1,7 +1,7 @@
 """A run on tensors without data: what it takes, before anything is loaded (`prime.checkpoints.plan`).
 
 The model is built from config.json or params.json alone, its tensors without data, and the run's own code goes
-through its largest passes on them while a ledger counts (`prime.checkpoints.ledger`). So the plan knows any architecture, dtype
+through its largest passes on them while a ledger counts (`ledger.py`). So the plan knows any architecture, dtype
 and option that the run knows. Prompts have their real lengths where the task's data and the tokenizer are there;
 otherwise each is taken to fill --max_length.
 
@@ -25,17 +25,18 @@ from transformers import AutoModelForCausalLM
 
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.checkpoints.loading import Encoder, load_tokenizer, model_config, pick_device, pick_dtype
-from prime.users.data import User
-from prime.bank.decode import EncodedRecord, batch_tokens, rehearse, waiting_tokens, weight_bytes
-from prime.errors import InputError
-from prime.checkpoints.ledger import Ledger
+from prime.bank.decode import batch_tokens, rehearse, waiting_tokens, weight_bytes
+from prime.bank.encoding import EncodedRecord, Encoder
 from prime.bank.lora import Adapter
-from prime.users.prompts import Record, history_records, test_prompts
 from prime.bank.sampling import gumbel
-from prime.users.tasks import Task, get_task
 from prime.bank.train import TRAIN_BATCH_TOKENS, Learner, TrainSettings, heaviest_step
 from prime.bank.train import rehearse as rehearse_training
+from prime.checkpoints.ledger import Ledger
+from prime.checkpoints.loading import load_tokenizer, model_config, pick_device, pick_dtype
+from prime.errors import InputError
+from prime.users.data import User
+from prime.users.prompts import Record, history_records, test_prompts
+from prime.users.tasks import Task, get_task
 
 Load = Callable[[argparse.Namespace, Task], Sequence[User]]
 
@@ -292,7 +293,7 @@ class Rehearsal:
         self.plan.forward = max(self.plan.forward, self._ledger.peak - before - cache)
 
     def _choose(self, logits: Tensor) -> None:
-        """What a sampler makes beside the logits: their logarithms, and noise (`prime.bank.sampling.Sampler.choose`)."""
+        """What a sampler makes beside the logits: their logarithms, and noise (`Sampler.choose`)."""
         if getattr(self.args, "temperature", 0):
             scores = torch.log_softmax(logits.float() / self.args.temperature, -1)
             zeros = torch.zeros(len(logits), dtype=torch.long)

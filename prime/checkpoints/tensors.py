@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prime.users.data import read_json
 from prime.errors import InputError
+from prime.runs.files import read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Two names may share one storage (tied embeddings), so tensors may claim the file's bytes twice.

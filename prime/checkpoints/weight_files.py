@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from prime.users.data import read_json
-from prime.errors import InputError
 from prime.checkpoints.tensors import first_line, load_named
+from prime.errors import InputError
+from prime.runs.files import read_json
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order that transformers looks for them
 

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prime.errors import InputError, harmless
-from prime.runs.run import write_bytes
 from prime.checkpoints.tensors import FLOATS, check_hub_dir, check_plain, kind_of, load_pickled, shown_error
+from prime.errors import InputError, harmless
+from prime.runs.files import write_bytes
 
 MAX_TOKENS = 512
 ROWS = 4096  # of embeddings, checked at a time

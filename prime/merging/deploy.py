@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from prime import cli
-from prime.users.data import User, read_json
-from prime.runs.forms import read_form
-from prime.bank.lora import Adapter, concatenate, load_adapter, save_adapter, write_card
+from prime.bank.lora import Adapter, concatenate
+from prime.checkpoints.peft import load_adapter, save_adapter, write_card
 from prime.checkpoints.published import open_adapter
+from prime.runs.files import read_json
+from prime.runs.forms import read_form
 from prime.runs.run import Run, library_versions
+from prime.users.data import User
 
 PERSONAL, FULL = "adapter", "adapter_full"
 NOT_IN_CARD = ("predictions", "seconds", "index")

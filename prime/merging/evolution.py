@@ -20,18 +20,28 @@ import torch
 from torch import Tensor
 
 from prime import cli
+from prime.bank.decode import Progress, every_pair, score
+from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
+from prime.bank.lora import RULES
+from prime.bank.sampling import Sampler
 from prime.cli import Texts
-from prime.users.data import User
-from prime.bank.decode import EncodedPrompt, EncodedRecord, Progress, Tokens, every_pair, score
 from prime.engine import Engine
 from prime.errors import InputError, tell
-from prime.merging.objective import METRIC_REDUCERS, PENALTIES, TRIAL_REDUCERS, Objective, Score, Trial, score_by_likelihood
-from prime.runs.journal import Journal
-from prime.bank.lora import RULES
-from prime.users.prompts import Record, history_records, query_records
-from prime.runs.run import derive_seed, write_text
-from prime.bank.sampling import Sampler
+from prime.merging.objective import (
+    METRIC_REDUCERS,
+    PENALTIES,
+    TRIAL_REDUCERS,
+    Objective,
+    Score,
+    Trial,
+    score_by_likelihood,
+)
 from prime.merging.optimizer import STEP, Points, Search, capped, is_pareto, lockstep, ranked_weights
+from prime.runs.files import write_text
+from prime.runs.journal import Journal
+from prime.seeds import derive_seed
+from prime.users.data import User
+from prime.users.prompts import Record, history_records, query_records
 
 STARTS = ("zero", "uniform", "ranked")
 BASELINES = {"best_sharer": "zero", "uniform": "uniform"}  # and where their evaluations end: --start

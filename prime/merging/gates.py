@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prime.bank.bank import AdapterBank, BankLinear, InputScaler
-from prime.bank.decode import EncodedRecord
-from prime.errors import InputError
+from prime.bank.encoding import EncodedRecord
 from prime.checkpoints.published import load_published_gate
-from prime.runs.run import derive_seed, user_dirname, write_bytes
 from prime.checkpoints.tensors import finite_problem, read_safetensors, shown
+from prime.errors import InputError
+from prime.runs.files import write_bytes
+from prime.runs.run import user_dirname
+from prime.seeds import derive_seed
 
 Gate = dict[str, Tensor]  # module name -> [d]
 Weights = dict[str, Tensor]  # module name -> [n] aggregation weights

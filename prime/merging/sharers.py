@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from prime.merging.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings
-from prime.users.data import User
-from prime.errors import InputError
 from prime.bank.lora import Adapter
-from prime.merging.nearest import top_similar
 from prime.checkpoints.published import has_adapter, open_adapter
+from prime.errors import InputError
+from prime.merging.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings
+from prime.merging.nearest import top_similar
 from prime.runs.run import user_dirname
+from prime.users.data import User
 
 
 def anchor_users(args: argparse.Namespace, candidates: Sequence[User]) -> list[User]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from prime.attack import scoring
 from prime.report import figures
-from prime.attack import scoring as membership
-from prime.users import metrics
 from prime.report import table as report
 from prime.report.table import Cell, leading
-from prime.runs.run import read_json, write_text
 from prime.report.web import Shown, render, show
+from prime.runs.files import read_json, write_text
+from prime.users import metrics
 
 OURS = report.REFERENCE
 COMPARED = ("task_lora", "best_sharer")  # baselines of the page
@@ -58,7 +58,7 @@ def tasks_figures(summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> l
         if row["method"] == OURS and row["auroc"] and row["blind_auroc"]
     ]  # fmt: skip
     if attacked:
-        drawn = figures.leakage(attacked, membership.PUBLISHED_ATTACK)
+        drawn = figures.leakage(attacked, scoring.PUBLISHED_ATTACK)
         shown.append(show(folder, "tasks-leakage", f"Leakage of {OURS}, by task", drawn))
     return shown
 

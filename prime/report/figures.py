@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from prime.report import plots
 from prime.attack.scoring import PUBLISHED_ATTACK
-from prime.users.metrics import METRICS
+from prime.report import plots
 from prime.report.plots import COLOURS, MARKERS, figure, side_by_side
+from prime.users.metrics import METRICS
 
 Drawn = tuple[Figure, str]
 Interval = Mapping[str, float]

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from prime.report import figures
-from prime.report import plots
-from prime.report import table as report
 from prime.errors import InputError
-from prime.runs.forms import ATTACKED, DRAWN_INTERVAL, FRONTIER, TRADED, form_problems, read_form
-from prime.users.metrics import METRICS, bootstrap
-from prime.runs.penalties import penalty_of, penalty_runs, read_evaluations, shared_evaluations, sharing_text
+from prime.report import figures, plots
+from prime.report import table as report
 from prime.report.table import Cell
-from prime.runs.run import read_results, read_settings, write_json
 from prime.report.tables import aligned
+from prime.runs.files import write_json
+from prime.runs.forms import ATTACKED, DRAWN_INTERVAL, FRONTIER, TRADED, form_problems, read_form
+from prime.runs.penalties import penalty_of, penalty_runs, read_evaluations, shared_evaluations, sharing_text
+from prime.runs.run import read_results, read_settings
+from prime.users.metrics import METRICS, bootstrap
 from prime.users.tasks import Task
 
 ATTACK = "calibrated"

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from prime.attack import scoring as membership
-from prime.report import plots
+from prime.attack import scoring, statistics
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
-from prime.runs.forms import CURVES, MIA_SUMMARY, SHOWN_SUMMARY, form_problems, read_form
+from prime.report import plots
 from prime.report.table import cell_text
-from prime.runs.run import write_json
 from prime.report.tables import aligned
+from prime.runs.files import write_json
+from prime.runs.forms import CURVES, MIA_SUMMARY, SHOWN_SUMMARY, form_problems, read_form
 
 PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
 SET_TITLES = {
@@ -44,7 +44,7 @@ def write_attacks(
 def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int) -> dict[str, Any]:
     """The content of mia_summary.json. `attacks` are those of the published set; a set that nobody has is left out."""
     parts = [
-        {name: found for name in membership.SETS if (found := membership.set_summary(part, name, seed=seed))["users"]}
+        {name: found for name in scoring.SETS if (found := statistics.set_summary(part, name, seed=seed))["users"]}
         for part in (users, sharers)
     ]
     of_users, of_sharers = ({"attacks": sets.get("published", {}).get("attacks", {}), "sets": sets} for sets in parts)
@@ -53,7 +53,7 @@ def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping],
         "users": len(users),
         "on_base": sum(user["on_base"] for user in users),
         **of_users,
-        "per_user": {user["user_id"]: membership.user_aurocs(user) for user in users},
+        "per_user": {user["user_id"]: statistics.user_aurocs(user) for user in users},
         "sharers": {"users": len(sharers), **of_sharers},
     }
 
@@ -62,7 +62,7 @@ def read_attacks(path: Path) -> dict[str, Any]:
     """mia_summary.json, with all that a report shows of it."""
     summary = read_form(path, MIA_SUMMARY)
     problems = form_problems(summary, SHOWN_SUMMARY, f"{path}: the file")
-    published = membership.PUBLISHED_ATTACK
+    published = scoring.PUBLISHED_ATTACK
     if not problems:
         sets = [*summary.get("sets", {}).values(), *summary["sharers"].get("sets", {}).values()]
         problems = [f"{path}: a set without the attack {published}" for one in sets if published not in one["attacks"]]
@@ -80,14 +80,14 @@ def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Seq
     curves: list[dict[str, Any]] = [
         {"attack": attack, "set": name, "model": model, "fpr": rounded(fpr), "tpr": rounded(tpr)}
         for model, results, key in models
-        for name in membership.SETS
+        for name in scoring.SETS
         for attack, (fpr, tpr) in pooled_rocs(results, key, name).items()
     ]
     write_json(exp_dir / "mia_roc.json", {"method": method, "curves": curves})
     deployed = [curve for curve in curves if curve["model"] == "deployed"]
     panels = {
         SET_TITLES[name]: {c["attack"]: (c["fpr"], c["tpr"]) for c in deployed if c["set"] == name}
-        for name in membership.SETS
+        for name in scoring.SETS
     }
     plots.save(plots.roc({title: lines for title, lines in panels.items() if lines}), exp_dir / "mia_roc")
 
@@ -103,12 +103,12 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
 
 def pooled_rocs(results: Sequence[Mapping], key: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By attack the ROC of all users' records together; empty where nobody has the set."""
-    users = membership.in_set(results, name)
+    users = statistics.in_set(results, name)
     found = {}
-    for attack in membership.attacks_on(users) if users else ():
-        pairs = [membership.set_scores(user, key, attack, name) for user in users]
+    for attack in statistics.attacks_on(users) if users else ():
+        pairs = [statistics.set_scores(user, key, attack, name) for user in users]
         members, others = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-        found[attack] = membership.roc(members, others)
+        found[attack] = statistics.roc(members, others)
     return found
 
 
@@ -124,7 +124,7 @@ def attack_table(summary: Mapping[str, Any]) -> str:
     parts = {summary["method"]: summary["sets"], "sharers, unmerged": summary["sharers"]["sets"]}
     tables = [
         f"{SET_TITLES[name]} | attacked: {attacked} ({told(sets[name])})\n{aligned(set_rows(sets[name]))}"
-        for name in membership.SETS
+        for name in scoring.SETS
         for attacked, sets in parts.items()
         if name in sets
     ]

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prime.report import figures
-from prime.report import leakage
-from prime.attack import scoring as membership
-from prime.users import metrics
+from prime.attack import scoring
+from prime.report import figures, leakage
 from prime.report import table as report
 from prime.report.across import COMPARED, write_tasks_page
-from prime.runs.forms import EVALUATION, read_form_lines
 from prime.report.frontier import read_frontier
 from prime.report.table import Cell, Predictions, leading
-from prime.runs.run import read_results, read_settings, write_text
-from prime.users.tasks import Task, extract
 from prime.report.web import Shown, render, show
+from prime.runs.files import write_text
+from prime.runs.forms import EVALUATION, read_form_lines
+from prime.runs.run import read_results, read_settings
+from prime.users import metrics
+from prime.users.tasks import Task, extract
 
 OURS = report.REFERENCE
 EXAMPLES = 10
@@ -169,7 +169,7 @@ def attacked_sets(found: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     for attacked, part in parts:
         for name, one in part.get("sets", {}).items():
             sets.setdefault(name, {})[attacked] = one["attacks"]
-    return {name: sets[name] for name in membership.SETS if name in sets}
+    return {name: sets[name] for name in scoring.SETS if name in sets}
 
 
 def leakage_table(attacked: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
@@ -182,7 +182,7 @@ def leakage_table(attacked: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 def strongest(attacked: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Of each method the published attack, and the one with the largest AUROC."""
     return {
-        who: {name: by[name] for name in (membership.PUBLISHED_ATTACK, max(by, key=lambda n: by[n]["auroc"]["mean"]))}
+        who: {name: by[name] for name in (scoring.PUBLISHED_ATTACK, max(by, key=lambda n: by[n]["auroc"]["mean"]))}
         for who, by in attacked.items()
     }
 
@@ -251,7 +251,7 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
 
 
 def set_figure(name: str, attacked: Mapping[str, Mapping[str, Any]], folder: Path) -> Shown:
-    attack = membership.PUBLISHED_ATTACK
+    attack = scoring.PUBLISHED_ATTACK
     rows = [(who, by[attack]["auroc"], by[attack]["blind_auroc"]) for who, by in attacked.items()]
     return show(folder, f"leakage-{name}", f"The published attack, {name} set", figures.leakage(rows, attack))
 

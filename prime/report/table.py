@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prime.attack import scoring as membership
-from prime.users import metrics
+from prime.attack import scoring
 from prime.errors import InputError
-from prime.runs.forms import MIA_SUMMARY, read_form
-from prime.runs.run import read_results, read_settings, user_dirname, write_json, write_text
 from prime.report.tables import markdown
+from prime.runs.files import write_json, write_text
+from prime.runs.forms import MIA_SUMMARY, read_form
+from prime.runs.run import read_results, read_settings, user_dirname
+from prime.users import metrics
 from prime.users.tasks import Task
 
 # Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
@@ -189,10 +190,10 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         if not path.is_file():
             continue
         summary = read_form(path, MIA_SUMMARY)
-        attack = summary["attacks"].get(membership.PUBLISHED_ATTACK)
+        attack = summary["attacks"].get(scoring.PUBLISHED_ATTACK)
         if summary["method"] != method or attack is None:
             continue
-        held = summary.get("sets", {}).get("controlled", {}).get("attacks", {}).get(membership.PUBLISHED_ATTACK, {})
+        held = summary.get("sets", {}).get("controlled", {}).get("attacks", {}).get(scoring.PUBLISHED_ATTACK, {})
         found[method] = {
             "auroc": attack["auroc"], "blind_auroc": attack["blind_auroc"],
             "controlled_auroc": held.get("auroc"), "controlled_blind_auroc": held.get("blind_auroc"),
@@ -264,7 +265,7 @@ def summarise(
         "task": task.name,
         "rows": rows,
         "paired": paired,
-        "auroc_attack": f"{membership.PUBLISHED_ATTACK} (published: summed token loss), pooled over users; "
+        "auroc_attack": f"{scoring.PUBLISHED_ATTACK} (published: summed token loss), pooled over users; "
         f"rows {' and '.join(BLIND_ROWS)} are the blind baseline: the same attack on the task-adapted base. "
         "oppu merges nobody: its members are each user's own records, its non-members the other users'",
         "users": {method: {"present": n, "expected": len(expected)} for method, n in present.items()},

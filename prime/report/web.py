@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from prime.report import figures
-from prime.report import plots
+from prime.report import figures, plots
 
 
 class Shown(NamedTuple):

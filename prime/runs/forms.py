@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prime.users.data import kind_of, read_json, read_lines
 from prime.errors import InputError
+from prime.runs.files import kind_of, read_json, read_lines
 
 METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
 SETTING = re.compile(r"k\d{1,9}(-profile)?")

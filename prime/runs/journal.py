@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prime.runs.run import flush, make_folder, uninterrupted
+from prime.runs.files import flush, make_folder, uninterrupted
 
 
 class Journal:

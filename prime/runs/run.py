@@ -9,25 +9,22 @@
 Every file is written under a temporary name, flushed to disk and renamed, and its folder flushed, so a reader never
 sees half a file and a result that was seen survives a loss of power.
 """
-
 import hashlib
 import json
 import os
 import platform
 import re
-import signal
-import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prime.users.data import read_json
 from prime.errors import InputError
+from prime.runs.files import read_json, uninterrupted, write_json
 from prime.runs.forms import RESULT, SETTINGS, merge_problems, read_form
-from prime.runs.locks import claim, grab, hold, remove_abandoned, turn, unheld
+from prime.runs.locks import claim, hold, turn, unheld
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -48,115 +45,7 @@ def user_dirname(user_id: str) -> str:
     return f"user.{readable}.{digest}"
 
 
-def derive_seed(*parts: object) -> int:
-    """A 63-bit seed that is a function of its parts alone (run seed, user id, ...)."""
-    text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") >> 1
-
-
 # -- files ----------------------------------------------------------------------------------------------------------
-
-
-class _Stop:
-    """A signal that waits until the write in progress is done."""
-
-    depth = 0
-    pending = False
-
-
-def stop(signum: int, frame: object) -> None:
-    """Handler of SIGINT and SIGTERM: KeyboardInterrupt, but not in the middle of a write."""
-    if _Stop.depth:
-        _Stop.pending = True
-    else:
-        raise KeyboardInterrupt
-
-
-def stop_between_writes() -> None:
-    """Make SIGTERM (of SLURM, torchrun, docker) stop a run as Ctrl-C does, and both wait for a write in progress."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off the signals that `stop_between_writes` handles to the end of this block."""
-    _Stop.depth += 1
-    try:
-        yield
-    finally:
-        _Stop.depth -= 1
-    if _Stop.pending and not _Stop.depth:
-        _Stop.pending = False
-        raise KeyboardInterrupt
-
-
-def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def make_folder(path: Path) -> None:
-    """A folder with its parents, the new names flushed to disk."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        flush(path.parent)
-
-
-@contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; flushed to disk and renamed to `path` on success.
-
-    Raises:
-        OSError: what went wrong, with the name of the file; the old file is then as it was.
-    """
-    path = Path(path)
-    make_folder(path.parent)
-    _remove_abandoned(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        grab(handle)  # as long as it is held, `_remove_abandoned` of others leaves the file alone
-        yield temporary
-        with uninterrupted():
-            flush(temporary)
-            temporary.chmod(0o644)
-            temporary.replace(path)
-            flush(path.parent)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-    finally:
-        os.close(handle)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove temporary files of `path` whose writers died."""
-    for entry in list(os.scandir(path.parent)):
-        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
-            remove_abandoned(Path(entry.path))
-
-
-def write_bytes(path: Path | str, content: bytes) -> None:
-    """Write a file so that it is either the old one or the whole new one; signals wait until it is."""
-    with uninterrupted(), replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_text(path: Path | str, text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON atomically: one key a line, insertion order, NaN refused."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 # -- a run ----------------------------------------------------------------------------------------------------------

@@ -2,10 +2,11 @@
 
 `torchrun` and `accelerate launch` tell each process its rank; each begins with its share of the users, the costly ones
 first, and then helps the others. Nothing is sent between them: what is finished is told by result files, who works on
-what by claims (`prime.runs.locks`). So processes may come, die and come back at any time, and any others started by hand
+what by claims (`runs/locks.py`). So processes may come, die and come back at any time, and any others started by hand
 or by a scheduler on the same directory share the work as well.
 """
 
+import ctypes
 import os
 import signal
 import time
@@ -13,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple, TypeVar
 
-from prime.users.data import User
 from prime.errors import tell
 from prime.runs.locks import PATIENCE, POLL, holder
 from prime.runs.run import Run
@@ -45,6 +45,20 @@ def limit_threads() -> None:
         import torch
 
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
+ALWAYS_MAPPED = 32 << 20  # glibc gives blocks from this size back to the system at once (DEFAULT_MMAP_THRESHOLD_MAX)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep smaller blocks that are freed: the next pass takes them again, and every page that was given back
+    costs a fault, which is dear on a virtual machine. The heap's free end is kept up to 2 GiB.
+    """
+    with suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, ALWAYS_MAPPED)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def start_missing() -> list[int]:
@@ -91,12 +105,6 @@ def _argument(words: Sequence[str], name: str, default: int) -> int:
         if key.replace("-", "_") == name.replace("-", "_") and (value or following).isdecimal():
             return int(value or following)
     return default
-
-
-def user_cost(user: User, recent_k: int = 0) -> int:
-    """Characters to read for a user: the history that is used, and the queries."""
-    texts = [str(value) for item in user.profile[-recent_k:] for value in item.values()]
-    return 1 + sum(map(len, texts)) + sum(len(query.input) for query in user.queries)
 
 
 def shares(costs: Sequence[int], size: int) -> list[list[int]]:

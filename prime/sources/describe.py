@@ -12,12 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prime.users.data import User
 from prime.bank.decode import Progress, every_pair
+from prime.bank.sampling import Sampler
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
+from prime.users.data import User
 from prime.users.profiles import fit, whole_sentences
-from prime.bank.sampling import Sampler
 
 BASE = -1  # the bank's row without an adapter
 WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # of a repository of the hub

@@ -1,6 +1,6 @@
 """Official LaMP files to the files of data/README.md: who goes where, what is written, and the report of it.
 
-Reading is in `prime.sources.lamp`, telling people apart in `prime.sources.gather`, their histories in `prime.sources.histories`.
+Reading is in `lamp.py`, telling people apart in `gather.py`, their histories in `histories.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prime.users.data import PREPARING
 from prime.errors import InputError, harmless
+from prime.runs.files import flush, make_folder, uninterrupted, write_json
+from prime.runs.locks import claim
+from prime.seeds import derive_seed
 from prime.sources.gather import OVERLAP, gather, question_names
 from prime.sources.histories import Citations, Histories
 from prime.sources.lamp import UNUSABLE, Reader, Spool, Tally, find_parts
-from prime.runs.locks import claim
-from prime.runs.run import derive_seed, flush, make_folder, uninterrupted, write_json
+from prime.users.data import PREPARING
 from prime.users.tasks import Task
 
 # As the Per-Pcs authors name their files. The test users and the reserve's tenth are theirs, the other shares ours.

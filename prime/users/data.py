@@ -5,10 +5,7 @@ Everything is checked once, here; all problems of a file are told together, with
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError, harmless
+from prime.runs.files import Path_, kind_of, read_json
 from prime.users.tasks import Task, extract
-
-Path_ = str | os.PathLike[str]
 
 # Parsed, JSON takes five to twenty times its size in memory.
 DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
 PREPARING = ".prepare"  # within a task's folder: prepare_data.py at work; with its report in it, placing finished files
-JSON_BYTES = 256 << 20  # of any other JSON file
 
 
 @dataclass(frozen=True)
@@ -234,49 +229,6 @@ class _Checker:
             warnings.warn(harmless(f"{self.path}: {len(found)} {what}: {named}"), stacklevel=4)
 
 
-def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
-    """The content of a JSON file; whatever is wrong with it is an InputError that names the file.
-
-    Wrong are, beside broken JSON, a file of more than `limit` bytes, NaN and infinity (no JSON), and an object that
-    holds a key twice (the second would silently win).
-    """
-    try:
-        return json.loads(_text_of(Path(path), limit), parse_constant=_no_constant, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except RecursionError:
-        raise InputError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits, a key given twice, NaN
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-
-
-def _text_of(path: Path, limit: int) -> str:
-    """The text of a regular file of at most `limit` bytes; a pipe or device could be read for ever."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("not a regular file")
-    if found.st_size > limit:
-        raise ValueError(f"{found.st_size:,} bytes, above the limit of {limit:,} for such a file")
-    return path.read_text(encoding="utf-8-sig")
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"not JSON: {name}")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"an object holds the key {twice[:80]!r} more than once")
-    return found
-
-
 def _text(value: Any, what: str, problems: list[str]) -> str:
     """A text or number as text; the empty text is fine, real files hold it."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -292,20 +244,6 @@ def _text(value: Any, what: str, problems: list[str]) -> str:
     return text
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object per line; InputError naming the line that is none."""
-    found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {number}: not an object")
-        found.append(row)
-    return found
-
-
 def _field(row: dict[str, Any], name: str, where: str, problems: list[str]) -> str:
     if name not in row:
         problems.append(f"{where}: field '{name}' is missing")
@@ -317,16 +255,7 @@ def _is_index(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) < 10
 
 
-def kind_of(value: Any) -> str:
-    """A value's JSON type, for messages."""
-    return _KINDS.get(type(value), "null")
-
-
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    bool: "true or false",
-    int: "a number",
-    float: "a decimal number",
-}
+def user_cost(user: User, recent_k: int = 0) -> int:
+    """Characters to read for a user: the history that is used, and the queries."""
+    texts = [str(value) for item in user.profile[-recent_k:] for value in item.values()]
+    return 1 + sum(map(len, texts)) + sum(len(query.input) for query in user.queries)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from prime import cli
-from prime.users.data import User
 from prime.errors import InputError
 from prime.runs.forms import TRAINED, form_problems
+from prime.runs.run import read_settings
+from prime.seeds import derive_seed
+from prime.users.data import User
 from prime.users.prompts import Record, history_records
-from prime.runs.run import derive_seed, read_settings
 
 
 class Split(NamedTuple):

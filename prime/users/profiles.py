@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from prime.users.data import read_json
 from prime.errors import InputError
+from prime.runs.files import read_json
 from prime.users.prompts import TEMPLATES, history_texts, key_problems
 from prime.users.tasks import CHOICE, ERROR, Task
 

@@ -19,8 +19,9 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prime.users.data import Query, User, read_json
 from prime.errors import InputError
+from prime.runs.files import read_json
+from prime.users.data import Query, User
 from prime.users.retrieval import top_k
 from prime.users.tasks import MOVIE_TAGS, NEWS_CATEGORIES, Task, extract
 

@@ -118,3 +118,9 @@ def _fits(layer: nn.Linear) -> bool:
     weight, bias = layer.weight, layer.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return frozen and weight.numel() >= LEAST and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def place_of(module: nn.Module) -> torch.device:
+    """Where a layer computes: accelerate's hook brings an offloaded one's weight there."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return cast(Tensor, module.weight).device if place is None else torch.device(place)

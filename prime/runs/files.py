@@ -1,0 +1,193 @@
+"""Files in and out: JSON of bounded size, and writes that are whole or not there, which signals wait for."""
+import json
+import os
+import signal
+import stat
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prime.errors import InputError
+from prime.runs.locks import grab, remove_abandoned
+
+Path_ = str | os.PathLike[str]
+
+
+JSON_BYTES = 256 << 20  # of any other JSON file
+
+
+def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
+    """The content of a JSON file; whatever is wrong with it is an InputError that names the file.
+
+    Wrong are, beside broken JSON, a file of more than `limit` bytes, NaN and infinity (no JSON), and an object that
+    holds a key twice (the second would silently win).
+    """
+    try:
+        return json.loads(_text_of(Path(path), limit), parse_constant=_no_constant, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits, a key given twice, NaN
+        raise InputError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from None
+
+
+def _text_of(path: Path, limit: int) -> str:
+    """The text of a regular file of at most `limit` bytes; a pipe or device could be read for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a regular file")
+    if found.st_size > limit:
+        raise ValueError(f"{found.st_size:,} bytes, above the limit of {limit:,} for such a file")
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"not JSON: {name}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"an object holds the key {twice[:80]!r} more than once")
+    return found
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object per line; InputError naming the line that is none."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {number}: not an object")
+        found.append(row)
+    return found
+
+
+def kind_of(value: Any) -> str:
+    """A value's JSON type, for messages."""
+    return _KINDS.get(type(value), "null")
+
+
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    bool: "true or false",
+    int: "a number",
+    float: "a decimal number",
+}
+
+
+class _Stop:
+    """A signal that waits until the write in progress is done."""
+
+    depth = 0
+    pending = False
+
+
+def stop(signum: int, frame: object) -> None:
+    """Handler of SIGINT and SIGTERM: KeyboardInterrupt, but not in the middle of a write."""
+    if _Stop.depth:
+        _Stop.pending = True
+    else:
+        raise KeyboardInterrupt
+
+
+def stop_between_writes() -> None:
+    """Make SIGTERM (of SLURM, torchrun, docker) stop a run as Ctrl-C does, and both wait for a write in progress."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, stop)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off the signals that `stop_between_writes` handles to the end of this block."""
+    _Stop.depth += 1
+    try:
+        yield
+    finally:
+        _Stop.depth -= 1
+    if _Stop.pending and not _Stop.depth:
+        _Stop.pending = False
+        raise KeyboardInterrupt
+
+
+def flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def make_folder(path: Path) -> None:
+    """A folder with its parents, the new names flushed to disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush(path.parent)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; flushed to disk and renamed to `path` on success.
+
+    Raises:
+        OSError: what went wrong, with the name of the file; the old file is then as it was.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    _remove_abandoned(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        grab(handle)  # as long as it is held, `_remove_abandoned` of others leaves the file alone
+        yield temporary
+        with uninterrupted():
+            flush(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+            flush(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files of `path` whose writers died."""
+    for entry in list(os.scandir(path.parent)):
+        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
+            remove_abandoned(Path(entry.path))
+
+
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file so that it is either the old one or the whole new one; signals wait until it is."""
+    with uninterrupted(), replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write JSON atomically: one key a line, insertion order, NaN refused."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
