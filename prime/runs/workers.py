@@ -10,14 +10,21 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from prime.errors import tell
 from prime.runs.locks import PATIENCE, POLL, holder
 from prime.runs.run import Run
 
+
+class HasId(Protocol):
+    @property
+    def user_id(self) -> str: ...
+
+
+User = TypeVar("User", bound=HasId)
 Unit = TypeVar("Unit")
 
 
@@ -165,6 +172,38 @@ def share(
                 _tell(run, [name for unit in held for name in ids(unit)])
             time.sleep(POLL)
         waiting = held
+
+
+def open_users(users: Sequence[User], indices: Iterable[int], done: Callable[[str], bool]) -> list[tuple[int, User]]:
+    """(index, user) of the users at `indices` that are not finished."""
+    return [(index, users[index]) for index in indices if not done(users[index].user_id)]
+
+
+def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -> list[Sequence[User]]:
+    """Users in groups of `size` (0: all in one group), without the groups whose users are all finished.
+
+    The groups do not depend on what is finished, so an interrupted run ends with the same bytes as an unbroken one.
+    """
+    size = size or len(users)
+    groups = [users[start : start + size] for start in range(0, len(users), size)]
+    return [group for group in groups if not all(done(user.user_id) for user in group)]
+
+
+def share_users(
+    run: Run, todo: Sequence[tuple[int, User]], cost: Callable[[User], int], others: Sequence[Run] = ()
+) -> Iterator[tuple[int, User]]:
+    """The (index, user) of `todo` that no other process works on, each claimed while the caller works on it.
+
+    Args:
+        cost: estimate of a user's work, in any measure.
+        others: further runs in which the same work finishes the user.
+    """
+    return share(run, todo, lambda unit: [unit[1].user_id], lambda unit: cost(unit[1]), others)
+
+
+def share_groups(run: Run, groups: Sequence[Sequence[User]], cost: Callable[[User], int]) -> Iterator[Sequence[User]]:
+    """The same for groups of users that are trained together; `cost` is that of one user."""
+    return share(run, groups, lambda group: [user.user_id for user in group], lambda group: sum(map(cost, group)))
 
 
 def _finished(runs: Sequence[Run], names: Sequence[str]) -> bool:
