@@ -20,8 +20,8 @@ from prime.runs.locks import claim
 from prime.sources import prepare as prepare_module
 from prime.sources.gather import Similar
 from prime.sources.lamp import Spool, date_key, id_order, strictly_before
-from prime.sources.prepare import FILES, LABELS, REPORT, Shares, share_out
-from prime.users.data import load_labels, load_users
+from prime.sources.prepare import FILES, REPORT, Shares, share_out
+from prime.users.data import LABEL_FILE, load_labels, load_users
 from prime.users.tasks import TASKS, extract
 
 EVERY = pytest.mark.parametrize("task", list(TASKS))
@@ -62,7 +62,7 @@ def users_of(target: Path) -> dict[str, dict]:
 
 
 def contents(target: Path) -> dict[str, bytes]:
-    return {name: (target / name).read_bytes() for name in (*FILES.values(), LABELS)}
+    return {name: (target / name).read_bytes() for name in (*FILES.values(), LABEL_FILE)}
 
 
 # -- the files, for every task and split --------------------------------------------------------------------------
@@ -80,9 +80,9 @@ def test_files_keep_the_contract_and_load_without_a_warning(task: str, split: st
             for which, name in FILES.items()
         }
     assert all(loaded.values()) and len(loaded["test"]) == 3
-    golds = load_labels(target / LABELS)
+    golds = load_labels(target / LABEL_FILE)
     assert golds == {query.id: query.gold for user in loaded["test"] for query in user.queries}
-    assert read(target / LABELS)["task"] == TASKS[task].lamp
+    assert read(target / LABEL_FILE)["task"] == TASKS[task].lamp
     everybody = [user for users in loaded.values() for user in users]
     assert len(everybody) == len(users_of(target)) == 12
     official = {str(q["id"]): q["input"] for part in made.questions.values() for q in part}
@@ -616,7 +616,7 @@ def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
     monkeypatch.setattr(prepare_module.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         convert(made, tmp_path / "part")
-    assert REPORT not in moved and moved == [Path(name).name for name in (*FILES.values(), LABELS)][:place]
+    assert REPORT not in moved and moved == [Path(name).name for name in (*FILES.values(), LABEL_FILE)][:place]
     monkeypatch.undo()
     for name in FILES.values():
         with pytest.raises(InputError, match=f"{name}: prepare_data.py was stopped while it placed"):

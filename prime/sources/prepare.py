@@ -23,19 +23,18 @@ from prime.seeds import derive_seed
 from prime.sources.gather import OVERLAP, gather, question_names
 from prime.sources.histories import Citations, Histories
 from prime.sources.lamp import UNUSABLE, Reader, Spool, Tally, find_parts
-from prime.users.data import PREPARING
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, LABEL_FILE, PREPARING, TEST_FILE
 from prime.users.tasks import Task
 
-# As the Per-Pcs authors name their files. The test users and the reserve's tenth are theirs, the other shares ours.
 FILES = {
-    "base": "user_base_LLM.json",
-    "candidates": "user_anchor_candidate.json",
+    "base": BASE_FILE,
+    "candidates": CANDIDATE_FILE,
     "reserve": "user_reserve_10_percent.json",
-    "test": "test_100/user_test_100.json",
+    "test": TEST_FILE,
 }
-LABELS = "test_100/user_test_100_label.json"
 REPORT = "prepare_report.json"
 WORK = PREPARING  # folder of a conversion under way, within the output's
+# The test users and the reserve's tenth are the Per-Pcs authors' choice, the other shares ours.
 TEST_USERS, BASE_SHARE, RESERVE_SHARE = 100, 0.4, 0.1
 
 Bar = Callable[[int, str, str], AbstractContextManager[Any]]  # (total, what, unit), with update(n): `prime.cli.bar`
@@ -200,7 +199,7 @@ def _publish(folder: Path, target: Path) -> None:
     (`prime.users.data.load_users`), and the next conversion goes on here.
     """
     with uninterrupted():
-        for name in (*FILES.values(), LABELS, REPORT):
+        for name in (*FILES.values(), LABEL_FILE, REPORT):
             if (folder / name).exists():  # not placed before a crash
                 make_folder((target / name).parent)
                 os.replace(folder / name, target / name)
@@ -242,7 +241,7 @@ def _convert(
             for user_id in chosen["test"]
             for query in users.read(user_id)["query"]
         ]
-    write_json(folder / LABELS, {"task": task.lamp, "golds": golds})
+    write_json(folder / LABEL_FILE, {"task": task.lamp, "golds": golds})
     counts = {what: number for what, number in reader.tally.counts.items() if number}
     report = {"task": task.name, **about, "files": files, "counts": counts, "named": reader.tally.named}
     report |= {"options": asdict(options), "read": sizes}

@@ -19,6 +19,14 @@ from prime.users.tasks import Task, extract
 
 # Parsed, JSON takes five to twenty times its size in memory.
 DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
+
+# Names of a task's files within its folder, as the Per-Pcs authors chose them; data/README.md has their schema.
+BASE_FILE = "user_base_LLM.json"
+CANDIDATE_FILE = "user_anchor_candidate.json"
+TEST_FILE = "test_100/user_test_100.json"
+LABEL_FILE = "test_100/user_test_100_label.json"
+PROFILE_FILE = "profile-id2text.json"
+
 PREPARING = ".prepare"  # within a task's folder: prepare_data.py at work; with its report in it, placing finished files
 
 
