@@ -7,7 +7,6 @@ from statistics import median
 from unittest.mock import Mock
 
 import pytest
-import torch
 
 import lora_composition_evo
 import train_anchor_peft
@@ -21,7 +20,6 @@ from benchmarks import (
     measuring,
     membership,
     merge,
-    plan,
     privacy,
     products,
     seeds,
@@ -33,7 +31,6 @@ from benchmarks import (
 )
 from benchmarks.shapes import Shares
 from prime import cli
-from prime.merging.anchors import save_selection
 from prime.users.data import User, load_labels
 from prime.users.metrics import METRICS, sum_stats
 from prime.users.prompts import Record
@@ -228,28 +225,6 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
     assert all(own["peak_mb"] > 0 and own["work_seconds"] > 0 for own in found["stages"].values())
     assert (tmp_path / "tiny/run/merged/mia_summary.json").is_file()
     assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
-
-
-@pytest.mark.slow
-def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The run in this process, whose peak is that of all tests, the plan in its own: this one's heap has room that the
-    bound would find and the expectation would not. The figures are there and follow from each other."""
-    alone = plan.in_process
-
-    def in_process(kind: str, words: list[str], threads: int) -> dict[str, float]:
-        return alone(kind, words, threads) if kind == "plan" else plan.child(kind, words)
-
-    monkeypatch.setattr(plan, "in_process", in_process)
-    monkeypatch.setitem(plan.SHORT, "search", ["--recent_k", "2", "--opt_budget", "5", "--k_list", ""])
-    monkeypatch.setitem(plan.SHORT, "training", ["--recent_k", "2", "--user_idxs", "0-2"])
-    save_selection(tmp_path / "anchor_selection", torch.rand(30, 4), torch.rand(24, 4), list(range(5)))
-    plan.main(["--shapes", "tiny", "--demo_dir", str(tmp_path), "--work_dir", str(tmp_path / "work")])
-    found = last_line(capsys)
-    assert list(found) == ["tiny, search", "tiny, training"]
-    for own in found.values():
-        assert own["bound"] >= own["expected"] >= own["before"] > 0 and own["measured"] > 0
-        assert own["bound_over_measured"] == pytest.approx(own["bound"] / own["measured"], abs=2e-3)
-    assert (tmp_path / "work/tiny/search/users").is_dir()
 
 
 def test_convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

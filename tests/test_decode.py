@@ -9,7 +9,18 @@ from transformers import DynamicCache
 
 from prime.bank.bank import AdapterBank
 from prime.bank.cache import RoomyCache
-from prime.bank.decode import MIN_PREFIX, Counts, _Batch, decode, every_pair, prefix_groups, score
+from prime.bank.decode import (
+    MIN_PREFIX,
+    Counts,
+    _Batch,
+    batch_tokens,
+    cache_bytes,
+    decode,
+    every_pair,
+    prefix_groups,
+    score,
+    waiting_tokens,
+)
 from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
 from prime.bank.lora import RULES, merge
 from prime.bank.sampling import Sampler
@@ -477,3 +488,11 @@ def test_cache_keeps_rows_and_appends_as_transformers_own_does() -> None:
         theirs.batch_select_indices(torch.tensor([place[row] for row in sorted(rows)]))
         place = {row: i for i, row in enumerate(sorted(rows))}
     feed(1)
+
+
+def test_batch_sizes_are_a_function_of_model_and_device() -> None:
+    config = tiny.model().config
+    assert batch_tokens(config, 0, None) == 1536
+    assert batch_tokens(config, 0, 80 << 30) == 16_384 > batch_tokens(config, 80 << 30, 80 << 30) == 1536
+    assert cache_bytes(config, 4) == 2 * 2 * 2 * 16 * 4
+    assert waiting_tokens(config, 1000, on_cpu=False) == 4000 < waiting_tokens(config, 1000, on_cpu=True) == 16_000

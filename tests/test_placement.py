@@ -17,7 +17,6 @@ from prime.bank.sampling import Sampler
 from prime.checkpoints import placement
 from prime.checkpoints.loading import load_model
 from prime.checkpoints.peft import save_adapter
-from prime.checkpoints.rehearsal import Rehearsal
 from prime.errors import InputError
 from prime.merging.gates import Gates, compose
 from tests import meta_world, tiny
@@ -164,9 +163,3 @@ def test_training_stages_refuse(stage: str, capsys: pytest.CaptureFixture[str]) 
         world.script(stage).build_parser().parse_args(WORDS)
     assert stopped.value.code == 2
     assert "a stage that trains keeps its model on one device" in capsys.readouterr().err
-
-
-def test_the_plan_tells_the_map(saved: Path) -> None:
-    args = world.script("lora_composition").build_parser().parse_args([*WORDS, "--llama_model_path", str(saved)])
-    told = "auto: free memory of all devices together, each has a part of the peak"
-    assert f"device map                       {told}\n" in Rehearsal(args).plan.text()

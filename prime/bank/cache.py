@@ -75,10 +75,6 @@ class RoomyLayer(DynamicLayer):
     def _show(self, rows: int, tokens: int) -> None:
         self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self.buffers)
 
-    def grow(self, room: int) -> None:
-        """Make room for `room` more tokens."""
-        self._allocate(self.held(), room)
-
     def select(self, order: Sequence[int]) -> None:
         """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
         keys, _ = self.held()
@@ -126,15 +122,6 @@ class RoomyCache(Cache):
                 layer.join([pairs[place] for place in filled], [selection[place] for place in filled], room)
                 whole.layers.append(layer)
         return wholes
-
-    def grow(self, room: int) -> None:
-        """Make room for `room` more tokens in every layer."""
-        for layer in self._roomy():
-            layer.grow(room)
-
-    def bytes(self) -> int:
-        """Memory of all buffers, the room in them included."""
-        return sum(buffer.numel() * buffer.element_size() for layer in self._roomy() for buffer in layer.buffers)
 
     def _roomy(self) -> list[RoomyLayer]:
         return cast(list[RoomyLayer], self.layers)

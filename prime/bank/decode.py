@@ -9,7 +9,6 @@ have proved right so far; finished rows leave the batch at once.
 Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads.
 """
 import math
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before t
 CPU_WAITING_BUDGETS, CPU_WAITING_BYTES = 16, 2**29
 WORTH = 4  # tokens fed beside others that cost as much as a step of one token (a CPU at 30m: 4 to 5)
 TRUSTED = 8  # drafts that count as right before any was tried
-REHEARSED_JOINS = 4  # batches of waiting rows that a plan goes through
 CPU_BATCH_TOKENS = 1536  # about 1,500 beat 4,000 and 8,000 on a CPU: larger batches fall out of its cache
 
 
@@ -548,65 +546,3 @@ def prefix_groups(texts: Mapping[int, Tokens]) -> list[tuple[list[int], int]]:
 def _common(a: Tokens, b: Tokens) -> int:
     limit = min(len(a), len(b)) - 1
     return next((place for place in range(limit) if a[place] != b[place]), max(limit, 0))
-
-
-# -- what decoding needs --------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def rehearse(
-    bank: AdapterBank,
-    records: Sequence[EncodedRecord],
-    adapters: int,
-    limit: int,
-    budget: int,
-    most: int,
-    choose: Callable[[Tensor], object],
-    ending: float = 0.0,
-) -> int:
-    """The passes of `decode` in which memory peaks, on tensors without data (`prime.checkpoints.plan`).
-
-    Args:
-        records: prompts; their targets are the drafts.
-        adapters: number of adapters that answer each prompt.
-        limit: new tokens of an answer; 0: the passes of `score`.
-        budget: tokens per forward pass.
-        most: tokens that wait, see `waiting_tokens`.
-        choose: called with logits `[m, v]`, as a sampler would be.
-        ending: share of the rows that end in their first pass; the others go to their limit.
-
-    Returns:
-        Bytes of all caches at their largest.
-    """
-    known = _Drafts(len(records), [[record.target[:-1]] for record in records])
-    pairs = every_pair(range(adapters), len(records))
-    guessed = limit - 1 if limit else max(len(record.target) for record in records)
-    waiting: list[_Batch] = []
-    dice = random.Random(0)
-    largest = joins = 0
-    for batch in _batches(bank, [r.ids for r in records], pairs, known, limit, budget, [0] * len(records)):
-        guesses = [known.guess(row, guessed) for row in batch.rows]
-        logits = batch.feed([row.suffix for row in batch.rows], guesses)
-        if limit:
-            choose(logits.flatten(0, 1))
-            batch.accept(torch.zeros(len(batch.rows), dtype=torch.long, device=bank.device), max(map(len, guesses)))
-            largest = max(largest, batch.cache.bytes() + sum(one.cache.bytes() for one in waiting))
-            batch.keep([place for place in range(len(batch.rows)) if dice.random() >= ending])
-            waiting += [batch] if batch.rows else []
-        largest = max(largest, batch.cache.bytes())
-        if sum(len(one.rows) * one.mask.shape[1] for one in waiting) > most:
-            largest, joins, waiting = max(largest, _rehearse_steps(waiting, limit, choose)), joins + 1, []
-            if joins == REHEARSED_JOINS:
-                break
-    return max(largest, _rehearse_steps(waiting, limit, choose))
-
-
-def _rehearse_steps(waiting: list[_Batch], limit: int, choose: Callable[[Tensor], object]) -> int:
-    """One step of one token, and the memory of the last one; returns the bytes of the cache."""
-    if not waiting or limit == 1:
-        return 0
-    whole = _Batch.join(waiting)
-    waiting.clear()
-    choose(whole.feed([(0,)] * len(whole.rows), [()] * len(whole.rows)).flatten(0, 1))
-    whole.cache.grow(limit - 2)
-    return whole.cache.bytes()

@@ -14,7 +14,6 @@ import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -27,7 +26,6 @@ from prime.errors import InputError
 from prime.seeds import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
-REHEARSED = 6  # passes of a step that a plan goes through
 
 # For the adapters of a batch's rows, what stands in front of their factor pairs: `prime.merging.gates.Gates.scaler`.
 Scalers = Callable[[list[int]], InputScaler]
@@ -302,37 +300,6 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
     for grad in grads:
         grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
     return norms
-
-
-def heaviest_step(learners: Sequence[Learner], settings: TrainSettings, max_batch_tokens: int = 0) -> list[list[_Row]]:
-    """The passes of the step that has the largest one, at most REHEARSED of them, that one included."""
-    steps = zip_longest(*(learner.batches(settings) for learner in learners), fillvalue=())
-    parts = []
-    for number, batches in enumerate(steps):
-        rows = [row for i, own in enumerate(batches) for row in _rows(i, learners[i], number, own)]
-        parts.append(list(_by_length(rows, max_batch_tokens or TRAIN_BATCH_TOKENS)))
-
-    def size(part: list[_Row]) -> int:
-        return len(part) * part[-1].length
-
-    heaviest = max(parts, key=lambda step: max(map(size, step), default=0), default=[])
-    return sorted(sorted(heaviest, key=size)[-REHEARSED:], key=lambda part: part[-1].length)
-
-
-def rehearse(
-    bank: AdapterBank, parts: Sequence[list[_Row]], settings: TrainSettings, stacks: Sequence[Tensor] | None = None,
-    scalers: Scalers | None = None,
-) -> None:  # fmt: skip
-    """The passes of a step (`heaviest_step`) on tensors without data, for `--plan`; arguments as in `train`."""
-    trained = bank.parameters() if stacks is None else list(stacks)
-    moments = [torch.zeros_like(stack) for stack in trained for _ in range(2)]  # AdamW's
-    with bank.checkpointing(settings.gradient_checkpointing):
-        for part in parts:
-            row_losses(bank, part, settings.dropout, scalers).sum().backward()
-    clip_by_adapter(trained, settings.clip)
-    for stack in trained:
-        stack.grad = None
-    del moments
 
 
 class _Optimizer:
