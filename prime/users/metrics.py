@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,14 @@ LIMIT = 1e6  # a larger "score" is a runaway text of digits, no answer
 
 Labels = Sequence[str] | None
 Finish = Callable[[np.ndarray], np.ndarray]
-Interval = tuple[float, float, float]
+
+
+class Interval(NamedTuple):
+    """A score and its 95 % interval; `_asdict()` is how tables hold it."""
+
+    mean: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -48,23 +55,27 @@ def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], labels
 
 
 def bootstrap(stats_by_user: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0) -> Interval:
-    """(score of all users [u, s], low, high): 95 % percentile interval from resampling users (Efron 1979)."""
-    sums = _resample(np.asarray(stats_by_user, dtype=float), n, seed)
-    return _interval(finish(np.asarray(stats_by_user, dtype=float).sum(0)), finish(sums))
+    """The score of all users [u, s], with its interval from `n` resamples of users (Efron 1979)."""
+    stats = np.asarray(stats_by_user, dtype=float)
+    return percentile_interval(finish(stats.sum(0)), finish(_resampled_sums(stats, n, seed)))
 
 
 def paired_bootstrap(
     stats_a: np.ndarray, stats_b: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0
 ) -> Interval:
-    """(score of a - score of b, low, high) of two methods on the same users, resampled together."""
+    """Score of a minus score of b of two methods on the same users [u, s], which are resampled together.
+
+    Raises:
+        ValueError: the two are of different shapes.
+    """
     a, b = np.asarray(stats_a, dtype=float), np.asarray(stats_b, dtype=float)
     if a.shape != b.shape:
         raise ValueError(f"paired statistics of shapes {a.shape} and {b.shape}")
-    differences = finish(_resample(a, n, seed)) - finish(_resample(b, n, seed))
-    return _interval(finish(a.sum(0)) - finish(b.sum(0)), differences)
+    differences = finish(_resampled_sums(a, n, seed)) - finish(_resampled_sums(b, n, seed))
+    return percentile_interval(finish(a.sum(0)) - finish(b.sum(0)), differences)
 
 
-def _resample(stats_by_user: np.ndarray, n: int, seed: int) -> np.ndarray:
+def _resampled_sums(stats_by_user: np.ndarray, n: int, seed: int) -> np.ndarray:
     """[n, s] sums over users drawn with replacement; the draw depends on seed and number of users only."""
     users = len(stats_by_user)
     if users == 0:
@@ -73,12 +84,13 @@ def _resample(stats_by_user: np.ndarray, n: int, seed: int) -> np.ndarray:
     return drawn @ stats_by_user
 
 
-def _interval(point: np.ndarray, values: np.ndarray) -> Interval:
-    values = values[~np.isnan(values)]  # resamples of users without samples
-    if len(values) == 0:
-        return float(point), math.nan, math.nan
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(point), float(low), float(high)
+def percentile_interval(point: float | np.ndarray, resampled: np.ndarray) -> Interval:
+    """A point estimate with the central 95 % of its resamples [n]; those that are NaN do not count."""
+    known = resampled[~np.isnan(resampled)]  # a resample may hold only users without samples
+    if len(known) == 0:
+        return Interval(float(point), math.nan, math.nan)
+    low, high = np.percentile(known, [2.5, 97.5])
+    return Interval(float(point), float(low), float(high))
 
 
 def _accuracy_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
