@@ -52,7 +52,6 @@ from prime.merging.evolution import (
 )
 from prime.merging.optimizer import optimizer_name
 from prime.merging.sharers import Pool, add_selection, load_pool
-from prime.runs.journal import Journal
 from prime.runs.penalties import alone, open_runs, shared_evaluations, sharing_text
 from prime.runs.run import Run
 from prime.seeds import derive_seed
@@ -110,7 +109,7 @@ def work_on(
     sharers, adapters = pool.sharers(index), pool.adapters(index)
     engine.bank.load(adapters)
     logs = [run.user_dir(user.user_id) / "evaluations.jsonl" for run in runs]
-    journal = Journal(runs[-1].journal_path(user.user_id))  # of the run that is finished last
+    journal = runs[-1].journal([user.user_id])  # of the run that is finished last
     found = search_user(args, texts, engine, user, len(sharers), logs, journal, progress)
     single = found[0][1 : 1 + len(sharers)]
     leading = best_sharer(found[0], len(sharers))

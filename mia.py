@@ -51,7 +51,8 @@ from prime.checkpoints import plan
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.report.leakage import attack_table, write_attacks
-from prime.runs.run import Run, read_json, read_settings
+from prime.runs.files import read_json
+from prime.runs.run import Run, read_settings
 from prime.runs.workers import share
 
 # No attack depends on the gates or on what else is attacked, and the results lie in the experiment's own folder.

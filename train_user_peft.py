@@ -37,7 +37,6 @@ from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
 from prime.merging.deploy import PERSONAL
 from prime.merging.sharers import Pool, add_selection, load_pool
-from prime.runs.files import read_json, write_json
 from prime.runs.run import Run
 from prime.seeds import derive_seed
 from prime.users.data import User, select
@@ -137,14 +136,12 @@ def finish_group(
     group: Sequence[tuple[int, User]],
 ) -> None:  # fmt: skip
     """Train a group of test users, or go on where that is done, and predict for those who are not finished."""
-    trained = run.record_path([user.user_id for _, user in group]).with_suffix(".trained")
-    if not trained.exists():
-        write_json(trained, learn_group(args, texts, engine, run, pool, group))
-    results = read_json(trained)
+    journal = run.journal([user.user_id for _, user in group])
+    results = journal.call("trained", partial(learn_group, args, texts, engine, run, pool, group))
     engine.bank.load([load_adapter(run.user_dir(user.user_id) / PERSONAL) for _, user in group])
     todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
     cli.for_each(todo, len(todo), partial(predict_user, args, texts, engine, run, results))
-    trained.unlink(missing_ok=True)  # another process tidies it away once its last user is finished
+    journal.drop()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,10 +28,7 @@ import kills
 from benchmarks import demo_runs
 from prime import cli
 
-LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "--standalone", "--nproc_per_node"),
-    "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes"),
-}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,7 +37,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
     parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
     parser.add_argument("--opt_budget", type=cli.positive, default=10, help="candidates of a search: how long it is")
-    parser.add_argument("--launcher", choices=tuple(LAUNCHERS), default="torchrun", help="of several processes")
     parser.add_argument("--demo_dir", help="folder of a task's finished stages 1 to 3; default: made by reproduce.sh")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="where stages 1 to 3 are made")
     return parser
@@ -50,7 +46,7 @@ def command(args: argparse.Namespace, demo: Path, processes: int, output: Path) 
     """Stage 4; one process is started without a launcher."""
     words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.stage_words(args.task, 0, demo)]
     words += ["--user_idxs", f"0-{args.users}", "--opt_budget", str(args.opt_budget), "--output_dir", str(output)]
-    launcher = ["-m", *LAUNCHERS[args.launcher], str(processes)] if processes > 1 else []
+    launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, *words]
 
 
@@ -87,8 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         own["work_speedup"] = round(runs[1]["work_seconds"] / own["work_seconds"], 3)
         own["cpu_over_one"] = round(own["cpu_seconds"] / runs[1]["cpu_seconds"], 3)
     equal = all(not kills.differing(own, files[1]) for own in files.values())
-    about = {"task": args.task, "users": args.users, "launcher": args.launcher}
-    about |= {"cores": os.cpu_count(), "threads_each": 1}
+    about = {"task": args.task, "users": args.users, "cores": os.cpu_count(), "threads_each": 1}
     about["peak_mb_of_a_process"] = round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)  # KB on Linux
     print(json.dumps(about | {"files_equal": equal, "processes": runs}))
 

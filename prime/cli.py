@@ -17,7 +17,7 @@ from tqdm import tqdm
 from prime.errors import InputError, tell
 from prime.runs.files import stop_between_writes
 from prime.runs.run import Run
-from prime.runs.workers import keep_freed_memory, limit_threads, share, start_missing, wait_for, world
+from prime.runs.workers import keep_freed_memory, limit_threads, share, world
 from prime.users.data import User, load_profiles, load_users, select_indices, user_cost
 from prime.users.prompts import RECENT_K, load_templates
 from prime.users.tasks import TASKS, Task, get_task
@@ -381,15 +381,13 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     Of several processes the first alone tells its results.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    started = start_missing()
     stop_between_writes()
     limit_threads()
     keep_freed_memory()
-    name, whole = Path(sys.argv[0]).name, False
+    name = Path(sys.argv[0]).name
     try:
         with open(os.devnull, "w") if world().rank else nullcontext(sys.stdout) as output, redirect_stdout(output):
             main(None)
-        whole = True
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -400,5 +398,3 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     except KeyboardInterrupt:
         tell(f"{name}: stopped; run the same command again to go on")
         sys.exit(130)
-    finally:
-        wait_for(started, stop=not whole)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prime.runs.journal import Journal
+from prime.runs.journal import Journal, users_of
 
 
 def compute(journal: Journal, counted: list[int], calls: int = 5, shift: int = 0) -> list[list[float]]:
@@ -24,7 +24,7 @@ def compute(journal: Journal, counted: list[int], calls: int = 5, shift: int = 0
 
 
 def without_seconds(path: Path) -> list[dict]:
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    _, *entries = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
 
 
@@ -38,7 +38,7 @@ def test_cut_off_at_any_byte_it_goes_on_as_if_never_stopped(tmp_path: Path) -> N
         path.write_bytes(content[:size])
         counted: list[int] = []
         assert compute(Journal(path), counted) == expected  # exact floats
-        assert counted == list(range(sum(end <= size for end in ends), 5))
+        assert counted == list(range(sum(end <= size for end in ends[1:]), 5))
         assert without_seconds(path) == without_seconds(whole)
 
 
@@ -47,7 +47,7 @@ def test_a_whole_journal_answers_everything_and_tells_the_seconds_it_spared(tmp_
     expected, counted = compute(Journal(path), []), []
     before, journal = path.read_bytes(), Journal(path)
     assert compute(journal, counted) == expected and counted == [] and path.read_bytes() == before
-    assert journal.spared == pytest.approx(sum(json.loads(line)["seconds"] for line in before.splitlines()))
+    assert journal.spared == pytest.approx(sum(json.loads(line)["seconds"] for line in before.splitlines()[1:]))
 
 
 def test_other_questions_are_computed_and_replace_what_was_recorded(tmp_path: Path) -> None:
@@ -64,9 +64,37 @@ def test_nothing_behind_a_spoilt_line_is_believed(tmp_path: Path, spoil: Callabl
     path = tmp_path / "j.jsonl"
     expected = compute(Journal(path), [])
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:2], spoil(lines[2]), *lines[3:]]))
+    path.write_bytes(b"".join([*lines[:3], spoil(lines[3]), *lines[4:]]))
     counted: list[int] = []
     assert compute(Journal(path), counted) == expected and counted == [2, 3, 4]
+
+
+def test_a_journal_names_its_users_and_answers_for_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    expected = compute(Journal(path, ["7", "\ud800"]), [])
+    assert users_of(path) == ["7", "\ud800"]
+    counted: list[int] = []
+    assert compute(Journal(path, ["7"]), counted) == expected and counted == [0, 1, 2, 3, 4]
+    assert users_of(path) == ["7"]
+
+
+@pytest.mark.parametrize("head", [b"", b'{"users": ["7"', b"[]\n", b'{"users": [7]}\n', b"[" * 100_000])
+def test_a_file_without_a_whole_first_line_names_nobody(tmp_path: Path, head: bytes) -> None:
+    path = tmp_path / "j.jsonl"
+    path.write_bytes(head)
+    assert users_of(path) == [] == users_of(tmp_path / "not there")
+    compute(Journal(path, ["7"]), [])
+    assert users_of(path) == ["7"]
+
+
+def test_only_the_next_call_is_known_to_be_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    first = Journal(path)
+    assert first.call("a", lambda: 1) == 1 and first.call("b", lambda: 2) == 2 and first.recorded("b") is None
+    again = Journal(path)
+    assert again.recorded("b") is None and again.recorded("a") == 1
+    again.call("a", int)
+    assert again.recorded("b") == 2 == again.call("b", int)
 
 
 def test_a_dropped_journal_is_gone(tmp_path: Path) -> None:

@@ -92,22 +92,20 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from prime import cli
-from prime.runs import run as runs
+from prime.runs.files import write_text
 def main(_):
     name = "-".join(os.environ.get(key, "none") for key in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"))
-    runs.write_text(Path("ranks") / name, " ".join(sys.argv[1:]))
+    write_text(Path("ranks") / name, " ".join(sys.argv[1:]))
 cli.run(main)
 """
 
 
-def test_accelerate_starts_the_processes_it_is_asked_for(tmp_path: Path) -> None:
-    """On a CPU it starts one only, and that one the others."""
+def test_torchrun_starts_a_stage_as_processes_with_ranks(tmp_path: Path) -> None:
     script = tmp_path / "stage.py"
     script.write_text(ASKED.format(root=str(world.ROOT)))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    words = [*launcher, str(script), "--k", "3"]
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(words, cwd=tmp_path, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS")}
+    done = subprocess.run([*launcher, str(script), "--k", "3"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = {path.name: path.read_text() for path in (tmp_path / "ranks").iterdir()}
     assert found == {"0-2-1": "--k 3", "1-2-1": "--k 3"}

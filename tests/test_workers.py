@@ -194,19 +194,29 @@ def test_a_killed_process_loses_only_its_unfinished_user(tmp_path: Path) -> None
     assert f"waiting for user 7: process {lost.pid} on " in told and other.returncode == 0
 
 
+@pytest.mark.parametrize("finished", [0, 1, 2])
 def test_a_group_whose_results_were_cut_off_is_finished_and_not_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
 ) -> None:
     ids = ["a", "b", "c"]
     results = [{"user_id": name, "index": place, "seconds": {"train": 1.0}} for place, name in enumerate(ids)]
     run = Run(tmp_path, "stage", "method", {})
+    finish = Run.finish
+
+    def cut_off(self: Run, name: str, result: dict) -> None:
+        if name == ids[finished]:
+            raise KeyboardInterrupt
+        finish(self, name, result)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "finish", lambda self, name, result: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Run, "finish", cut_off)
         with pytest.raises(KeyboardInterrupt):
             run.finish_all(results)
-    run.finish("a", results[0])
+    assert [run.done(name) for name in ids] == [place < finished for place in range(3)]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("users/*/*")}
     again = Run(tmp_path, "stage", "method", {})
     assert list(workers.share(again, [ids], list, len)) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
     assert runs.read_results(tmp_path) == results and not (tmp_path / "working").exists()
 
 
@@ -225,15 +235,17 @@ def test_users_finished_in_one_of_several_runs_are_still_to_do(tmp_path: Path) -
 def test_what_is_left_of_finished_users_is_removed(tmp_path: Path) -> None:
     run = Run(tmp_path, "stage", "method", {})
     for name in ("A/7", "8"):
-        run.working.mkdir(exist_ok=True)
-        run.journal_path(name).write_text("x")
-        run.record_path(["1", name]).write_text("[]")
+        for users in ([name], ["1", name], [name, "1"]):
+            run.journal(users).call("question", int)
         run.lock_path(name).write_text("process 1 on nowhere\n")
+    (run.working / "torn.jsonl").write_text('{"users": ["A/')
     run.finish("A/7", {"user_id": "A/7", "index": 0})
     Run(tmp_path, "stage", "method", {})
-    assert sorted(path.name for path in run.working.iterdir()) == sorted(
-        path.name for path in (run.journal_path("8"), run.record_path(["1", "8"]))
-    )
+    assert len(list(run.working.iterdir())) == 6  # not the lock files, and the journal of A/7 alone
+    run.finish("1", {"user_id": "1", "index": 1})
+    Run(tmp_path, "stage", "method", {})
+    left = [run.journal(users).path for users in (["8"], ["1", "8"], ["8", "1"])]
+    assert sorted(run.working.iterdir()) == sorted([*left, run.working / "torn.jsonl"])
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -322,14 +334,6 @@ def test_the_world_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert workers.world() == (5, 8, 1, 4)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [(["--num_processes", "2"], 2), (["--num-processes=3"], 3), (["--cpu"], 1), (["--num_processes", "many"], 1)],
-)
-def test_the_number_accelerate_was_asked_for(words: list[str], expected: int) -> None:
-    assert workers._argument(["accelerate", "launch", *words, "x.py"], "--num_processes", 1) == expected
 
 
 def test_other_settings_are_refused_whoever_came_first(tmp_path: Path) -> None:

@@ -1,82 +1,127 @@
-"""A journal of expensive calls: the same calls in the same order are answered from it instead of computed again."""
+"""A journal of expensive calls: a computation that was cut off repeats its calls, and is answered from the journal.
+
+It is the one way in which work is resumed. A search notes each batch of candidates that it evaluates, a stage that
+trains users together notes what it learned before it writes their result files one by one.
+"""
 
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime.runs.files import flush, make_folder, uninterrupted
+from prime.runs.files import JSON_BYTES, flush, make_folder, uninterrupted
 
 
 class Journal:
-    """Answers of a deterministic computation, a JSON line each, on disk before they are used.
+    """Answers of a deterministic computation, one JSON line each, on disk before they are used.
 
-    A computation that was cut off runs again from its start: its recorded calls cost nothing, and from the first one
-    that is not recorded it goes on as if never stopped. A torn last line is dropped, and so is everything from the
-    first call that asks something else than what was recorded (the data have changed).
+    A computation that was cut off runs again from its start: its recorded calls cost nothing, and from the first call
+    that is not recorded it goes on as if it had never stopped. A torn last line is dropped, and so is everything from
+    the first call whose question is not the recorded one (the data have changed).
+
+    The first line names the users whose results the computation leads to, `{"users": [...]}`. Each further line is
+    `{"asked": digest of the question, "seconds": what the answer took to compute, "answer": ...}`.
 
     Args:
-        path: of the file; made by the first call.
+        path: of the file; the first call creates it.
+        users: their ids. A file of other users is started anew.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, users: Sequence[str] = ()):
         self.path = path
-        self.spared = 0.0  # seconds that calls answered from the journal took when they were computed
-        self._recorded = list(_whole_lines(path))
-        self._place = 0
-        self._size = 0  # bytes of the lines before the place
+        self.spared = 0.0  # seconds that the calls answered from the journal took when they were computed
+        self._head = json.dumps({"users": list(users)}).encode() + b"\n"
+        head, *entries = _lines(path) or [b""]
+        same = head == self._head
+        self._recorded = _whole_entries(entries) if same else []
+        self._next = 0  # of the recorded entries: the one that answers the next call
+        self._size = len(head) if same else 0  # bytes of the lines before it
 
     def call(self, question: Any, compute: Callable[[], Any]) -> Any:
-        """The answer to `question`, recorded or computed; JSON both. The question names all the answer depends on."""
-        asked = hashlib.sha256(json.dumps(question).encode()).hexdigest()
-        if self._place < len(self._recorded):
-            line = self._recorded[self._place]
-            found = json.loads(line)
-            if found["asked"] == asked:
-                self._advance(line)
-                self.spared += found["seconds"]
-                return found["answer"]
-            del self._recorded[self._place :]
+        """The answer to `question`, recorded or computed; both are JSON.
+
+        The question names everything that the answer depends on.
+        """
+        asked = _digest(question)
+        entry = self._next_entry()
+        if entry is not None and entry["asked"] == asked:
+            self._advance()
+            self.spared += entry["seconds"]
+            return entry["answer"]
+        del self._recorded[self._next :]
         started = time.perf_counter()
         answer = compute()
         self._append({"asked": asked, "seconds": time.perf_counter() - started, "answer": answer})
         return answer
 
+    def recorded(self, question: Any) -> Any | None:
+        """The recorded answer to `question`, if it is what the next call would be answered with; else None."""
+        entry = self._next_entry()
+        return entry["answer"] if entry is not None and entry["asked"] == _digest(question) else None
+
     def drop(self) -> None:
-        """Remove the file: what it led to is safe elsewhere."""
+        """Remove the file: what the computation led to is safe elsewhere."""
         self.path.unlink(missing_ok=True)
 
-    def _append(self, entry: dict) -> None:
+    def _next_entry(self) -> dict[str, Any] | None:
+        return json.loads(self._recorded[self._next]) if self._next < len(self._recorded) else None
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        """Write an entry behind those that were used; what comes after them in the file is cut off."""
         line = json.dumps(entry).encode() + b"\n"
-        new = not self.path.exists()
+        head = b"" if self._size else self._head
+        is_new = not self.path.exists()
         make_folder(self.path.parent)
         with uninterrupted(), open(self.path, "ab") as file:
             file.truncate(self._size)
-            file.write(line)
+            file.write(head + line)
             file.flush()
             os.fsync(file.fileno())
-        if new:
+        if is_new:
             flush(self.path.parent)
+        self._size += len(head)
         self._recorded.append(line)
-        self._advance(line)
+        self._advance()
 
-    def _advance(self, line: bytes) -> None:
-        self._place += 1
-        self._size += len(line)
+    def _advance(self) -> None:
+        self._size += len(self._recorded[self._next])
+        self._next += 1
 
 
-def _whole_lines(path: Path) -> list[bytes]:
-    """The lines of a journal before the first torn one."""
-    found: list[bytes] = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+def users_of(path: Path) -> list[str]:
+    """The users that a journal's first line names; none where that line was cut off, or the file is no journal."""
+    if not path.is_file():  # a pipe could be read for ever; or another process has just removed it
+        return []
+    with open(path, "rb") as file:
+        line = file.readline(JSON_BYTES)
+    try:
+        head = json.loads(line)
+    except (ValueError, RecursionError):
+        return []
+    users = head.get("users") if isinstance(head, dict) else None
+    return users if isinstance(users, list) and all(isinstance(user, str) for user in users) else []
+
+
+def _digest(question: Any) -> str:
+    return hashlib.sha256(json.dumps(question).encode()).hexdigest()
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+
+
+def _whole_entries(lines: Sequence[bytes]) -> list[bytes]:
+    """The lines before the first that is torn, or no entry."""
+    whole: list[bytes] = []
+    for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             break
         if not (line.endswith(b"\n") and isinstance(entry, dict) and entry.keys() == {"asked", "seconds", "answer"}):
             break
-        found.append(line)
-    return found
+        whole.append(line)
+    return whole

@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError
-from prime.runs.files import read_json, uninterrupted, write_json
+from prime.runs.files import uninterrupted, write_json
 from prime.runs.forms import RESULT, SETTINGS, merge_problems, read_form
+from prime.runs.journal import Journal, users_of
 from prime.runs.locks import claim, hold, turn, unheld
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 DRIVER = Path("/proc/driver/nvidia/gpus")
 NOTHING_MADE = ("settings.json", "noise.key")  # a key's noise is of the settings, too
+RESULTS = "results of all users of the group"  # the question of the last entry in a group's journal
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
 
 
@@ -95,7 +97,7 @@ class Run:
         weakref.finalize(self, os.close, hold(self._path))
         if problem := self._problem(asked):
             raise InputError(problem)
-        self._tidy()
+        self._remove_leftovers()
 
     def _settle(self, asked: dict[str, Any]) -> None:
         """Write the settings where there are none, or others that led to nothing and that nobody works under."""
@@ -162,45 +164,38 @@ class Run:
         """Do something that one process does for all (train the task adapter, write a summary), in turn."""
         return turn(self.working / f"{what.replace(' ', '_')}.lock", what)
 
-    def journal_path(self, user_id: str) -> Path:
-        """Where the unfinished work of a user is noted as it goes on; void once the user is finished."""
-        return self.working / f"{user_dirname(user_id)}.jsonl"
-
-    def record_path(self, user_ids: Sequence[str]) -> Path:
-        """Where the common work of a group is kept until all are finished, the last of them last."""
-        digest = hashlib.sha256(json.dumps(list(user_ids)).encode()).hexdigest()[:16]
-        return self.working / f"{user_dirname(user_ids[-1])}.{digest}.json"
+    def journal(self, user_ids: Sequence[str]) -> Journal:
+        """The journal of the unfinished work that leads to the results of these users together."""
+        digest = hashlib.sha256(json.dumps(list(user_ids)).encode()).hexdigest()[:32]
+        return Journal(self.working / f"{digest}.jsonl", user_ids)
 
     def finish_all(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Finish a group's users who are not; all of them or, to be gone on with by `recover`, a record of them first.
+        """Finish those users of a group who are not finished yet.
 
-        So a crash in between leaves nobody to be worked on again.
+        The results are noted in the group's journal first, so that a crash between two users leaves nobody to be
+        computed again: `recover` finishes the rest.
         """
-        record = self.record_path([result["user_id"] for result in results])
-        write_json(record, list(results))
-        for result in results:
+        journal = self.journal([result["user_id"] for result in results])
+        for result in journal.call(RESULTS, lambda: list(results)):
             if not self.done(result["user_id"]):
                 self.finish(result["user_id"], result)
-        record.unlink(missing_ok=True)
+        journal.drop()
 
     def recover(self, user_ids: Sequence[str]) -> None:
-        """Finish a group whose work was done when `finish_all` was cut off."""
-        record = self.record_path(user_ids)
-        if record.exists():
-            self.finish_all(read_json(record))
+        """Finish a group whose results had been noted when `finish_all` was cut off."""
+        results = self.journal(user_ids).recorded(RESULTS)
+        if results is not None:
+            self.finish_all(results)
 
-    def _tidy(self) -> None:
-        """Remove what a crash left behind of users who were finished by then, and locks of the dead."""
-        for path in sorted(self.working.glob("*")):
-            if path.suffix == ".lock":
-                with claim(path):
-                    pass
-            elif self._is_void(path):
+    def _remove_leftovers(self) -> None:
+        """Remove what a crash left: journals whose users were all finished by then, and locks of dead processes."""
+        for path in sorted(self.working.glob("*.jsonl")):
+            users = users_of(path)
+            if users and all(self.done(user_id) for user_id in users):
                 path.unlink(missing_ok=True)
-
-    def _is_void(self, path: Path) -> bool:
-        folder = path.name.removesuffix(".jsonl") if path.suffix == ".jsonl" else path.name.rsplit(".", 2)[0]
-        return (self.root / "users" / folder / "result.json").exists()
+        for path in sorted(self.working.glob("*.lock")):
+            with claim(path):  # giving a lock back removes its file
+                pass
 
 
 def _as_json(value: Any) -> Any:

@@ -1,14 +1,13 @@
 """Processes that work on one output directory together, on one machine or many.
 
-`torchrun` and `accelerate launch` tell each process its rank; each begins with its share of the users, the costly ones
-first, and then helps the others. Nothing is sent between them: what is finished is told by result files, who works on
-what by claims (`runs/locks.py`). So processes may come, die and come back at any time, and any others started by hand
-or by a scheduler on the same directory share the work as well.
+`torchrun` gives each process a rank; each begins with its share of the users, the costly ones first, and then helps the
+others. Nothing is sent between them: result files say what is finished, and claims (`runs/locks.py`) who works on what.
+So processes may come, die and come back at any time, and others that are started by hand or by a scheduler on the same
+directory share the work as well.
 """
 
 import ctypes
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -66,52 +65,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, ALWAYS_MAPPED)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def start_missing() -> list[int]:
-    """Become as many processes as `accelerate launch --cpu --num_processes N` was asked for; those started here.
-
-    On a CPU accelerate (1.15) starts one process, and leaves the others to mpirun. A fork costs no second import.
-    """
-    env = os.environ
-    if "RANK" in env or env.get("ACCELERATE_USE_CPU") != "True" or "MASTER_ADDR" not in env:
-        return []
-    import psutil  # comes with accelerate
-
-    asked = psutil.Process(os.getppid()).cmdline()
-    number = _argument(asked, "--num_processes", 1) // _argument(asked, "--num_machines", 1)
-    started: list[int] = []
-    for rank in range(1, number):
-        started.append(os.fork())
-        if started[-1] == 0:
-            env.update(_rank_of(rank, number))
-            return []
-    env.update(_rank_of(0, number))
-    return started
-
-
-def _rank_of(rank: int, size: int) -> dict[str, str]:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return {name: str(number) for name, number in zip(names, (rank, size, rank, size), strict=True)}
-
-
-def wait_for(started: Sequence[int], stop: bool) -> None:
-    """Wait until the processes of `start_missing` have ended; `stop`: have them end as after a SIGTERM."""
-    for pid in started:
-        if stop:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-    for pid in started:
-        os.waitpid(pid, 0)
-
-
-def _argument(words: Sequence[str], name: str, default: int) -> int:
-    """The number after an option of a command line."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        key, _, value = word.partition("=")
-        if key.replace("-", "_") == name.replace("-", "_") and (value or following).isdecimal():
-            return int(value or following)
-    return default
 
 
 def shares(costs: Sequence[int], size: int) -> list[list[int]]:
