@@ -1,6 +1,6 @@
 """How often is an answer known before it is computed? Drafts of PriME's search on the trained demo, per task.
 
-Reads   the embedded demo; stages 1 to 3 are run first (benchmarks/demo_runs.py)
+Reads   the embedded demo; stages 1 to 3 are run first (experiments/demo_runs.py)
 Writes  nothing; the last line is one JSON object, whose shares are the defaults of benchmarks/shapes.py
 Takes   1 minute per task on one core, stages 1 to 3 not counted
 
@@ -23,8 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import demo_runs, measuring
+from benchmarks import measuring
 from benchmarks.shapes import Shares
+from experiments import demo_runs
 from prime import cli
 from prime.bank.encoding import Tokens
 from prime.merging.evolution import Answers, Population, evolve

@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import kills
 
-from benchmarks import demo_runs
+from experiments import demo_runs
 from prime import cli
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")

@@ -1,6 +1,6 @@
 """How long until ours is as good on held-out questions as the published search ends? On the trained demo.
 
-Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first (benchmarks/demo_runs.py)
+Reads   the embedded demo; stages 1 to 3 of every (task, seed) are run first (experiments/demo_runs.py)
 Writes  nothing; the last line is one JSON object
 Takes   about 2 minutes per user, task and seed on one core, nearly all of it the published procedure
 
@@ -27,8 +27,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import contenders, demo_runs, measuring
-from benchmarks.demo_runs import Start
+from benchmarks import contenders, measuring
+from experiments import demo_runs
+from experiments.demo_runs import Start
 from prime import cli
 from prime.bank.lora import merge
 from prime.bank.sampling import Sampler

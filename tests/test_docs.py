@@ -73,7 +73,7 @@ def test_links_and_named_files_are_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+?)\)", text):
         assert "://" in link or (DOCS / link).exists(), link
-    for name in re.findall(r"`((?:prime|tests|data|docs|benchmarks)/[\w./-]+\.(?:py|md|json|sh))`", text):
+    for name in re.findall(r"`((?:prime|tests|data|docs|benchmarks|experiments)/[\w./-]+\.(?:py|md|json|sh))`", text):
         assert (world.ROOT / name).exists() or "song_genre" in name, name
 
 

@@ -16,7 +16,7 @@ import world
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks import ablation, demo_runs
+from experiments import ablation, demo_runs
 from prime import cli
 from prime.bank.encoding import Encoder
 from prime.bank.lora import Adapter, concatenate, merge

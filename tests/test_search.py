@@ -170,7 +170,7 @@ def test_the_generation_is_the_inner_optimisers_population() -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4)])
 def test_a_smaller_budget_is_the_beginning_of_a_larger_one(shape: tuple[int, ...]) -> None:
-    """What benchmarks/ablation.py rests on."""
+    """What experiments/ablation.py rests on."""
 
     def losses(points: list[np.ndarray]) -> list[float]:
         return [float(np.abs(point - 0.4).sum().round(1)) for point in points]

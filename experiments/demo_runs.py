@@ -21,7 +21,7 @@ from prime.engine import Engine, load_engine
 from prime.merging.sharers import Pool, load_pool
 from prime.users.data import User, load_labels
 
-DEFAULT_DIR = str(ROOT / "output" / "benchmarks" / "demo")
+DEFAULT_DIR = str(ROOT / "output" / "experiments" / "demo")
 
 
 def add_options(parser: argparse.ArgumentParser, users: int) -> None:

@@ -9,9 +9,9 @@ Takes   2 to 4 minutes per arm on one core; resumes by stage and user
 Arms: `plain`, reproduce.sh's training, two records per item; `clipped`, the private training with next to no noise
 (epsilon infinity), one record per item; and the private training at each epsilon. All hold a fifth of the items out, so
 that the controlled attack has non-members. The settings of the private arms were chosen on anchors' held-out items
-(benchmarks/dp_tuning.py), never on merges or test users.
+(experiments/dp_tuning.py), never on merges or test users.
 
-    python benchmarks/dp.py --epsilons 8,4,1 --users 8
+    python experiments/dp.py --epsilons 8,4,1 --users 8
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo
 import mia
 import train_anchor_peft
-from benchmarks import demo_runs
+from experiments import demo_runs
 from prime import cli
 from prime.report import plots
 from prime.report.table import predictions_of, scores, setting_of, stack, user_stats

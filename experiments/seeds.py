@@ -8,7 +8,7 @@ Takes   about 10 minutes per task and seed on 2 cores; resumes by step
 A user is the unit that is resampled: the statistics of a user's answers are added up over the seeds, so that the
 intervals tell how much the choice of test users matters, and the column of seeds how much the seed does.
 
-    python benchmarks/seeds.py --tasks all --seeds 0,1,2
+    python experiments/seeds.py --tasks all --seeds 0,1,2
 """
 
 import argparse
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
     parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
     parser.add_argument("--holdout", default="0", help="share of sharers' items held out, for the controlled attack")
-    parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "seeds"), help="runs and results")
+    parser.add_argument("--output_dir", default=str(ROOT / "output" / "experiments" / "seeds"), help="runs and results")
     parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
     return parser
 

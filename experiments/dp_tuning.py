@@ -8,7 +8,7 @@ Takes   about 20 seconds per setting on one core; resumes by setting
 Every third item of an anchor is held out; neither a merge nor a test user is looked at. The choice itself costs privacy
 that no epsilon here counts (docs/privacy.md). The noise's key is the file `noise.key` beside the result.
 
-    python benchmarks/dp_tuning.py --epsilons 1,8 --settings "1:3e-3:20,1:1e-2:20,8:3e-3:20"
+    python experiments/dp_tuning.py --epsilons 1,8 --settings "1:3e-3:20,1:1e-2:20,8:3e-3:20"
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 import train_anchor_peft as stage
-from benchmarks import demo_runs
+from experiments import demo_runs
 from prime import cli
 from prime.bank.decode import score
 from prime.bank.dp import terms_of

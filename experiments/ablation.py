@@ -19,7 +19,7 @@ tells how much a better choice among the same candidates could gain, with as few
 `same choice` draws each user's history records anew, with replacement, 1000 times: the share of draws in which the same
 candidate would have been best by the first metric. The search itself is not repeated.
 
-    python benchmarks/ablation.py --tasks all --seeds 0
+    python experiments/ablation.py --tasks all --seeds 0
 """
 
 import argparse
@@ -42,11 +42,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import lora_composition_evo as stage
-from benchmarks import demo_runs, measuring, seeds
+from experiments import demo_runs, seeds
 from prime import cli
 from prime.merging.evolution import Evaluation, Population, evolve, key_of
 from prime.merging.objective import Answers, Objective
 from prime.report import table as report
+from prime.report.tables import markdown
 from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
 from prime.seeds import derive_seed
@@ -341,7 +342,7 @@ def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
         return seeds.marked(row["scores"][name]["mean"], seeds.verdict(get_task(task), row["to_prime"][name]))
 
     rows = [[name, *(cell(task, own["rows"].get(name)) for task, own in found.items())] for name in ROWS]
-    return measuring.table(rows, ("arm", *(f"{task}, {metric}" for task, metric in metrics.items())))
+    return markdown([["arm", *(f"{task}, {metric}" for task, metric in metrics.items())], *rows])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -354,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         better = "higher" if METRICS[metric].higher_is_better else "lower"
         print(f"\n**{task}**, {metric} ({better} is better); same choice {own['same_choice']:.2f}\n")
         rows = [[name, *cells(task, row)] for name, row in own["rows"].items()]
-        print(measuring.table(rows, ("arm", "score", "to prime", "better : worse", " / ".join(ORIGINS))))
+        print(markdown([["arm", "score", "to prime", "better : worse", " / ".join(ORIGINS)], *rows]))
     print(f"\n{overview(found)}\n")
     print(json.dumps(found))
 

@@ -11,7 +11,7 @@ Utility is at k = 0 without profile. The published attack tells records of merge
 controlled one from held-out records of the same sharers; both by base-calibrated loss. Intervals are from resampling
 test users, those of several seeds together; the change in utility is paired by user and relative to `penalty 0`.
 
-    python benchmarks/privacy.py --tasks movie_tagging,news_headline,product_rating --seeds 0,1,2
+    python experiments/privacy.py --tasks movie_tagging,news_headline,product_rating --seeds 0,1,2
 """
 
 import argparse
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 
 import lora_composition_evo
 import mia
-from benchmarks import demo_runs
+from experiments import demo_runs
 from prime import cli
 from prime.attack import statistics
 from prime.report import plots
@@ -71,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
     parser.add_argument("--mechanisms", default="all", help=f"with ;, of: {'; '.join(MECHANISMS)}")
     parser.add_argument("--max_records", type=cli.natural, default=20, help="records of an anchor attacked; 0 = all")
-    parser.add_argument("--output_dir", default=str(ROOT / "output" / "benchmarks" / "privacy"), help="runs, results")
+    parser.add_argument("--output_dir", default=str(ROOT / "output" / "experiments" / "privacy"), help="runs, results")
     parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
     return parser
 

@@ -1,0 +1,1 @@
+"""The experiments, see README.md: what the method is worth, and what it gives away."""
