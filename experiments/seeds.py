@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from prime import cli
 from prime.report import table as report
+from prime.report.methods import REFERENCE, place
 from prime.report.table import Cell, Stats
 from prime.runs.files import read_json, write_json
 from prime.users.data import load_labels, load_users
@@ -121,7 +122,7 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     attacks = [attacked(folder) for folder in folders.values()]
     summaries = [read_json(folder / "summary.json") for folder in folders.values()]
     rows = []
-    for method in sorted(by_seed[0], key=lambda name: Cell(name, 0, False).order()):
+    for method in sorted(by_seed[0], key=place):
         if not all(method in own for own in by_seed):
             continue
         total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
@@ -132,7 +133,7 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
         row |= cost(summaries, method)
         singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
         row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
-        if method != report.REFERENCE:
+        if method != REFERENCE:
             row["paired"] = report.compare(task, stacked, report.stack(reference, list(total)))
             row["verdict"] = verdict(task, row["paired"][task.metrics[0]])
         rows.append(row)
@@ -207,7 +208,7 @@ def costs(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
     """A row per method that any column has, in the order of the tables."""
-    names = sorted({name for own in columns.values() for name in own}, key=lambda name: Cell(name, 0, False).order())
+    names = sorted({name for own in columns.values() for name in own}, key=place)
     rows = ([name, *(own.get(name, "-") for own in columns.values())] for name in names)
     return report.markdown([["method", *columns], *rows])
 

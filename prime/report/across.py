@@ -9,13 +9,13 @@ from typing import Any
 from prime.attack import scoring
 from prime.report import figures
 from prime.report import table as report
+from prime.report.methods import REFERENCE, SHORTEST_LIST, place
 from prime.report.table import Cell, leading
 from prime.report.web import Shown, render, show
 from prime.runs.files import read_json, write_text
 from prime.users import metrics
 
-OURS = report.REFERENCE
-COMPARED = ("task_lora", "best_sharer")  # baselines of the page
+OURS = REFERENCE
 
 
 def task_summaries(output: Path) -> dict[str, dict[str, Any]]:
@@ -31,7 +31,7 @@ def task_summaries(output: Path) -> dict[str, dict[str, Any]]:
 def task_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Tasks by methods: the first metric at k = 0 without profile, then PriME's leakage."""
     present = {row["method"] for summary in summaries.values() for row in leading(summary)}
-    methods = sorted(present, key=lambda name: Cell(name, 0, False).order())
+    methods = sorted(present, key=place)
     rows = [["task", "metric", *methods, f"AUROC of {OURS}", "blind baseline"]]
     for task, summary in summaries.items():
         own = {row["method"]: row for row in leading(summary)}
@@ -46,7 +46,7 @@ def task_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
 
 def tasks_figures(summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
     shown = []
-    for baseline in COMPARED:
+    for baseline in SHORTEST_LIST:
         wanted = Cell(baseline, 0, False)
         found = {task: pair for task, summary in summaries.items() for pair in summary["paired"]
                  if Cell(pair["method"], pair["k"], pair["profile"]) == wanted}  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 from prime.errors import InputError
 from prime.report import figures, plots
 from prime.report import table as report
+from prime.report.methods import METHODS, SHORT_LIST
 from prime.report.table import Cell
 from prime.report.tables import aligned
 from prime.runs.files import write_json
@@ -23,14 +24,8 @@ from prime.users.metrics import METRICS, bootstrap
 from prime.users.tasks import Task
 
 ATTACK = "calibrated"
-# Row -> how it is told; the sharers' own adapters are attacked as they were before any merge.
-BESIDE = {
-    "base": "base",
-    "task_lora": "task-adapted base",
-    "best_sharer": "best sharer (AUROC: of all sharers)",  # every sharer's own adapter is attacked, once
-    "uniform": "uniform average",
-    "per_pcs": "Per-Pcs",
-}
+# What a point's label adds to its method's: every sharer's own adapter is attacked once, as it was before any merge.
+REMARKS = {"best_sharer": " (AUROC: of all sharers)"}
 
 Interval = dict[str, float]
 
@@ -108,8 +103,9 @@ def points_beside(folder: Path, runs: Sequence[Path], task: Task, golds: Mapping
         "uniform": {},
         "per_pcs": per_pcs(sources["per_pcs"], searched) if "per_pcs" in sources else {},
     }
-    found = (point(name, BESIDE[name], predictions, task, golds, **told[name]) for name in BESIDE)
-    return [one for one in found if one is not None]
+    labels = {name: METHODS[name].label + REMARKS.get(name, "") for name in SHORT_LIST}
+    points = [point(name, label, predictions, task, golds, **told[name]) for name, label in labels.items()]
+    return [one for one in points if one is not None]
 
 
 def per_pcs(folder: Path, users: Container[str]) -> dict[str, Any]:

@@ -16,8 +16,9 @@ import numpy as np
 from prime.attack import scoring
 from prime.report import figures, leakage
 from prime.report import table as report
-from prime.report.across import COMPARED, write_tasks_page
+from prime.report.across import write_tasks_page
 from prime.report.frontier import read_frontier
+from prime.report.methods import METHODS, REFERENCE, SHORT_LIST, SHORTEST_LIST, place
 from prime.report.table import Cell, Predictions, leading
 from prime.report.web import Shown, render, show
 from prime.runs.files import write_text
@@ -26,26 +27,12 @@ from prime.runs.run import read_results, read_settings
 from prime.users import metrics
 from prime.users.tasks import Task, extract
 
-OURS = report.REFERENCE
+OURS = REFERENCE
 EXAMPLES = 10
-EXAMPLE_METHODS = ("base", "task_lora", "best_sharer", "uniform", "per_pcs", OURS)
+EXAMPLE_METHODS = (*SHORT_LIST, OURS)
 INPUT_LENGTH, OUTPUT_LENGTH = 280, 160  # characters shown of a text
 PART_OF = {"sharers": "search"}  # a part of seconds that another part holds already
 
-# What stands in a row of the table, for readers who meet the page before the README.
-ROWS = {
-    "base": "the untouched model",
-    "rag": "the untouched model with retrieved history items in its prompt",
-    "task_lora": "the model adapted to the task, not to the user",
-    "best_sharer": "the one similar sharer's adapter that does best on the user's history",
-    "uniform": "the mean of the similar sharers' adapters",
-    "lorahub": "LoraHub: weights searched by cross-entropy of the history",
-    "mta": "merge-then-adapt: sharers merged, then trained on the user's history",
-    "per_pcs": "Per-Pcs: pieces of the sharers' adapters, composed by gates",
-    "prime_published": "PriME with the published merge rule and selection",
-    "prime": "PriME: weights searched by utility minus resemblance to the sharers",
-    "oppu": "OPPU: an adapter trained on the user's own history",
-}
 # Scripts of a whole run in their order, and what a reader misses without them; "" where nothing of the page needs it.
 STAGES = {
     "gen_profile": "",
@@ -154,7 +141,7 @@ def tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def attacks(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """mia_summary.json of every attacked method."""
     found = {}
-    for method, folder in sorted(sources.items(), key=lambda one: Cell(one[0], 0, False).order()):
+    for method, folder in sorted(sources.items(), key=lambda entry: place(entry[0])):
         path = folder / "mia_summary.json"
         if path.is_file() and (summary := leakage.read_attacks(path))["method"] == method:
             found[method] = summary
@@ -230,6 +217,10 @@ def utility_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     }  # fmt: skip
 
 
+def comes_with_search(method: str) -> bool:
+    return method in METHODS and METHODS[method].comes_with_search
+
+
 def no_single_sharer(settings: Mapping[str, Any]) -> bool:
     """Whether the options of a search kept single sharers from being deployed (`prime.merging.evolution.chosen`)."""
     return bool(settings.get("search_only")) or settings.get("top_share", 1.0) != 1.0
@@ -239,7 +230,7 @@ def search_figures(content: Content, folder: Path) -> dict[str, list[Shown]]:
     shown: dict[str, list[Shown]] = {"traces": [], "weights": []}
     for method, source in content.sources.items():
         record = read_settings(source)
-        if record["method"] != method or method in report.PART_OF_SEARCH:  # a baseline: nothing was searched
+        if record["method"] != method or comes_with_search(method):  # a baseline: nothing was searched
             continue
         if searches := searches_of(source):
             drawn = figures.traces(searches, no_single_sharer(record["settings"]))
@@ -354,11 +345,11 @@ def findings(content: Content) -> list[str]:
     first = content.task.metrics[0]
     told = []
     if OURS in rows:
-        others = [f"{name} {rows[name][first]['mean']:.3f}" for name in ("base", *COMPARED) if name in rows]
+        others = [f"{name} {rows[name][first]['mean']:.3f}" for name in ("base", *SHORTEST_LIST) if name in rows]
         beside = f" ({', '.join(others)})" if others else ""
         told.append(f"{OURS} reaches {first} {report.cell_text(rows[OURS][first])}{beside}.")
     for pair in content.summary["paired"]:
-        if pair["method"] in COMPARED and (pair["k"], pair["profile"]) == Cell("", 0, False)[1:]:
+        if pair["method"] in SHORTEST_LIST and (pair["k"], pair["profile"]) == Cell("", 0, False)[1:]:
             told.append(figures.pair_sentence(pair, first, OURS))
     told += base_won(content)
     ours = rows.get(OURS, {})
@@ -391,16 +382,14 @@ def missing(content: Content, folders: Sequence[Folder]) -> dict[str, list[str]]
         for folder in folders if folder.unfinished
     ]  # fmt: skip
     attacked = attacks(content.sources)
-    present = [method for method in content.summary["users"] if method in report.METHODS]
-    open_to_attack = [
-        m for m in present
-        if m not in attacked and m not in ("base", "rag", "task_lora", *report.PART_OF_SEARCH)
-    ]  # fmt: skip
+    present = [METHODS[name] for name in content.summary["users"] if name in METHODS]
+    own_runs = [method for method in present if method.members != "none" and not method.comes_with_search]
+    open_to_attack = [method.name for method in own_runs if method.name not in attacked]
     absent = [f"{stage}.py has not run: {lost}." for stage, lost in STAGES.items()
               if lost and stage not in found]  # fmt: skip
     if open_to_attack and "mia" in found:
         absent.append(f"not attacked: {', '.join(open_to_attack)} (mia.py --exp_dir of their folders).")
-    others = [method for method in report.METHODS if method not in content.summary["users"]]
+    others = [method for method in METHODS if method not in content.summary["users"]]
     if others:
         absent.append(f"rows that no stage has made: {', '.join(others)}.")
     return {"failed": partial_rows + begun, "absent": absent}
@@ -422,7 +411,8 @@ def write_run_page(content: Content) -> Path:
         missing=missing(content, folders),
         tables=tables(content.summary),
         methods=report.method_rows(content.summary),
-        rows={row["method"]: ROWS[row["method"]] for row in content.summary["rows"] if row["method"] in ROWS},
+        rows={row["method"]: METHODS[row["method"]].description for row in content.summary["rows"]
+              if row["method"] in METHODS},
         notes=report.notes(content.summary).splitlines(),
         utility=utility_figures(content, folder),
         search=search_figures(content, folder),

@@ -14,6 +14,8 @@ import numpy as np
 
 from prime.attack import scoring
 from prime.errors import InputError
+from prime.report import methods
+from prime.report.methods import BLIND_ROWS, METHODS, PERSONALISING, REFERENCE
 from prime.report.tables import markdown
 from prime.runs.files import write_json, write_text
 from prime.runs.forms import MIA_SUMMARY, read_form
@@ -21,19 +23,6 @@ from prime.runs.run import read_results, read_settings, user_dirname
 from prime.users import metrics
 from prime.users.tasks import Task
 
-# Rows of the table, in its order. "rag" is the untouched model with retrieved items in its prompt.
-METHODS = (
-    "base", "rag", "task_lora", "best_sharer", "uniform", "lorahub", "mta", "per_pcs", "prime_published", "prime",
-    "oppu",
-)  # fmt: skip
-REFERENCE = "prime"
-# Of a result's seconds, those that personalising the user took; predicting and measuring are left out. The baselines
-# that come with a search take a part of it, or nothing, and store what they merge only in a run of their own.
-PERSONALISING = ("search", "compose", "train")
-PART_OF_SEARCH = {"best_sharer": ("sharers",), "uniform": ()}
-NEED_GRADIENTS = ("mta", "oppu")  # on the user's own history
-# The blind baseline is the attack on the task-adapted base, before anybody's adapter is merged in.
-BLIND_ROWS = ("base", "task_lora")
 CONTROLLED_NOTE = "controlled: the same attack, records that the sharers trained on against their held-out ones."
 LEAKAGE = {  # key of a row -> its column; the controlled ones are shown where something was held out
     "auroc": "AUROC", "blind_auroc": "AUROC, blind",
@@ -49,9 +38,8 @@ class Cell(NamedTuple):
     k: int
     profile: bool
 
-    def order(self) -> tuple[int, bool, int, str]:
-        known = METHODS.index(self.method) if self.method in METHODS else len(METHODS)
-        return self.k, self.profile, known, self.method
+    def order(self) -> tuple[int, bool, tuple[int, str]]:
+        return self.k, self.profile, methods.place(self.method)
 
 
 Predictions = dict[Cell, dict[str, list[Sample]]]  # cell -> user id -> samples
@@ -205,16 +193,19 @@ def attack_results(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 def seconds_per_user(method: str, results: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean seconds that personalising a user took; None where a result does not tell."""
-    told = [result.get("seconds", {}) for result in results]
-    if not all(own.keys() >= set(PART_OF_SEARCH.get(method, ("predict",))) for own in told):
+    known = METHODS.get(method)
+    parts = known.seconds if known else PERSONALISING
+    needed = set(parts) if known and known.comes_with_search else {"predict"}
+    recorded = [result.get("seconds", {}) for result in results]
+    if not all(seconds.keys() >= needed for seconds in recorded):
         return None
-    keys = PART_OF_SEARCH.get(method, PERSONALISING)
-    return float(np.mean([sum(own.get(key, 0.0) for key in keys) for own in told]))
+    return float(np.mean([sum(seconds.get(part, 0.0) for part in parts) for seconds in recorded]))
 
 
 def bytes_per_user(method: str, folder: Path, results: Sequence[Mapping[str, Any]]) -> float | None:
     """Mean size of what is stored for a user: an adapter, or nothing where the base is deployed."""
-    if method in PART_OF_SEARCH and read_settings(folder)["method"] != method:
+    known = METHODS.get(method)
+    if known and known.comes_with_search and read_settings(folder)["method"] != method:
         return None
     files = [folder / "users" / user_dirname(r["user_id"]) / "adapter" / "adapter_model.safetensors" for r in results]
     return float(np.mean([file.stat().st_size if file.is_file() else 0 for file in files]))
@@ -230,7 +221,7 @@ def about_methods(source: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
             **{key: attacks.get(method, {}).get(key) for key in LEAKAGE},
             "seconds_per_user": seconds_per_user(method, results),
             "bytes_per_user": bytes_per_user(method, folder, results),
-            "gradient": method in NEED_GRADIENTS,
+            "gradient": method in METHODS and METHODS[method].gradients,
         }
     return found
 
@@ -347,7 +338,7 @@ def method_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     header = ["method", *(LEAKAGE[key] for key in leakage), "seconds/user", "bytes/user", "gradient"]
     body = []
     by_method = {row["method"]: row for row in summary["rows"]}
-    for row in (by_method[method] for method in sorted(by_method, key=lambda name: Cell(name, 0, False).order())):
+    for row in (by_method[method] for method in sorted(by_method, key=methods.place)):
         attack = [cell_text(row[key]) for key in leakage]
         cost = [
             "-" if row[key] is None else format(row[key], style)
