@@ -33,7 +33,7 @@ from prime.report import figures, plots
 from prime.report import table as report
 from prime.report.frontier import read_frontier
 from prime.report.leakage import read_curves
-from prime.runs.forms import EVALUATION, read_form_lines
+from prime.runs.forms import EVALUATED_LOSS, read_form_lines
 from prime.runs.penalties import open_runs
 from prime.runs.run import Run, read_results, read_settings
 from prime.users.data import load_labels, load_users
@@ -183,7 +183,7 @@ DOORS: dict[str, Callable[[Path, Path], object]] = {
     "output/evo/mia_summary.json": table,
     "output/evo/mia_roc.json": curves,
     "output/Penalties/frontier.json": frontier,
-    "output/evo/users/*/evaluations.jsonl": lambda _, path: read_form_lines(path, EVALUATION),
+    "output/evo/users/*/evaluations.jsonl": lambda _, path: read_form_lines(path, EVALUATED_LOSS),
     "anchors/settings.json": anchors_results,
     "anchors/users/*/result.json": anchors_results,
     "anchors/users/*/adapter/adapter_config.json": adapter,

@@ -17,7 +17,14 @@ from prime.report.methods import METHODS, SHORT_LIST
 from prime.report.table import Cell
 from prime.report.tables import aligned
 from prime.runs.files import write_json
-from prime.runs.forms import ATTACKED, DRAWN_INTERVAL, FRONTIER, TRADED, form_problems, read_form
+from prime.runs.forms import (
+    FRONTIER_FILE,
+    FRONTIER_POINT,
+    FRONTIER_SUMMARY,
+    PLOTTABLE_INTERVAL,
+    form_problems,
+    read_form,
+)
 from prime.runs.penalties import penalty_of, penalty_runs, read_evaluations, shared_evaluations, sharing_text
 from prime.runs.run import read_results, read_settings
 from prime.users.metrics import METRICS, bootstrap
@@ -49,11 +56,11 @@ def write_frontier(folder: Path, task: Task, golds: Mapping[str, str]) -> dict[s
 
 def read_frontier(path: Path, task: Task) -> dict[str, Any]:
     """A frontier.json of the task."""
-    found = read_form(path, FRONTIER)
+    found = read_form(path, FRONTIER_FILE)
     metric = found["metric"]
     if metric not in task.metrics:
         raise InputError(f"{path}: metric is {metric!r}; {task.name} has {', '.join(task.metrics)}")
-    form = [{f"{metric}?": (DRAWN_INTERVAL, None), **TRADED}]
+    form = [{f"{metric}?": (PLOTTABLE_INTERVAL, None), **FRONTIER_POINT}]
     if problems := form_problems(found["points"], form, f"{path}: points"):
         raise InputError.many(problems)
     return found
@@ -126,7 +133,7 @@ def known_points(run: Path) -> dict[str, Interval | None]:
 def aurocs(run: Path, part: str = "") -> dict[str, Interval | None]:
     """AUROC of both sets on what a run deployed; part "sharers": on the unmerged sharers, "blind": on the base."""
     path = run / "mia_summary.json"
-    summary = read_form(path, ATTACKED) if path.is_file() else {}
+    summary = read_form(path, FRONTIER_SUMMARY) if path.is_file() else {}
     sets = (summary.get("sharers", {}) if part == "sharers" else summary).get("sets", {})
     key = "blind_auroc" if part == "blind" else "auroc"
     names = {"auroc": "published", "controlled_auroc": "controlled"}

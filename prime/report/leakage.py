@@ -13,7 +13,7 @@ from prime.report import plots
 from prime.report.table import cell_text
 from prime.report.tables import aligned
 from prime.runs.files import write_json
-from prime.runs.forms import CURVES, MIA_SUMMARY, SHOWN_SUMMARY, form_problems, read_form
+from prime.runs.forms import MIA_SUMMARY, PAGE_SUMMARY, ROC_CURVES, form_problems, read_form
 
 PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
 SET_TITLES = {
@@ -61,7 +61,7 @@ def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping],
 def read_attacks(path: Path) -> dict[str, Any]:
     """mia_summary.json, with all that a report shows of it."""
     summary = read_form(path, MIA_SUMMARY)
-    problems = form_problems(summary, SHOWN_SUMMARY, f"{path}: the file")
+    problems = form_problems(summary, PAGE_SUMMARY, f"{path}: the file")
     published = scoring.PUBLISHED_ATTACK
     if not problems:
         sets = [*summary.get("sets", {}).values(), *summary["sharers"].get("sets", {}).values()]
@@ -94,7 +94,7 @@ def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Seq
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
     """The curves of mia_roc.json."""
-    curves = read_form(path, CURVES)["curves"]
+    curves = read_form(path, ROC_CURVES)["curves"]
     uneven = [i for i, curve in enumerate(curves) if len(curve["fpr"]) != len(curve["tpr"])]
     if uneven:
         raise InputError.many([f"{path}: curves[{i}]: not as many true positive rates as false ones" for i in uneven])

@@ -22,7 +22,7 @@ from prime.report.methods import METHODS, REFERENCE, SHORT_LIST, SHORTEST_LIST, 
 from prime.report.table import Cell, Predictions, leading
 from prime.report.web import Shown, render, show
 from prime.runs.files import write_text
-from prime.runs.forms import EVALUATION, read_form_lines
+from prime.runs.forms import EVALUATED_LOSS, read_form_lines
 from prime.runs.run import read_results, read_settings
 from prime.users import metrics
 from prime.users.tasks import Task, extract
@@ -118,7 +118,7 @@ def searches_of(folder: Path) -> list[list[dict[str, Any]]]:
     """evaluations.jsonl of all finished users of a search, in the order of their folders."""
     paths = sorted(folder.glob("users/*/evaluations.jsonl"))
     finished = [path for path in paths if (path.parent / "result.json").is_file()]
-    return [lines for path in finished if (lines := read_form_lines(path, EVALUATION))]
+    return [lines for path in finished if (lines := read_form_lines(path, EVALUATED_LOSS))]
 
 
 # --- the table -------------------------------------------------------------------------------------

@@ -76,12 +76,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def kind_of(value: Any) -> str:
+def json_type(value: Any) -> str:
     """A value's JSON type, for messages."""
-    return _KINDS.get(type(value), "null")
+    return _JSON_TYPES.get(type(value), "null")
 
 
-_KINDS = {
+_JSON_TYPES = {
     dict: "an object",
     list: "a list",
     str: "a text",

@@ -1,7 +1,15 @@
-"""The form that stored JSON has to have: results, settings and attack summaries of earlier stages, checked when read.
+"""What stored JSON has to look like: settings, results and summaries of earlier stages are checked when they are read.
 
-A form is a type, a list of one form, a dictionary of forms by key (`"key?"` may be absent; further keys are left
-alone), an `Each` for objects whose keys are data, a `Within` for numbers, or a tuple of forms any of which will do.
+A results folder may be edited, cut off by a crash, or come from somebody else. Its files are therefore compared with a
+*form* (a small schema) before anything is computed from them. A form is one of
+
+    str, int, float, bool, None   a value of exactly this JSON type (`float` has to be finite)
+    Between(low, high)            a number in this range
+    re.compile(...)               a text that the pattern matches as a whole
+    [form]                        a list whose items all have this form
+    {"a": form, "b?": form}       an object with these keys, of which `b` may be absent; further keys are not looked at
+    MapOf(pattern, form)          an object whose keys are data (names, user ids) and whose values all have this form
+    (form, form, ...)             any of these forms
 """
 
 from __future__ import annotations
@@ -9,156 +17,202 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prime.errors import InputError
-from prime.runs.files import kind_of, read_json, read_lines
-
-METHOD = re.compile(r"[a-z][a-z0-9_]{0,31}")
-SETTING = re.compile(r"k\d{1,9}(-profile)?")
-ANY_KEY = re.compile(r".*", re.DOTALL)
+from prime.runs.files import json_type, read_json, read_lines
 
 
-class Each(NamedTuple):
-    """An object of any number of keys, each of which matches `key` and holds `value`."""
+@dataclass(frozen=True)
+class MapOf:
+    """An object of any number of keys: `keys` matches each of them, and each value has the form `values`."""
 
-    key: re.Pattern[str]
-    value: Any
+    keys: re.Pattern[str]
+    values: Any
 
 
-class Within(NamedTuple):
+@dataclass(frozen=True)
+class Between:
     """A number from `low` to `high`."""
 
     low: float
     high: float
 
 
-NUMBERS = [(float, int)]
-SIDES = {"member": NUMBERS, "non_member": NUMBERS}
-RATE, DRAWN = Within(0, 1), Within(-1e12, 1e12)  # DRAWN: what has room on a figure's axis
-RATES, DRAWN_INTERVAL = ({"mean": one, "low": one, "high": one} for one in (RATE, DRAWN))
-AUROCS = {"auroc": (RATES, None), "blind_auroc": (RATES, None)}
+METHOD_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+PROMPT_SETTING = re.compile(r"k\d{1,9}(-profile)?")  # of test prompts: retrieved items, with or without a profile
+ANY_TEXT = re.compile(r".*", re.DOTALL)
 
-SETTINGS = {"stage": str, "method": METHOD, "settings": {}}
-RESULT = {
+NUMBER = (float, int)
+FRACTION = Between(0, 1)
+PLOTTABLE = Between(-1e12, 1e12)  # has room on a figure's axis
+FRACTION_INTERVAL = {"mean": FRACTION, "low": FRACTION, "high": FRACTION}
+PLOTTABLE_INTERVAL = {"mean": PLOTTABLE, "low": PLOTTABLE, "high": PLOTTABLE}
+
+# -- a run directory ------------------------------------------------------------------------------------------------
+
+SETTINGS_FILE = {"stage": str, "method": METHOD_NAME, "settings": {}}
+MEMBERSHIP_SCORES = {"member": [NUMBER], "non_member": [NUMBER]}
+USER_RESULT = {
     "user_id": str,
     "index": int,
-    "predictions?": Each(METHOD, Each(SETTING, [{"id": str, "output": str}])),
+    "predictions?": MapOf(METHOD_NAME, MapOf(PROMPT_SETTING, [{"id": str, "output": str}])),
     "sharers?": [str],
-    "weights?": [(float, int, NUMBERS)],
+    "weights?": [(float, int, [NUMBER])],
     "deployed?": str,
     "record_ids?": [str],
-    "seconds?": Each(ANY_KEY, (float, int)),
+    "seconds?": MapOf(ANY_TEXT, NUMBER),
     "on_base?": bool,
-    "scores?": Each(ANY_KEY, SIDES),
-    "blind?": Each(ANY_KEY, SIDES),
+    "scores?": MapOf(ANY_TEXT, MEMBERSHIP_SCORES),
+    "blind?": MapOf(ANY_TEXT, MEMBERSHIP_SCORES),
 }
-EVALUATION = {"loss": DRAWN, "origin": re.compile("base|sharer|start|search")}
-# Of a run at one of several penalties: its settings, its results, a line of its evaluations, and
-# (ATTACKED) an attack on it.
-PENALISED = {"sim_penalty": (float, int)}
-SEARCHED = {"sharers": [str], "best_sharer": str, "similarity": (float, int)}
-EVALUATED = {"weights": [(float, int, NUMBERS)], "similarity": (float, int)}
-TRAINED = {"seed": int, "recent_k": int, "holdout?": (float, int), "enable_dp?": bool}  # settings that make records
-ATTACKS = Each(ANY_KEY, AUROCS)
-TPRS = dict.fromkeys(("0.1", "0.01", "0.001"), (RATES, None))
-# What the page shows of an attack's sets.
-SHOWN = {"auroc": RATES, "blind_auroc": RATES, "tpr_at_fpr": TPRS, "blind_tpr_at_fpr": TPRS}
-SHOWN_SETS = {"sets?": Each(ANY_KEY, {"attacks": Each(ANY_KEY, SHOWN)})}
-SHOWN_SUMMARY = {**SHOWN_SETS, "sharers": SHOWN_SETS}
-SETS = {"sets?": Each(ANY_KEY, {"attacks": ATTACKS})}
-ATTACKED = {**SETS, "sharers?": SETS}
-MIA_SUMMARY = {**SETS, "method": METHOD, "attacks": ATTACKS, "sharers": {"users": int, "attacks": ATTACKS}}
-CURVES = {"curves": [{"attack": str, "set": str, "model": str, "fpr": [RATE], "tpr": [RATE]}]}
-FRONTIER = {"metric": str, "points": [{"label": str, "penalty": (DRAWN, None)}]}
-TRADED = {"similarity?": (DRAWN_INTERVAL, None), "auroc?": (RATES, None), "controlled_auroc?": (RATES, None)}
+RECORD_SETTINGS = {"seed": int, "recent_k": int, "holdout?": NUMBER, "enable_dp?": bool}  # that choose training records
+
+# -- a search: the settings of one penalty, a result, and two views of a line of evaluations.jsonl --------------------
+
+PENALTY_SETTINGS = {"sim_penalty": NUMBER}
+SEARCH_RESULT = {"sharers": [str], "best_sharer": str, "similarity": NUMBER}
+EVALUATED_WEIGHTS = {"weights": [(float, int, [NUMBER])], "similarity": NUMBER}
+EVALUATED_LOSS = {"loss": PLOTTABLE, "origin": re.compile("base|sharer|start|search")}
+
+# -- an attack: what the table, the frontier and the report's page take from mia_summary.json and roc.json ------------
+
+AUROCS = {"auroc": (FRACTION_INTERVAL, None), "blind_auroc": (FRACTION_INTERVAL, None)}
+AUROC_SETS = {"sets?": MapOf(ANY_TEXT, {"attacks": MapOf(ANY_TEXT, AUROCS)})}
+FRONTIER_SUMMARY = {**AUROC_SETS, "sharers?": AUROC_SETS}
+MIA_SUMMARY = {
+    **AUROC_SETS,
+    "method": METHOD_NAME,
+    "attacks": MapOf(ANY_TEXT, AUROCS),
+    "sharers": {"users": int, "attacks": MapOf(ANY_TEXT, AUROCS)},
+}
+TPR_AT_FPR = dict.fromkeys(("0.1", "0.01", "0.001"), (FRACTION_INTERVAL, None))
+PAGE_SCORES = {
+    "auroc": FRACTION_INTERVAL,
+    "blind_auroc": FRACTION_INTERVAL,
+    "tpr_at_fpr": TPR_AT_FPR,
+    "blind_tpr_at_fpr": TPR_AT_FPR,
+}
+PAGE_SETS = {"sets?": MapOf(ANY_TEXT, {"attacks": MapOf(ANY_TEXT, PAGE_SCORES)})}
+PAGE_SUMMARY = {**PAGE_SETS, "sharers": PAGE_SETS}
+ROC_CURVES = {"curves": [{"attack": str, "set": str, "model": str, "fpr": [FRACTION], "tpr": [FRACTION]}]}
+
+# -- a frontier of penalties ------------------------------------------------------------------------------------------
+
+FRONTIER_FILE = {"metric": str, "points": [{"label": str, "penalty": (PLOTTABLE, None)}]}
+FRONTIER_POINT = {
+    "similarity?": (PLOTTABLE_INTERVAL, None),
+    "auroc?": (FRACTION_INTERVAL, None),
+    "controlled_auroc?": (FRACTION_INTERVAL, None),
+}
+
+
+# -- checking -------------------------------------------------------------------------------------------------------
 
 
 def read_form(path: Path, form: Any) -> Any:
-    """The content of a JSON file, which has to have a form; all that it lacks is told in one InputError."""
-    found = read_json(path)
-    problems = form_problems(found, form, f"{path}: the file")
+    """The content of a JSON file, which has to have a form; one InputError lists all that is wrong with it."""
+    content = read_json(path)
+    problems = form_problems(content, form, f"{path}: the file")
     if problems:
         raise InputError.many([problem.replace(": the file.", ": ", 1) for problem in problems])
-    return found
+    return content
 
 
 def read_form_lines(path: Path, form: Any) -> list[dict[str, Any]]:
-    """A file of one JSON object per line, each of a form; all problems in one InputError."""
-    found = read_lines(path)
-    problems = [one for i, row in enumerate(found, 1) for one in form_problems(row, form, f"{path}: line {i}")]
+    """A file of one JSON object per line, each of a form; one InputError lists all that is wrong with it."""
+    rows = read_lines(path)
+    problems: list[str] = []
+    for number, row in enumerate(rows, 1):
+        problems += form_problems(row, form, f"{path}: line {number}")
     if problems:
         raise InputError.many(problems)
-    return found
+    return rows
 
 
 def form_problems(value: Any, form: Any, where: str) -> list[str]:
-    """What keeps a JSON value from having a form, a line each, with the place in the file."""
-    if isinstance(form, tuple) and not isinstance(form, Each | Within):
-        tries = [form_problems(value, one, where) for one in form]
-        return [] if [] in tries else max(tries, key=len) if isinstance(value, dict | list) else tries[0]
-    if isinstance(form, list):
-        return _expected(value, list, where) or [
-            problem for i, one in enumerate(value) for problem in form_problems(one, form[0], f"{where}[{i}]")
-        ]
-    if isinstance(form, Each):
-        return _expected(value, dict, where) or _each_problems(value, form, where)
-    if isinstance(form, dict):
-        return _expected(value, dict, where) or _key_problems(value, form, where)
-    if isinstance(form, Within):
-        return form_problems(value, (float, int), where) or _within(value, form, where)
-    if isinstance(form, re.Pattern):
-        fits = isinstance(value, str) and form.fullmatch(value)
-        return [] if fits else [f"{where} is {_shown(value)}, expected a name like {form.pattern}"]
-    return _expected(value, form, where)
+    """What keeps a JSON value from having a form, one line each; `where` names the value's place in its file."""
+    match form:
+        case tuple():
+            return _alternatives_problems(value, form, where)
+        case list():
+            return _type_problems(value, list, where) or _items_problems(value, form[0], where)
+        case dict():
+            return _type_problems(value, dict, where) or _keys_problems(value, form, where)
+        case MapOf():
+            return _type_problems(value, dict, where) or _map_problems(value, form, where)
+        case Between():
+            return form_problems(value, NUMBER, where) or _range_problems(value, form, where)
+        case re.Pattern():
+            matches = isinstance(value, str) and form.fullmatch(value)
+            return [] if matches else [f"{where} is {_shown(value)}, expected a name like {form.pattern}"]
+        case _:
+            return _type_problems(value, form, where)
 
 
 def merge_problems(result: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a result of form RESULT that names sharers."""
+    """What is wrong with the weights of a result of form USER_RESULT that names sharers."""
     if "sharers" not in result:
         return []
     n, weights = len(result["sharers"]), result.get("weights")
     return [f"{len(weights)} weights for {n} sharers"] if weights is not None and len(weights) != n else []
 
 
-def _each_problems(value: Mapping[str, Any], form: Each, where: str) -> list[str]:
-    problems = []
-    for key, own in value.items():
-        if not form.key.fullmatch(key):
-            problems.append(f"{where} has the key {_shown(key)}, expected names like {form.key.pattern}")
-        problems += form_problems(own, form.value, f"{where}.{_shown(key)}")
+def _alternatives_problems(value: Any, forms: tuple, where: str) -> list[str]:
+    """Those of one alternative, if the value has none of the forms: of an object or list the most detailed ones."""
+    tries = [form_problems(value, form, where) for form in forms]
+    if [] in tries:
+        return []
+    return max(tries, key=len) if isinstance(value, dict | list) else tries[0]
+
+
+def _items_problems(items: list, form: Any, where: str) -> list[str]:
+    problems: list[str] = []
+    for place, item in enumerate(items):
+        problems += form_problems(item, form, f"{where}[{place}]")
     return problems
 
 
-def _key_problems(value: Mapping[str, Any], form: Mapping[str, Any], where: str) -> list[str]:
-    problems = []
-    for key, own in form.items():
+def _keys_problems(value: Mapping[str, Any], form: Mapping[str, Any], where: str) -> list[str]:
+    problems: list[str] = []
+    for key, value_form in form.items():
         name = key.removesuffix("?")
         if name in value:
-            problems += form_problems(value[name], own, f"{where}.{name}")
+            problems += form_problems(value[name], value_form, f"{where}.{name}")
         elif name == key:
             problems.append(f"{where}.{name} is missing")
     return problems
 
 
-def _within(value: float, form: Within, where: str) -> list[str]:
-    right = form.low <= value <= form.high
-    return [] if right else [f"{where} is {value:.10g}, expected a number from {form.low:g} to {form.high:g}"]
+def _map_problems(value: Mapping[str, Any], form: MapOf, where: str) -> list[str]:
+    problems: list[str] = []
+    for key, item in value.items():
+        if not form.keys.fullmatch(key):
+            problems.append(f"{where} has the key {_shown(key)}, expected names like {form.keys.pattern}")
+        problems += form_problems(item, form.values, f"{where}.{_shown(key)}")
+    return problems
 
 
-def _expected(value: Any, kind: type | None, where: str) -> list[str]:
-    right = value is None if kind is None else type(value) is kind
-    if right and kind is float and not math.isfinite(value):
+def _range_problems(value: float, form: Between, where: str) -> list[str]:
+    if form.low <= value <= form.high:
+        return []
+    return [f"{where} is {value:.10g}, expected a number from {form.low:g} to {form.high:g}"]
+
+
+def _type_problems(value: Any, kind: type | None, where: str) -> list[str]:
+    matches = value is None if kind is None else type(value) is kind
+    if matches and kind is float and not math.isfinite(value):
         return [f"{where} is beyond the largest number"]
-    return [] if right else [f"{where} is {kind_of(value)}, expected {KINDS.get(kind, 'null')}"]
+    return [] if matches else [f"{where} is {json_type(value)}, expected {EXPECTED.get(kind, 'null')}"]
 
 
-KINDS: dict[type | None, str] = {
+EXPECTED: dict[type | None, str] = {
     str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "an object",
 }  # fmt: skip
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else kind_of(value)
+    text = repr(value) if isinstance(value, str) else json_type(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

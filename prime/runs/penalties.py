@@ -7,7 +7,7 @@ from typing import Any
 
 from prime import cli
 from prime.errors import InputError
-from prime.runs.forms import EVALUATED, PENALISED, SEARCHED, form_problems, read_form_lines
+from prime.runs.forms import EVALUATED_WEIGHTS, PENALTY_SETTINGS, SEARCH_RESULT, form_problems, read_form_lines
 from prime.runs.run import Run, read_results, read_settings, user_dirname
 
 PENALTY_DIR = "penalty-"
@@ -37,7 +37,7 @@ def penalty_runs(folder: Path) -> list[Path]:
 def penalty_of(run: Path) -> float:
     """The penalty of a run directory; InputError where a search of another kind, or a stranger, made it."""
     settings = read_settings(run)["settings"]
-    if problems := form_problems(settings, PENALISED, f"{run / 'settings.json'}: settings"):
+    if problems := form_problems(settings, PENALTY_SETTINGS, f"{run / 'settings.json'}: settings"):
         raise InputError.many(problems)
     return settings["sim_penalty"]
 
@@ -45,13 +45,13 @@ def penalty_of(run: Path) -> float:
 def read_evaluations(run: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the search of a finished user evaluated: the base, the sharers of the result, and what it asked."""
     folder = run / "users" / user_dirname(result["user_id"])
-    problems = form_problems(result, SEARCHED, f"{folder / 'result.json'}: the file")
+    problems = form_problems(result, SEARCH_RESULT, f"{folder / 'result.json'}: the file")
     if not problems and result["best_sharer"] not in result["sharers"]:
         problems = [f"{folder / 'result.json'}: best_sharer is none of the sharers"]
     if problems:
         raise InputError.many(problems)
     path = folder / "evaluations.jsonl"
-    found, least = read_form_lines(path, EVALUATED), 1 + len(result["sharers"])
+    found, least = read_form_lines(path, EVALUATED_WEIGHTS), 1 + len(result["sharers"])
     if len(found) < least:
         raise InputError(f"{path}: {len(found)} lines, expected the base and {least - 1} sharers first")
     return found

@@ -23,7 +23,7 @@ from typing import Any
 
 from prime.errors import InputError
 from prime.runs.files import uninterrupted, write_json
-from prime.runs.forms import RESULT, SETTINGS, merge_problems, read_form
+from prime.runs.forms import SETTINGS_FILE, USER_RESULT, merge_problems, read_form
 from prime.runs.journal import Journal, users_of
 from prime.runs.locks import claim, hold, turn, unheld
 
@@ -209,13 +209,13 @@ def read_result(path: Path) -> dict:
     Raises:
         InputError: no result of a stage, or another user's than the folder is named after.
     """
-    result = read_form(path, RESULT)
+    result = read_form(path, USER_RESULT)
     if problems := merge_problems(result):
         raise InputError.many([f"{path}: {problem}" for problem in problems])
     if user_dirname(result["user_id"]) != path.parent.name:
         raise InputError(f"{path}: the result of user {result['user_id']}, in another user's folder")
     seconds = path.with_name("seconds.json")
-    return result | ({"seconds": read_form(seconds, RESULT["seconds?"])} if seconds.exists() else {})
+    return result | ({"seconds": read_form(seconds, USER_RESULT["seconds?"])} if seconds.exists() else {})
 
 
 def read_results(root: Path | str) -> list[dict]:
@@ -236,4 +236,4 @@ def read_settings(root: Path | str) -> dict:
     path = Path(root) / "settings.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; {root} is not the output directory of a stage")
-    return read_form(path, SETTINGS)
+    return read_form(path, SETTINGS_FILE)

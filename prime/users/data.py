@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError, harmless
-from prime.runs.files import Path_, kind_of, read_json
+from prime.runs.files import Path_, json_type, read_json
 from prime.users.tasks import Task, extract
 
 # Parsed, JSON takes five to twenty times its size in memory.
@@ -57,7 +57,7 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
     _check_there(Path(path), task)
     rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a list of users, found {kind_of(rows)}")
+        raise InputError(f"{path}: expected a list of users, found {json_type(rows)}")
     if not rows:
         raise InputError(f"{path}: holds no users")
     check = _Checker(str(path), task, need_queries, need_golds)
@@ -72,7 +72,7 @@ def load_profiles(path: Path_) -> dict[str, str]:
     """`profile-id2text.json`: the textual profile of each user, by user id."""
     rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, dict):
-        raise InputError(f"{path}: expected an object of user id to text, found {kind_of(rows)}")
+        raise InputError(f"{path}: expected an object of user id to text, found {json_type(rows)}")
     problems: list[str] = []
     texts = {key: _text(value, f"{path}: user {key}: the text", problems) for key, value in rows.items()}
     if problems:
@@ -93,7 +93,7 @@ def load_labels(path: Path_) -> dict[str, str]:
     for position, row in enumerate(rows):
         where = f"{path}: gold {position}"
         if not isinstance(row, dict):
-            problems.append(f"{where}: expected an object, found {kind_of(row)}")
+            problems.append(f"{where}: expected an object, found {json_type(row)}")
             continue
         key, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
         if key in golds and golds[key] != gold:
@@ -158,7 +158,7 @@ class _Checker:
     def user(self, row: Any, position: int) -> User | None:
         nameless = f"{self.path}: user at position {position}"
         if not isinstance(row, dict):
-            self.problems.append(f"{nameless}: expected an object, found {kind_of(row)}")
+            self.problems.append(f"{nameless}: expected an object, found {json_type(row)}")
             return None
         user_id = self._user_id(row, position, nameless)
         where = f"{self.path}: user {user_id}" if user_id else nameless
@@ -174,7 +174,7 @@ class _Checker:
     def _user_id(self, row: dict[str, Any], position: int, where: str) -> str:
         value = row.get("user_id")
         if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-            kind = "is empty" if isinstance(value, str) else f"is {kind_of(value)}"
+            kind = "is empty" if isinstance(value, str) else f"is {json_type(value)}"
             told = kind if "user_id" in row else "is missing"
             self.problems.append(f"{where}: field 'user_id' {told}, expected an integer or a text")
             return ""
@@ -192,18 +192,18 @@ class _Checker:
         value = row[name]
         if isinstance(value, list):
             return value
-        self.problems.append(f"{where}: field '{name}' is {kind_of(value)}, expected a list")
+        self.problems.append(f"{where}: field '{name}' is {json_type(value)}, expected a list")
         return []
 
     def _item(self, item: Any, where: str) -> dict[str, str]:
         if not isinstance(item, dict):
-            self.problems.append(f"{where}: expected an object, found {kind_of(item)}")
+            self.problems.append(f"{where}: expected an object, found {json_type(item)}")
             return {}
         return {name: _field(item, name, where, self.problems) for name in self.task.fields}
 
     def _query(self, query: Any, where: str, user_id: str) -> Query | None:
         if not isinstance(query, dict):
-            self.problems.append(f"{where}: expected an object, found {kind_of(query)}")
+            self.problems.append(f"{where}: expected an object, found {json_type(query)}")
             return None
         before = len(self.problems)
         key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
@@ -240,7 +240,7 @@ class _Checker:
 def _text(value: Any, what: str, problems: list[str]) -> str:
     """A text or number as text; the empty text is fine, real files hold it."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        problems.append(f"{what} is {kind_of(value)}, expected a text or a number")
+        problems.append(f"{what} is {json_type(value)}, expected a text or a number")
         return ""
     text = str(value)
     if isinstance(value, float) and not math.isfinite(value):  # 1e999

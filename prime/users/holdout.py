@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from prime import cli
 from prime.errors import InputError
-from prime.runs.forms import TRAINED, form_problems
+from prime.runs.forms import RECORD_SETTINGS, form_problems
 from prime.runs.run import read_settings
 from prime.seeds import derive_seed
 from prime.users.data import User
@@ -73,7 +73,7 @@ def trained_split(folder: str | Path) -> Split:
     if not path.is_file():
         return Split()
     found = read_settings(folder)["settings"]
-    if problems := form_problems(found, TRAINED, f"{path}: settings"):
+    if problems := form_problems(found, RECORD_SETTINGS, f"{path}: settings"):
         raise InputError.many(problems)
     return split_of(argparse.Namespace(**{"holdout": 0.0} | found))
 
