@@ -26,8 +26,9 @@ from prime.merging.anchors import (
 )
 from prime.runs.run import Run
 from prime.users.data import User, load_users
-from prime.users.prompts import history_texts, load_templates
+from prime.users.prompts import history_texts
 from prime.users.tasks import Task, get_task
+from prime.users.templates import load_templates
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -37,8 +37,9 @@ from prime.bank.train import Learner, TrainSettings, cosine_lr, train
 from prime.checkpoints.loading import load_tokenizer
 from prime.seeds import derive_seed
 from prime.users.data import load_users
-from prime.users.prompts import TEMPLATES, history_records
+from prime.users.prompts import history_records
 from prime.users.tasks import get_task
+from prime.users.templates import TEMPLATES
 
 Losses = list[list[float]]
 CONTENDERS = ("ours", "peft_loop", "peft_onednn", "forward_limit")

@@ -19,8 +19,9 @@ from prime.runs.files import stop_between_writes
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, share, world
 from prime.users.data import User, load_profiles, load_users, select_indices, user_cost
-from prime.users.prompts import RECENT_K, load_templates
+from prime.users.prompts import RECENT_K
 from prime.users.tasks import TASKS, Task, get_task
+from prime.users.templates import load_templates
 
 # Options that change where or how fast a run works, never what it finds.
 NOT_SETTINGS = (

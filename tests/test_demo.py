@@ -9,8 +9,9 @@ import make_world
 import pytest
 
 from prime.users.data import load_labels, load_profiles, load_users
-from prime.users.prompts import history_records, load_templates
+from prime.users.prompts import history_records
 from prime.users.tasks import TASKS, extract
+from prime.users.templates import load_templates
 
 DATA = Path(__file__).parents[1] / "data" / "demo"
 MODEL = DATA / "model"

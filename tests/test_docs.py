@@ -15,7 +15,7 @@ from prime.merging import optimizer as search
 from prime.report import page
 from prime.runs.files import read_json
 from prime.runs.run import Run
-from prime.users import prompts, tasks
+from prime.users import prompts, tasks, templates
 from prime.users.data import load_users
 
 DOCS = world.ROOT / "docs"
@@ -91,8 +91,8 @@ def song_genre(monkeypatch: pytest.MonkeyPatch) -> tasks.Task:
     row, wording = blocks("extending.md")[:2]
     (task,) = eval(row, dict(vars(tasks)))
     monkeypatch.setitem(tasks.TASKS, task.name, task)
-    templates = eval("{" + wording + "}", dict(vars(prompts)))
-    monkeypatch.setitem(prompts.TEMPLATES, task.name, templates[task.name])
+    rows = eval("{" + wording + "}", dict(vars(templates)))
+    monkeypatch.setitem(templates.TEMPLATES, task.name, rows[task.name])
     return task
 
 
@@ -110,9 +110,9 @@ def test_a_task_is_a_row(song_genre: tasks.Task, tmp_path: Path) -> None:
     """Its data loads, its records and prompts have its wording, every stage takes it, and its table is made."""
     world.write(tmp_path / "data/test_100/user_test_100.json", songs())
     users = load_users(tmp_path / "data/test_100/user_test_100.json", song_genre, need_queries=True, need_golds=True)
-    templates = prompts.load_templates(None, song_genre)
-    assert prompts.template_problems(templates, song_genre) == []
-    record = prompts.history_records(users[0], song_genre, templates, None)[0]
+    rows = templates.load_templates(None, song_genre)
+    assert templates.template_problems(rows, song_genre) == []
+    record = prompts.history_records(users[0], song_genre, rows, None)[0]
     assert record.input.startswith("Choose the genre") and record.target.strip() == "rock"
     for name in ("task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"):
         (action,) = [one for one in world.script(name).build_parser()._actions if one.dest == "task_name"]

@@ -37,8 +37,8 @@ from prime.runs.forms import EVALUATED_LOSS, read_form_lines
 from prime.runs.penalties import open_runs
 from prime.runs.run import Run, read_results, read_settings
 from prime.users.data import load_labels, load_users
-from prime.users.prompts import TEMPLATES
 from prime.users.tasks import TASKS
+from prime.users.templates import TEMPLATES
 from tests import meta_world, tiny, world
 
 TASK = TASKS["movie_tagging"]

@@ -10,8 +10,9 @@ from prime import cli
 from prime.errors import InputError
 from prime.users.data import User, load_users
 from prime.users.holdout import Split, check_split, records_of, trained_records, trained_split
-from prime.users.prompts import TEMPLATES, history_records
+from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
+from prime.users.templates import TEMPLATES
 
 TASK = TASKS["movie_tagging"]
 TEXTS = cli.Texts(TASK, TEMPLATES[TASK.name], None)

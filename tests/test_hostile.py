@@ -26,8 +26,9 @@ from prime.runs.files import read_json, write_json
 from prime.runs.run import Run, read_results, user_dirname
 from prime.sources.prepare import report_notes
 from prime.users.data import User, load_profiles, load_users
-from prime.users.prompts import TEMPLATES, history_records, load_templates
+from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
+from prime.users.templates import TEMPLATES, load_templates
 from tests import meta_world, tiny
 
 MOVIES = TASKS["movie_tagging"]

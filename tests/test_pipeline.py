@@ -29,8 +29,9 @@ from prime.merging.optimizer import ranked_weights
 from prime.merging.sharers import adapter_folder, load_pool
 from prime.runs.run import user_dirname
 from prime.users.data import load_labels, load_users
-from prime.users.prompts import TEMPLATES, history_records
+from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
+from prime.users.templates import TEMPLATES
 from tests import tiny
 
 TASK = "movie_tagging"

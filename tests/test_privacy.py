@@ -28,8 +28,9 @@ from prime.merging.gates import Gates
 from prime.merging.sharers import adapter_folder
 from prime.runs.run import read_results
 from prime.users.data import User
-from prime.users.prompts import TEMPLATES, history_records
+from prime.users.prompts import history_records
 from prime.users.tasks import get_task
+from prime.users.templates import TEMPLATES
 from tests import tiny
 
 KEY = bytes(range(32))

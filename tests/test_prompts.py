@@ -9,18 +9,9 @@ import pytest
 
 from prime.errors import InputError
 from prime.users.data import Query, User
-from prime.users.prompts import (
-    KEYS,
-    TEMPLATES,
-    Prompt,
-    Record,
-    history_records,
-    load_templates,
-    query_records,
-    task_records,
-    test_prompts,
-)
+from prime.users.prompts import Prompt, Record, history_records, query_records, task_records, test_prompts
 from prime.users.tasks import TASKS
+from prime.users.templates import KEYS, TEMPLATES, load_templates
 
 TAGS = (
     "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, psychology, fantasy, "

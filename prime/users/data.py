@@ -1,6 +1,6 @@
-"""Users, their histories and queries: loading and checking of the files described in data/README.md.
+"""Users, their histories and queries: loads and checks the files described in data/README.md.
 
-Everything is checked once, here; all problems of a file are told together, with file, user, item and field.
+Everything is checked once, here. All problems of a file are reported together, with file, user, item and field.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from prime.errors import InputError, harmless
 from prime.runs.files import Path_, json_type, read_json
 from prime.users.tasks import Task, extract
 
-# Parsed, JSON takes five to twenty times its size in memory.
-DATA_BYTES = 2 << 30  # of a file of users, labels or profiles at most; LaMP's, as processed, stay below 1 GB
+# The largest file of users, labels or profiles that is read. LaMP's, as processed, stay below 1 GB; parsed, JSON takes
+# five to twenty times its size in memory.
+DATA_BYTES = 2 << 30
 
 # Names of a task's files within its folder, as the Per-Pcs authors chose them; data/README.md has their schema.
 BASE_FILE = "user_base_LLM.json"
@@ -27,12 +28,13 @@ TEST_FILE = "test_100/user_test_100.json"
 LABEL_FILE = "test_100/user_test_100_label.json"
 PROFILE_FILE = "profile-id2text.json"
 
-PREPARING = ".prepare"  # within a task's folder: prepare_data.py at work; with its report in it, placing finished files
+# The folder that prepare_data.py works in, within a task's folder. Once the report is in it, files are being placed.
+PREPARING = ".prepare"
 
 
 @dataclass(frozen=True)
 class Query:
-    """One test question; `gold` is None where the file does not tell it."""
+    """One test question; `gold` is None where the file has no answer to it."""
 
     id: str
     input: str
@@ -47,12 +49,22 @@ class User:
     profile: tuple[Mapping[str, str], ...]
     queries: tuple[Query, ...] = ()
 
+    def recent(self, k: int) -> tuple[Mapping[str, str], ...]:
+        """The last `k` items of the history (0: all), oldest first."""
+        if k < 0:
+            raise ValueError(f"recent_k is {k}, expected 0 (all) or more")
+        return self.profile[-k:]  # [-0:] is everything
+
 
 def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_golds: bool = False) -> list[User]:
     """All users of a file (`user_base_LLM.json`, `user_anchor_candidate.json`, `user_test_100.json`).
 
-    `need_queries`: each user must have the key `query`, and in citation each input a title and two options.
-    `need_golds`: each query must tell its gold answer (training).
+    Args:
+        need_queries: each user must have the key `query`, and in citation each input a title and two options.
+        need_golds: each query must have its gold answer (training).
+
+    Raises:
+        InputError: no such file, or all that is wrong with it.
     """
     _check_there(Path(path), task)
     rows = read_json(path, DATA_BYTES)
@@ -60,11 +72,11 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
         raise InputError(f"{path}: expected a list of users, found {json_type(rows)}")
     if not rows:
         raise InputError(f"{path}: holds no users")
-    check = _Checker(str(path), task, need_queries, need_golds)
-    users = [check.user(row, position) for position, row in enumerate(rows)]
-    if check.problems:
-        raise InputError.many(check.problems)
-    check.warn()
+    checker = _Checker(str(path), task, need_queries, need_golds)
+    users = [checker.user(row, position) for position, row in enumerate(rows)]
+    if checker.problems:
+        raise InputError.many(checker.problems)
+    checker.warn()
     return [user for user in users if user is not None]
 
 
@@ -74,7 +86,7 @@ def load_profiles(path: Path_) -> dict[str, str]:
     if not isinstance(rows, dict):
         raise InputError(f"{path}: expected an object of user id to text, found {json_type(rows)}")
     problems: list[str] = []
-    texts = {key: _text(value, f"{path}: user {key}: the text", problems) for key, value in rows.items()}
+    texts = {user_id: _text(text, f"{path}: user {user_id}: the text", problems) for user_id, text in rows.items()}
     if problems:
         raise InputError.many(problems)
     return texts
@@ -95,18 +107,20 @@ def load_labels(path: Path_) -> dict[str, str]:
         if not isinstance(row, dict):
             problems.append(f"{where}: expected an object, found {json_type(row)}")
             continue
-        key, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
-        if key in golds and golds[key] != gold:
-            problems.append(f"{where}: id {key} was given before with another output")
-        golds[key] = gold
+        query_id, gold = _field(row, "id", where, problems), _field(row, "output", where, problems)
+        if query_id in golds and golds[query_id] != gold:
+            problems.append(f"{where}: id {query_id} was given before with another output")
+        golds[query_id] = gold
     if problems:
         raise InputError.many(problems)
     return golds
 
 
 def _check_there(path: Path, task: Task) -> None:
-    """InputError for a file of users that is not there, with where it is instead, or what makes it; and for one of a
-    folder in which old and new files may lie together.
+    """InputError for a file of users that is not there, which names where it is instead or the command that makes it.
+
+    Also for a file in a folder that prepare_data.py was changing when it was stopped, where old and new files may lie
+    together.
     """
     folder = path.parent.parent if path.parent.name == "test_100" else path.parent
     if (folder / PREPARING / "prepare_report.json").exists():
@@ -115,8 +129,8 @@ def _check_there(path: Path, task: Task) -> None:
         return
     if (folder / task.name / path.relative_to(folder)).exists():
         raise InputError(f"{path}: no such file; give --data_dir {folder / task.name}, where there is one")
-    made = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"
-    raise InputError(f"{path}: no such file; from the official LaMP files this makes it: {made}")
+    command = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"
+    raise InputError(f"{path}: no such file; from the official LaMP files this makes it: {command}")
 
 
 def select(users: Sequence[User], spec: str | None) -> list[User]:
@@ -146,14 +160,14 @@ def select_indices(spec: str | None, n: int) -> list[int]:
 
 
 class _Checker:
-    """Turns the rows of one file into users, and collects what is wrong with them."""
+    """Turns the rows of one file into users and collects what is wrong with them."""
 
     def __init__(self, path: str, task: Task, need_queries: bool, need_golds: bool):
         self.path, self.task, self.need_queries, self.need_golds = path, task, need_queries, need_golds
         self.problems: list[str] = []
         self.unmarked: list[str] = []  # queries without the task's marker
         self.repeated: list[str] = []  # items whose id an earlier one of the same user has
-        self.seen: dict[str, int] = {}
+        self.positions: dict[str, int] = {}  # of users, by id
 
     def user(self, row: Any, position: int) -> User | None:
         nameless = f"{self.path}: user at position {position}"
@@ -165,21 +179,24 @@ class _Checker:
         items = self._list(row, "profile", where, required=True)
         queries = self._list(row, "query", where, required=self.need_queries)
         profile = [self._item(item, f"{where}: item {i}") for i, item in enumerate(items)]
-        parsed = [self._query(query, f"{where}: query {i}", user_id) for i, query in enumerate(queries)]
-        self._check_unique([query.id for query in parsed if query], where)
-        times = Counter(item["id"] for item in profile if "id" in item)
-        self.repeated += [f"user {user_id} item id {key}" for key, count in times.items() if count > 1]
-        return User(user_id, tuple(profile), tuple(query for query in parsed if query))
+        checked = [self._query(query, f"{where}: query {i}", user_id) for i, query in enumerate(queries)]
+        usable = tuple(query for query in checked if query)
+        for query_id in _repeated(query.id for query in usable):
+            self.problems.append(f"{where}: query id {query_id} is used more than once")
+        item_ids = (item["id"] for item in profile if "id" in item)
+        self.repeated += [f"user {user_id} item id {item_id}" for item_id in _repeated(item_ids)]
+        return User(user_id, tuple(profile), usable)
 
     def _user_id(self, row: dict[str, Any], position: int, where: str) -> str:
         value = row.get("user_id")
         if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).strip():
-            kind = "is empty" if isinstance(value, str) else f"is {json_type(value)}"
-            told = kind if "user_id" in row else "is missing"
-            self.problems.append(f"{where}: field 'user_id' {told}, expected an integer or a text")
+            state = "is empty" if isinstance(value, str) else f"is {json_type(value)}"
+            if "user_id" not in row:
+                state = "is missing"
+            self.problems.append(f"{where}: field 'user_id' {state}, expected an integer or a text")
             return ""
         user_id = _text(value, f"{where}: field 'user_id'", self.problems)
-        first = self.seen.setdefault(user_id, position)
+        first = self.positions.setdefault(user_id, position)
         if first != position:
             self.problems.append(f"{where}: user_id {user_id} is taken by the user at position {first}")
         return user_id
@@ -206,35 +223,35 @@ class _Checker:
             self.problems.append(f"{where}: expected an object, found {json_type(query)}")
             return None
         before = len(self.problems)
-        key, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
+        query_id, text = _field(query, "id", where, self.problems), _field(query, "input", where, self.problems)
         gold = _field(query, "gold", where, self.problems) if self.need_golds or "gold" in query else None
         if len(self.problems) > before:
             return None
         if self.need_queries and extract(self.task, text) is None:
-            self._unextractable(where, user_id, key)
-        return Query(key, text, gold)
+            self._unextractable(where, user_id, query_id)
+        return Query(query_id, text, gold)
 
-    def _unextractable(self, where: str, user_id: str, key: str) -> None:
+    def _unextractable(self, where: str, user_id: str, query_id: str) -> None:
         if self.task.marker:
-            self.unmarked.append(f"user {user_id} query {key}")
+            self.unmarked.append(f"user {user_id} query {query_id}")
         else:
             self.problems.append(f"{where}: field 'input' does not hold a title and the options [1] and [2]")
 
-    def _check_unique(self, keys: list[str], where: str) -> None:
-        for key, times in Counter(keys).items():
-            if times > 1:
-                self.problems.append(f"{where}: query id {key} is used more than once")
-
     def warn(self) -> None:
-        """Real files hold such things: they are used as they are, and told once per file."""
+        """Report what real files hold and what is used as it is, once per file."""
         marker = (self.task.marker or "").strip()
         self._warn(self.unmarked, f"queries do not hold '{marker}', their whole input is taken as the text")
         self._warn(self.repeated, "item ids are used more than once in a history, all of those items are used")
 
-    def _warn(self, found: list[str], what: str) -> None:
-        if found:
-            named = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-            warnings.warn(harmless(f"{self.path}: {len(found)} {what}: {named}"), stacklevel=4)
+    def _warn(self, cases: list[str], what: str) -> None:
+        if cases:
+            examples = ", ".join(cases[:5]) + (", ..." if len(cases) > 5 else "")
+            warnings.warn(harmless(f"{self.path}: {len(cases)} {what}: {examples}"), stacklevel=4)
+
+
+def _repeated(ids: Iterable[str]) -> list[str]:
+    """The ids that occur more than once, in the order of their first places."""
+    return [name for name, times in Counter(ids).items() if times > 1]
 
 
 def _text(value: Any, what: str, problems: list[str]) -> str:
@@ -264,6 +281,8 @@ def _is_index(text: str) -> bool:
 
 
 def user_cost(user: User, recent_k: int = 0) -> int:
-    """Characters to read for a user: the history that is used, and the queries."""
-    texts = [str(value) for item in user.profile[-recent_k:] for value in item.values()]
-    return 1 + sum(map(len, texts)) + sum(len(query.input) for query in user.queries)
+    """Characters to read for a user: of the history that is used, and of the queries."""
+    cost = 1
+    for item in user.recent(recent_k):
+        cost += sum(len(text) for text in item.values())
+    return cost + sum(len(query.input) for query in user.queries)

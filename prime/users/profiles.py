@@ -13,10 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
-from prime.errors import InputError
-from prime.runs.files import read_json
-from prime.users.prompts import TEMPLATES, history_texts, key_problems
+from prime.users.prompts import history_texts
 from prime.users.tasks import CHOICE, ERROR, Task
+from prime.users.templates import TEMPLATES, key_problems, read_rows, refuse_problems
 
 ITEM_WORDS = 60  # of each field of an item shown to the model
 FREQUENT = 5  # tags, categories or words that the rule names at most
@@ -26,51 +25,53 @@ LONG = 5  # letters of a word that says something
 # -- by a model -----------------------------------------------------------------------------------------------------
 
 
-def _ask(shown: str, wanted: str) -> str:
+def _question(items: str, answer: str) -> str:
+    """The template of a question about `items`, for somebody who is going to guess `answer`."""
     return (
-        f"Here are {shown}, oldest first.\n\n{{}}\n"
-        f"Describe this person in two or three sentences for somebody who has to guess {wanted}. "
+        f"Here are {items}, oldest first.\n\n{{}}\n"
+        f"Describe this person in two or three sentences for somebody who has to guess {answer}. "
         "Name what repeats, not single items, and write nothing else."
     )
 
 
 PROFILE_PROMPTS: dict[str, str] = {
-    "citation": _ask(
+    "citation": _question(
         "papers that a person wrote, each with a paper that it cites", "which papers they will cite next: their topics"
     ),
-    "movie_tagging": _ask(
+    "movie_tagging": _question(
         "movies and the tag that a person gave to each", "the tag they will give to another movie: the tags they prefer"
     ),
-    "news_categorize": _ask(
+    "news_categorize": _question(
         "articles and the category that their author gave to each", "the category of their next article: usual topics"
     ),
-    "product_rating": _ask(
+    "product_rating": _question(
         "product reviews of a person and the score, 1 to 5, that they gave", "their next score: how strict they are"
     ),
-    "news_headline": _ask(
+    "news_headline": _question(
         "articles and the headline that their author wrote for each", "their next headline: how they word headlines"
     ),
-    "scholarly_title": _ask(
+    "scholarly_title": _question(
         "abstracts of papers and the title that their author chose", "their next title: how they word titles"
     ),
-    "tweet_paraphrase": _ask("tweets of a person", "how they would say something in a tweet: wording, mood, signs"),
+    "tweet_paraphrase": _question(
+        "tweets of a person", "how they would say something in a tweet: wording, mood, signs"
+    ),
 }
 
 
 def load_profile_prompts(path: str | os.PathLike[str] | None, task: Task) -> dict[str, str]:
-    """`profile` and `retrieval_history` of the task: ours, or those of a file, checked."""
-    own = {"profile": PROFILE_PROMPTS[task.name], "retrieval_history": TEMPLATES[task.name]["retrieval_history"]}
+    """The task's templates `profile` and `retrieval_history`: ours, or those of a file.
+
+    Raises:
+        InputError: the file has none for this task, or all that is wrong with them.
+    """
+    item_template = {"retrieval_history": TEMPLATES[task.name]["retrieval_history"]}
     if path is None:
-        return own
-    table = read_json(path)
-    rows = table.get(task.name) if isinstance(table, dict) else None
-    if not isinstance(rows, dict):
-        raise InputError(f"{path}: no templates for task '{task.name}'")
-    own = {"retrieval_history": own["retrieval_history"]} | rows
-    problems = [problem for key in ("profile", "retrieval_history") for problem in key_problems(own, key, task)]
-    if problems:
-        raise InputError.many([f"{path}: task '{task.name}': {problem}" for problem in problems])
-    return {key: own[key] for key in ("profile", "retrieval_history")}
+        return {"profile": PROFILE_PROMPTS[task.name]} | item_template
+    rows = item_template | read_rows(path, task)
+    keys = ("profile", "retrieval_history")
+    refuse_problems(path, task, key_problems(rows, keys, task))
+    return {key: rows[key] for key in keys}
 
 
 def fit(
@@ -79,8 +80,8 @@ def fit(
     """The question about as many of the last items as fit, and their number; 0 where not even one does.
 
     Args:
-        words: of each field of an item.
-        fits: whether a question is short enough; of longer ones it says no.
+        words: of each field of an item at most.
+        fits: whether a question is short enough. A question longer than one that does not fit does not fit either.
     """
     lines = history_texts(items, prompts, words)
 
@@ -120,7 +121,7 @@ def main_habit(task: str, answers: Sequence[str]) -> str:
 
     The demo's textual profiles are this sentence alone.
     """
-    counts = Counter(a if task in WHOLE else a.split(" ")[0] for a in answers)
+    counts = Counter(answer if task in WHOLE else answer.split(" ")[0] for answer in answers)
     common = _ranked(counts)[0]
     rare = task not in WHOLE and counts[common] * 4 < len(answers)
     return HABITS[task].format("no fixed word" if rare else common)
@@ -136,8 +137,8 @@ def rule_profile(task: Task, items: Sequence[Mapping[str, str]]) -> str:
     if not answers:
         return ""
     rules: dict[tuple[str, ...], Callable[[Sequence[str]], str]] = {CHOICE: _shares, ERROR: _scores}
-    about = rules.get(task.history_metrics, _wording)
-    return f"{main_habit(task.name, answers)} {about(answers)}"
+    counted = rules.get(task.history_metrics, _wording)
+    return f"{main_habit(task.name, answers)} {counted(answers)}"
 
 
 def _ranked(counts: Mapping[str, int]) -> list[str]:
@@ -147,8 +148,8 @@ def _ranked(counts: Mapping[str, int]) -> list[str]:
 
 def _shares(answers: Sequence[str]) -> str:
     counts = Counter(answers)
-    told = ", ".join(f"{name} ({counts[name]})" for name in _ranked(counts)[:FREQUENT])
-    return f"Given in {len(answers)} items: {told}."
+    frequent = ", ".join(f"{name} ({counts[name]})" for name in _ranked(counts)[:FREQUENT])
+    return f"Given in {len(answers)} items: {frequent}."
 
 
 def _scores(answers: Sequence[str]) -> str:
@@ -160,7 +161,9 @@ def _scores(answers: Sequence[str]) -> str:
 
 def _wording(answers: Sequence[str]) -> str:
     lengths = [len(answer.split()) for answer in answers]
-    told = f"The usual length is {mean(lengths):.0f} words, from {min(lengths)} to {max(lengths)}."
-    counts = Counter(word for answer in answers for word in {*re.findall(rf"[^\W\d_]{{{LONG},}}", answer.lower())})
+    usual = f"The usual length is {mean(lengths):.0f} words, from {min(lengths)} to {max(lengths)}."
+    counts: Counter[str] = Counter()  # of texts that hold a word, however often
+    for answer in answers:
+        counts.update(set(re.findall(rf"[^\W\d_]{{{LONG},}}", answer.lower())))
     frequent = [word for word in _ranked(counts)[:FREQUENT] if counts[word] > 1]
-    return f"{told} Frequent words: {', '.join(frequent)}." if frequent else told
+    return f"{usual} Frequent words: {', '.join(frequent)}." if frequent else usual

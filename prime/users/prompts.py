@@ -1,45 +1,30 @@
-"""All texts a model reads: records of a user's history, task-training records, and test prompts.
+"""All texts a model reads: records of a user's history, records that train the task adapter, and test prompts.
 
-As published, history fields are cut to 768 words and retrieved items to 368, only the last 50 items count,
-and the second record of an item retrieves one earlier item by BM25. The wording is ours. A file given by
-`--prompt_path` replaces it: JSON, `{task: {key: template}}` with the keys of `KEYS`.
-
-Templates are plain `str.format` strings, checked when loaded. `prompt`, `full_prompt` and
-`retrieval_query_wokey` hold positional `{}`; the others hold names of item fields. Nothing else is a field:
-no attribute, index, conversion or format, so a template reaches nothing but those texts. Literal braces are
-written `{{` and `}}`.
+As published, history fields are cut to 768 words and retrieved items to 368, only the last 50 items count, and the
+second record of an item retrieves one earlier item by BM25. The wording is in `prime.users.templates`.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import string
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from prime.errors import InputError
-from prime.runs.files import read_json
 from prime.users.data import Query, User
 from prime.users.retrieval import top_k
-from prime.users.tasks import MOVIE_TAGS, NEWS_CATEGORIES, Task, extract
+from prime.users.tasks import Task, extract
+from prime.users.templates import Templates
 
 RECORD_WORDS = 768  # published cut of a history item's fields
 RETRIEVED_WORDS = 368  # published cut of a retrieved item's fields
 RECENT_K = 50  # published number of history items used
 RECORD_K = 1  # items retrieved for training records
 
-Templates = Mapping[str, str]
-KEYS = (
-    "prompt", "full_prompt", "retrieval_history", "retrieval_query", "retrieval_query_wokey",
-    "OPPU_input", "OPPU_full",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Record:
-    """A training or membership text: loss is over `target` (with its leading space) and EOS."""
+    """A text to train on or to attack. The loss is over `target`, with its leading space, and EOS."""
 
     id: str
     input: str
@@ -55,123 +40,7 @@ class Prompt:
     text: str
 
 
-def _same(intro: str, name: str, field: str, answer: str, target: str) -> dict[str, str]:
-    """Templates of a task whose history asks the same question as its test."""
-    ask = f"{intro}{name}: {{}} {answer}:"
-    learn = f"{intro}{name}: {{{field}}} {answer}:"
-    return {
-        "prompt": ask,
-        "full_prompt": ask + " {}",
-        "retrieval_history": f"{name}: {{{field}}} {answer}: {{{target}}}\n",
-        "retrieval_query": f"{{{field}}}",
-        "retrieval_query_wokey": "{}",
-        "OPPU_input": learn,
-        "OPPU_full": f"{learn} {{{target}}}",
-    }
-
-
-_CITATION = "Which reference does this paper cite, [1] or [2]?\nPaper: {} [1]: {} [2]: {} Reference:"
-_TWEET = "Say this in a tweet of your own.\nText: {} Tweet:"
-
-TEMPLATES: dict[str, dict[str, str]] = {
-    "citation": {
-        "prompt": _CITATION,
-        "full_prompt": _CITATION + " {}",
-        "retrieval_history": "Paper: {title} Reference: {citation}\n",
-        "retrieval_query": "{title}",
-        "retrieval_query_wokey": "{}",
-        "OPPU_input": "Which reference does this paper cite?\nPaper: {title} Reference:",
-        "OPPU_full": "Which reference does this paper cite?\nPaper: {title} Reference: {citation}",
-    },
-    "movie_tagging": _same(
-        f"Choose the tag that fits the movie: {', '.join(MOVIE_TAGS)}.\n",
-        "Movie", "description", "Tag", "tag",
-    ),
-    "news_categorize": _same(
-        f"Choose the category of the article: {', '.join(NEWS_CATEGORIES)}.\n",
-        "Article", "text", "Category", "category",
-    ),
-    "product_rating": _same("Guess the score of the review, 1 to 5.\n", "Review", "text", "Score", "score"),
-    "news_headline": _same("Write the headline of the article.\n", "Article", "text", "Headline", "title"),
-    "scholarly_title": _same("Write the title of the paper.\n", "Abstract", "abstract", "Title", "title"),
-    "tweet_paraphrase": {
-        "prompt": _TWEET,
-        "full_prompt": _TWEET + " {}",
-        "retrieval_history": "Tweet: {text}\n",
-        "retrieval_query": "{text}",
-        "retrieval_query_wokey": "{}",
-        "OPPU_input": "Tweet:",
-        "OPPU_full": "Tweet: {text}",
-    },
-}  # fmt: skip
-
-
-def load_templates(path: str | os.PathLike[str] | None, task: Task) -> dict[str, str]:
-    """The task's templates: ours, or those of a file in the published schema, checked."""
-    if path is None:
-        return dict(TEMPLATES[task.name])
-    table = read_json(path)
-    rows = table.get(task.name) if isinstance(table, dict) else None
-    if not isinstance(rows, dict):
-        raise InputError(f"{path}: no templates for task '{task.name}'")
-    problems = template_problems(rows, task)
-    if problems:
-        raise InputError.many([f"{path}: task '{task.name}': {problem}" for problem in problems])
-    return {key: rows[key] for key in KEYS}
-
-
-def template_problems(rows: Mapping[str, Any], task: Task) -> list[str]:
-    """What is wrong with a task's templates, a line each."""
-    problems = []
-    for key in KEYS:
-        problems += key_problems(rows, key, task)
-    return problems or _prefix_problems(rows)
-
-
-def key_problems(rows: Mapping[str, Any], key: str, task: Task) -> list[str]:
-    """What is wrong with one template of a task."""
-    if key not in rows:
-        return [f"key '{key}': missing"]
-    if not isinstance(rows[key], str):
-        return [f"key '{key}': not a text"]
-    return [f"key '{key}': {problem}" for problem in _field_problems(rows[key], key, task)]
-
-
-def _field_problems(template: str, key: str, task: Task) -> list[str]:
-    try:
-        parts = list(string.Formatter().parse(template))
-    except ValueError as error:
-        return [f"{error} (a literal brace is written {{{{ or }}}})"]
-    # field name, conversion and format as written; a part without a field has the name None
-    fields = [(name, conversion, spec) for _, name, spec, conversion in parts if name is not None]
-    problems = [
-        f"field '{{{name}}}': conversions and formats are not allowed"
-        for name, conversion, spec in fields
-        if conversion or spec
-    ]
-    names = [name for name, _, _ in fields]
-    number = _positional(task).get(key)
-    allowed = ("",) if number is not None else task.fields
-    told = "only {}" if number is not None else "only " + ", ".join(f"{{{name}}}" for name in task.fields)
-    problems += [f"field '{{{name}}}': not allowed, {told}" for name in names if name not in allowed]
-    if number is not None and not problems and len(names) != number:
-        problems.append(f"field '{{}}': found {len(names)} times, expected {number}")
-    return problems
-
-
-def _positional(task: Task) -> dict[str, int]:
-    """The keys with positional fields, and how many."""
-    parts = task.query_parts
-    return {"prompt": parts, "full_prompt": parts + 1, "retrieval_query_wokey": 1, "profile": 1}
-
-
-def _prefix_problems(rows: Mapping[str, Any]) -> list[str]:
-    """A target is what the full template adds, so it has to begin with the other one and add something."""
-    return [
-        f"key '{full}': must begin with '{start}' and add the answer"
-        for start, full in (("prompt", "full_prompt"), ("OPPU_input", "OPPU_full"))
-        if not rows[full].startswith(rows[start]) or rows[full] == rows[start]
-    ]
+# -- records of a history -------------------------------------------------------------------------------------------
 
 
 def history_records(
@@ -185,76 +54,100 @@ def history_records(
 ) -> list[Record]:
     """Records of the user's last `recent_k` items (0: all), oldest first.
 
-    Each item gives `u{user}-{item}`. In `task.paired` tasks each but the first also gives
-    `u{user}-{item}-k1-p`, whose input begins with the profile (an empty one if `profile_text` is None) and
-    the nearest earlier item of the window. Without `quoting` these are left out: each record then tells of its
-    own item alone, as differential privacy by items needs (`prime.bank.dp`).
+    Each item gives `u{user}-{item}`. In `task.paired` tasks each item but the first also gives `u{user}-{item}-k1-p`,
+    whose input begins with the profile (an empty one if `profile_text` is None) and the nearest earlier item.
 
-    `held_out` are positions in the user's history whose records are marked so. No record, of either kind, retrieves
-    a held-out item: what is trained on then shows none, and records of both kinds are made alike.
+    Args:
+        held_out: positions in the user's history; records of these items are marked. No record of any item
+            retrieves one of them, so that training sees none of them and all records are made alike.
+        quoting: whether there are records that show an earlier item. Differential privacy by items
+            (`prime.bank.dp`) needs each record to tell of its own item alone.
     """
-    if recent_k < 0:
-        raise ValueError(f"recent_k is {recent_k}, expected 0 (all) or more")
-    window = user.profile[-recent_k:] if recent_k else user.profile
+    window = user.recent(recent_k)
     first = len(user.profile) - len(window)
-    earlier: list[str] = []  # what may be retrieved
+    earlier: list[str] = []  # what later records may retrieve
     records = []
-    for place, (item, text) in enumerate(zip(window, history_texts(window, templates), strict=True), first):
-        out = place in held_out
+    for position, (item, shown) in enumerate(zip(window, history_texts(window, templates), strict=True), first):
         fields = _cut(item, RECORD_WORDS)
-        start, target = _split(templates, "OPPU_input", "OPPU_full", fields)
-        records.append(Record(f"u{user.user_id}-{item['id']}", start, target, out))
+        name, is_held_out = f"u{user.user_id}-{item['id']}", position in held_out
+        text = templates["OPPU_input"].format(**fields)
+        target = templates["OPPU_full"].format(**fields)[len(text) :]
+        records.append(Record(name, text, target, is_held_out))
         if quoting and task.paired and earlier:
             retrieved = _retrieve(templates["retrieval_query"].format(**fields), earlier, RECORD_K)
-            start = _prefix(profile_text or "", retrieved) + start
-            records.append(Record(f"u{user.user_id}-{item['id']}-k{RECORD_K}-p", start, target, out))
-        earlier += [] if out else [text]
+            context = _context(profile_text or "", retrieved)
+            records.append(Record(f"{name}-k{RECORD_K}-p", context + text, target, is_held_out))
+        if not is_held_out:
+            earlier.append(shown)
     return records
 
 
+def history_texts(items: Sequence[Mapping[str, str]], templates: Templates, words: int = RETRIEVED_WORDS) -> list[str]:
+    """History items as they are shown when retrieved, and by default embedded; fields are cut to `words` words."""
+    return [templates["retrieval_history"].format(**_cut(item, words)) for item in items]
+
+
+# -- a history asked as test queries --------------------------------------------------------------------------------
+
+
 def query_records(
-    user: User, task: Task, templates: Templates, others: Sequence[Mapping[str, str]], dice: random.Random,
+    user: User,
+    task: Task,
+    templates: Templates,
+    others: Sequence[Mapping[str, str]],
+    rng: random.Random,
     recent_k: int = RECENT_K,
-) -> list[Record]:  # fmt: skip
+) -> list[Record]:
     """The user's last `recent_k` items (0: all) asked as test queries without history, `u{user}-{item}-q`.
 
-    Where a query offers two references (citation), the wrong one is what the paper nearest by title (BM25) among
-    `others`, items of other users, cites; dice place the right one.
+    Args:
+        others: items of other users. Where a query offers two references (citation), the wrong one is what the paper
+            nearest by title (BM25) among them cites.
+        rng: places the right reference.
 
     Raises:
-        InputError: a task whose items hold answers without questions, or nothing to take a wrong reference from.
+        InputError: a task whose items hold answers without questions, or no wrong reference among `others`.
     """
     if not task.source:
         raise InputError(f"{task.name}: a history holds answers without questions, it cannot be asked as test queries")
     records = []
-    for item in user.profile[-recent_k:] if recent_k else user.profile:
-        parts, gold = _as_query(_cut(item, RECORD_WORDS), task, others, dice)
-        text = templates["prompt"].format(*parts)
-        target = templates["full_prompt"].format(*parts, gold)[len(text) :]
-        records.append(Record(f"u{user.user_id}-{item['id']}-q", text, target))
+    for item in user.recent(recent_k):
+        parts, gold = _as_query(_cut(item, RECORD_WORDS), task, others, rng)
+        records.append(_query_record(f"u{user.user_id}-{item['id']}-q", templates, parts, gold))
     return records
 
 
 def _as_query(
-    fields: Mapping[str, str], task: Task, others: Sequence[Mapping[str, str]], dice: random.Random
+    fields: Mapping[str, str], task: Task, others: Sequence[Mapping[str, str]], rng: random.Random
 ) -> tuple[tuple[str, ...], str]:
-    """What a query about an item shows, and its answer: the item's target, or the label of the right of two options."""
+    """What a query about an item shows, and its answer: the item's target, or the label of the right reference."""
     source, target = fields[task.source], fields[task.target]
     if task.query_parts == 1 or task.labels is None:
         return (source,), target
-    near = (others[place] for place in top_k(source, [other[task.source] for other in others], len(others)))
-    wrong = next((_cut(other, RECORD_WORDS)[task.target] for other in near if other[task.target] != target), None)
-    if wrong is None:
-        raise InputError(f"{task.name}: no items of other users to take wrong references from")
-    right = dice.randrange(2)
-    options = (wrong, target) if right else (target, wrong)
-    return (source, *options), task.labels[right]
+    wrong = _wrong_reference(source, target, task, others)
+    place = rng.randrange(2)
+    options = (wrong, target) if place else (target, wrong)
+    return (source, *options), task.labels[place]
+
+
+def _wrong_reference(source: str, right: str, task: Task, others: Sequence[Mapping[str, str]]) -> str:
+    """The reference of the nearest of `others` that is not the right one."""
+    for place in top_k(source, [other[task.source] for other in others], len(others)):
+        if others[place][task.target] != right:
+            return _cut(others[place], RECORD_WORDS)[task.target]
+    raise InputError(f"{task.name}: no items of other users to take wrong references from")
+
+
+# -- queries --------------------------------------------------------------------------------------------------------
 
 
 def task_records(user: User, task: Task, templates: Templates, profile_text: str | None) -> list[Record]:
-    """Task-training records `u{user}-q{query}`: each query with profile, one retrieved item, and its gold.
+    """Records `u{user}-q{query}` that train the task adapter: each query with profile, one retrieved item and gold.
 
     A profile of None is written as an empty one.
+
+    Raises:
+        InputError: a query without gold, or in citation without its options.
     """
     corpus = history_texts(user.profile, templates)
     records = []
@@ -262,11 +155,9 @@ def task_records(user: User, task: Task, templates: Templates, profile_text: str
         if query.gold is None:
             raise InputError(f"user {user.user_id}: query {query.id}: no field 'gold', training needs it")
         parts = _query_parts(user, query, task)
-        text = templates["prompt"].format(*parts)
-        target = templates["full_prompt"].format(*parts, query.gold)[len(text) :]
         retrieved = _retrieve(templates["retrieval_query_wokey"].format(parts[0]), corpus, RECORD_K)
-        start = _prefix(profile_text or "", retrieved) + text
-        records.append(Record(f"u{user.user_id}-q{query.id}", start, target))
+        bare = _query_record(f"u{user.user_id}-q{query.id}", templates, parts, query.gold)
+        records.append(replace(bare, input=_context(profile_text or "", retrieved) + bare.input))
     return records
 
 
@@ -277,8 +168,7 @@ def test_prompts(user: User, task: Task, templates: Templates, k: int, profile_t
     for query in user.queries:
         parts = _query_parts(user, query, task)
         retrieved = _retrieve(templates["retrieval_query_wokey"].format(parts[0]), corpus, k)
-        text = _prefix(profile_text, retrieved) + templates["prompt"].format(*parts)
-        prompts.append(Prompt(query.id, text))
+        prompts.append(Prompt(query.id, _context(profile_text, retrieved) + templates["prompt"].format(*parts)))
     return prompts
 
 
@@ -295,28 +185,24 @@ def _query_parts(user: User, query: Query, task: Task) -> tuple[str, ...]:
     raise InputError(f"user {user.user_id}: query {query.id}: no title and two options in its input")
 
 
-def _prefix(profile_text: str | None, retrieved: Sequence[str]) -> str:
-    """Profile and history before a prompt; an absent part (None, nothing retrieved) leaves no header."""
+def _query_record(name: str, templates: Templates, parts: Sequence[str], gold: str) -> Record:
+    """A query without history; the target is what the full template adds to it."""
+    text = templates["prompt"].format(*parts)
+    return Record(name, text, templates["full_prompt"].format(*parts, gold)[len(text) :])
+
+
+# -- parts of a text ------------------------------------------------------------------------------------------------
+
+
+def _context(profile_text: str | None, retrieved: Sequence[str]) -> str:
+    """Profile and history in front of a question; an absent part (None, nothing retrieved) leaves no header."""
     profile = "" if profile_text is None else f"### User Profile:\n{profile_text}\n\n"
     history = f"### User History:\n{''.join(retrieved)}\n\n" if retrieved else ""
     return profile + history
 
 
-def _split(templates: Templates, start: str, full: str, fields: Mapping[str, str]) -> tuple[str, str]:
-    """The input, and what the full template adds to it."""
-    text = templates[start].format(**fields)
-    return text, templates[full].format(**fields)[len(text) :]
-
-
 def _retrieve(query: str, corpus: Sequence[str], k: int) -> list[str]:
     return [corpus[i] for i in top_k(query, corpus, k)]
-
-
-def history_texts(
-    items: Sequence[Mapping[str, str]], templates: Templates, words: int = RETRIEVED_WORDS
-) -> list[str]:
-    """History items as retrieved, and by default as embedded (`retrieval_history`); fields cut to `words` words."""
-    return [templates["retrieval_history"].format(**_cut(item, words)) for item in items]
 
 
 def _cut(item: Mapping[str, str], words: int) -> dict[str, str]:

@@ -103,8 +103,8 @@ def extract(task: Task, text: str) -> tuple[str, ...] | None:
     """The texts of a query's input: (article,), or (title, option 1, option 2); None if absent."""
     if not task.marker:
         return _extract_citation(text)
-    _, found, article = text.partition(task.marker)
-    return (article,) if found else None
+    _, marker, article = text.partition(task.marker)
+    return (article,) if marker else None
 
 
 def _extract_citation(text: str) -> tuple[str, str, str] | None:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from prime.errors import tell
 from prime.users.data import BASE_FILE, CANDIDATE_FILE, PROFILE_FILE, TEST_FILE, User, load_profiles, load_users
-from prime.users.prompts import load_templates
 from prime.users.tasks import Task, get_task
+from prime.users.templates import load_templates
 
 
 class Texts(NamedTuple):
