@@ -1,15 +1,15 @@
 """Those who answer the rows of a `Work`: the bank, PEFT in three ways, and plain forward passes as the limit.
 
 All who answer are scripted by the same `Script`: it reads the largest of the logits they computed, keeps it for
-comparison, and gives the scripted token back. So each pays its own machinery in full, EOS handling included, and
-`difference` tells whether two of them computed the same logits at every place of every answer.
+comparison, and gives the scripted token back. So each pays its own machinery in full, EOS handling included, and a
+comparison of two results' `tops` tells whether they computed the same logits at every place of every answer.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import product, takewhile
 from typing import Any
 
 import torch
@@ -96,11 +96,6 @@ class Result:
     counts: Counts = field(default_factory=Counts)
 
 
-def difference(one: Result, other: Result) -> float:
-    """Largest difference of the largest logits at any place of any answer; NaN where a place was not met."""
-    return float((one.tops - other.tops).abs().max())
-
-
 # -- ours -----------------------------------------------------------------------------------------------------------
 
 
@@ -118,15 +113,14 @@ def answer_with_bank(
     answers: Answers = {}
     for phase in work.phases:
         bank.combine(weights[phase.start : phase.stop], rule)
-        pairs = [(candidate, prompt) for candidate in phase for prompt in range(len(work.prompts))]
+        pairs = list(product(phase, range(len(work.prompts))))
         prompts = [EncodedPrompt(str(script.row(pair)), work.prompts[pair[1]]) for pair in pairs]
-        found = decode(
-            bank, prompts, [(pair[0] - phase.start, index) for index, pair in enumerate(pairs)], sampler, work.cap,
-            [EOS], [drafts[prompt] for _, prompt in pairs], max_batch_tokens, counts,
-        )  # fmt: skip
-        own = {pair: found[pair[0] - phase.start, index] for index, pair in enumerate(pairs)}
-        drafts = [[*known, *(own[c, prompt] for c in phase)] for prompt, known in enumerate(drafts)]
-        answers |= own
+        rows = [(candidate - phase.start, index) for index, (candidate, _) in enumerate(pairs)]
+        known = [tuple(drafts[prompt]) for _, prompt in pairs]
+        decoded = decode(bank, prompts, rows, sampler, work.cap, [EOS], known, max_batch_tokens, counts)
+        for row, (candidate, prompt) in zip(rows, pairs, strict=True):
+            answers[candidate, prompt] = decoded[row]
+            drafts[prompt].append(decoded[row])
     return Result(answers, script.noted(), counts)
 
 
@@ -135,21 +129,26 @@ def answer_with_bank(
 
 def peft_model(model: nn.Module, adapters: Sequence[Adapter], dropout: float = 0.0) -> Any:
     """A PEFT model with these adapters, called `0`, `1`, ..., over a copy of the model."""
-    found: Any = None
+    wrapped: Any = None
     for number, adapter in enumerate(adapters):
         config = LoraConfig(
             r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, lora_dropout=dropout,
             target_modules=list(DEFAULT_TARGETS),
         )  # fmt: skip
-        if found is None:
-            found = get_peft_model(copy.deepcopy(model), config, adapter_name="0")
+        if wrapped is None:
+            wrapped = get_peft_model(copy.deepcopy(model), config, adapter_name="0")
         else:
-            found.add_adapter(str(number), config)
-        for name, (a, b) in adapter.factors.items():
-            module = found.base_model.model.get_submodule(name)
-            module.lora_A[str(number)].weight.data.copy_(a)
-            module.lora_B[str(number)].weight.data.copy_(b)
-    return found.eval()
+            wrapped.add_adapter(str(number), config)
+        copy_factors(wrapped, str(number), adapter)
+    return wrapped.eval()
+
+
+def copy_factors(model: Any, name: str, adapter: Adapter) -> None:
+    """Let the PEFT model's adapter of this name have our adapter's factors; both have the same scale."""
+    for target, (a, b) in adapter.factors.items():
+        module = model.base_model.model.get_submodule(target)
+        module.lora_A[name].weight.data.copy_(a)
+        module.lora_B[name].weight.data.copy_(b)
 
 
 def with_onednn(model: nn.Module, run: Callable[[], Any]) -> Any:
@@ -189,11 +188,11 @@ def answer_mixed(model: Any, work: Work) -> Result:
     pairs = sorted(work.pairs, key=lambda pair: (-len(work.prompts[pair[1]]), pair[1], pair[0]))
     answers: Answers = {}
     for phase in work.phases:
-        own = [pair for pair in pairs if pair[0] in phase]
-        for start in range(0, len(own), BATCH):
-            part = own[start : start + BATCH]
-            names = [str(candidate) if candidate else "__base__" for candidate, _ in part]
-            answers |= generate(model, work, script, part, stop=True, adapter_names=names)
+        of_phase = [pair for pair in pairs if pair[0] in phase]
+        for start in range(0, len(of_phase), BATCH):
+            batch = of_phase[start : start + BATCH]
+            names = [str(candidate) if candidate else "__base__" for candidate, _ in batch]
+            answers |= generate(model, work, script, batch, stop=True, adapter_names=names)
     return Result(answers, script.noted())
 
 
@@ -201,11 +200,11 @@ def answer_mixed(model: Any, work: Work) -> Result:
 def generate(model: Any, work: Work, script: Script, pairs: list[Pair], *, stop: bool, **options: Any) -> Answers:
     """Greedy answers of one batch by Hugging Face's `generate`."""
     ids, mask = padded([work.prompts[prompt] for _, prompt in pairs], model.device)
-    own = ScriptedProcessor(script, [script.row(pair) for pair in pairs], ids.shape[1], model.device)
+    processor = ScriptedProcessor(script, [script.row(pair) for pair in pairs], ids.shape[1], model.device)
     model.generation_config.eos_token_id = EOS if stop else None
     out = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=PUBLISHED_TOKENS, pad_token_id=PAD,
-        logits_processor=LogitsProcessorList([own]), **options,
+        logits_processor=LogitsProcessorList([processor]), **options,
     )  # fmt: skip
     rows = out[:, ids.shape[1] :].tolist()
     return {pair: tuple(takewhile(lambda token: token != EOS, row)) for pair, row in zip(pairs, rows, strict=True)}

@@ -48,30 +48,31 @@ def make(folder: Path, layers: int) -> int:
     params = {"dim": WIDTH, "n_layers": layers, "n_heads": 16, "multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1}
     (folder / "params.json").write_text(json.dumps(params))
     d, h = WIDTH, HIDDEN
-    cut = {
+    cut = {  # a shard's part of each tensor
         "attention.wq": (d // SHARDS, d), "attention.wk": (d // SHARDS, d), "attention.wv": (d // SHARDS, d),
         "attention.wo": (d, d // SHARDS), "feed_forward.w1": (h // SHARDS, d), "feed_forward.w2": (d, h // SHARDS),
         "feed_forward.w3": (h // SHARDS, d), "attention_norm": (d,), "ffn_norm": (d,),
     }  # fmt: skip
-    shapes = {f"layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in cut.items()}
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (d,)}
+    for layer in range(layers):
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in cut.items()}
     shapes |= {"tok_embeddings.weight": (VOCABULARY, d // SHARDS), "output.weight": (VOCABULARY // SHARDS, d)}
-    shapes["norm.weight"] = (d,)
     for shard in range(SHARDS):
         stream = torch.Generator().manual_seed(shard)
-        own = {name: torch.randn(shape, generator=stream).bfloat16() for name, shape in shapes.items()}
-        torch.save(own, folder / f"consolidated.{shard:02d}.pth")
+        tensors = {name: torch.randn(shape, generator=stream).bfloat16() for name, shape in shapes.items()}
+        torch.save(tensors, folder / f"consolidated.{shard:02d}.pth")
     return sum(path.stat().st_size for path in folder.glob("*.pth"))
 
 
 def child(folder: Path) -> dict[str, float]:
     """Convert in this process; megabytes before and at the peak."""
     tokenizer = load_tokenizer(str(ROOT / "data/demo/model"))
-    before, own = status_mb("VmRSS"), status_mb("RssAnon")
-    seen, stop = [own], threading.Event()
+    before, anonymous_before = status_mb("VmRSS"), status_mb("RssAnon")
+    anonymous, stop = [anonymous_before], threading.Event()
 
     def watch() -> None:
         while not stop.wait(0.01):
-            seen.append(status_mb("RssAnon"))
+            anonymous.append(status_mb("RssAnon"))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -80,7 +81,7 @@ def child(folder: Path) -> dict[str, float]:
     seconds = time.perf_counter() - started
     stop.set()
     thread.join()
-    return {"peak": status_mb("VmHWM") - before, "anonymous": max(seen) - own, "seconds": seconds}
+    return {"peak": status_mb("VmHWM") - before, "anonymous": max(anonymous) - anonymous_before, "seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,11 +91,12 @@ def main(argv: list[str] | None = None) -> None:
         return report(child(folder))
     shutil.rmtree(folder, ignore_errors=True)
     size = make(folder / "meta", args.layers) / 2**20
-    found = child_report([__file__, "--child", "--work_dir", str(folder)])
+    measured = child_report([__file__, "--child", "--work_dir", str(folder)])
     shutil.rmtree(folder)
-    ratios = {"peak_over_checkpoint": found["peak"] / size, "anonymous_over_checkpoint": found["anonymous"] / size}
-    print(f"a checkpoint of {size:.0f} MB: at most {found['peak']:.0f} MB resident, {found['anonymous']:.0f} MB own")
-    report({"checkpoint_mb": round(size, 1)} | {name: round(value, 3) for name, value in (found | ratios).items()})
+    peak, anonymous = measured["peak"], measured["anonymous"]
+    ratios = {"peak_over_checkpoint": peak / size, "anonymous_over_checkpoint": anonymous / size}
+    print(f"a checkpoint of {size:.0f} MB: at most {peak:.0f} MB resident, {anonymous:.0f} MB own")
+    report({"checkpoint_mb": size} | measured | ratios)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ answers, the share that the most frequent known answer begins with (`agreed`).
 import argparse
 import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measuring
-from benchmarks.shapes import Shares
+from benchmarks.shapes import Shares, by_frequency
 from experiments import demo_runs
 from prime import cli
 from prime.bank.encoding import Tokens
@@ -54,19 +53,20 @@ class Watched(Population):
     def answers(self, weights: Tensor) -> list[Answers]:
         phase = PHASES[1] if self.seen else PHASES[0]
         before = [len(known) for known in self.drafts]
-        found = super().answers(weights)
+        answers = super().answers(weights)
         for known, count in zip(self.drafts, before, strict=True):
-            ranked = [answer for answer, _ in Counter(known[:count]).most_common()]
+            ranked = by_frequency(known[:count])
             self.seen += [(phase, answer, ranked) for answer in known[count:]]
-        return found
+        return answers
 
 
 def shares_of(seen: list[tuple[Tokens, list[Tokens]]]) -> Shares:
-    new = [(answer, ranked[0]) for answer, ranked in seen if answer not in ranked]
     accepted = fmean(answer == ranked[0] for answer, ranked in seen)
+    known = fmean(answer in ranked[1:] for answer, ranked in seen)
+    new = [(answer, ranked[0]) for answer, ranked in seen if answer not in ranked]
     tokens = sum(len(answer) for answer, _ in new)
     agreed = sum(common(answer, draft) for answer, draft in new) / tokens if tokens else 0.0
-    return Shares(round(accepted, 4), round(1 - accepted - len(new) / len(seen), 4), round(agreed, 4))
+    return Shares(accepted, known, agreed)
 
 
 def common(one: Tokens, other: Tokens) -> int:
@@ -101,14 +101,13 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     measuring.set_threads(args.threads)
-    found = {task: run_one(task, args.seed, args) for task in args.tasks.split(",")}
-    rows = [
-        [task, phase, *one[phase].values(), one["answered_in_one_pass"]]
-        for task, one in found.items()
-        for phase in PHASES
-    ]
+    by_task, rows = {}, []
+    for task in args.tasks.split(","):
+        by_task[task] = run_one(task, args.seed, args)
+        one_pass = by_task[task]["answered_in_one_pass"]
+        rows += [[task, phase, *by_task[task][phase].values(), one_pass] for phase in PHASES]
     print(measuring.table(rows, ("task", "phase", *Shares._fields, "one pass, both phases")))
-    measuring.report({"benchmark": "draft_shares", "seed": args.seed, "users": args.users, "tasks": found})
+    measuring.report({"benchmark": "draft_shares", "seed": args.seed, "users": args.users, "tasks": by_task})
 
 
 if __name__ == "__main__":

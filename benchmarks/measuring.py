@@ -26,6 +26,7 @@ from torch import Tensor
 
 from prime import cli
 from prime.bank import cpu as products
+from prime.report.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,30 +100,31 @@ class Measured:
 
     def figures(self) -> dict[str, Any]:
         return {
-            "seconds": [round(one, 4) for one in self.seconds],
-            "median": round(self.median, 4),
-            "cpu_seconds": [round(one, 4) for one in self.cpu_seconds],
-            "peak_mb": round(max(self.peak_mb), 1),
-            "extra_mb": round(max(self.extra_mb), 1),
+            "seconds": self.seconds,
+            "median": self.median,
+            "cpu_seconds": self.cpu_seconds,
+            "peak_mb": max(self.peak_mb),
+            "extra_mb": max(self.extra_mb),
         }
 
 
 def measure(runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, Measured]:
     """Run every contender `repeats` times, in turn, so that a slow minute of the machine meets all of them."""
-    found = {name: Measured() for name in runs}
+    measured = {name: Measured() for name in runs}
     for repeat in range(repeats):
         for name, run in runs.items():
-            found[name].result = None
+            contender = measured[name]
+            contender.result = None
             before = reset_peak(device)
-            started, cpu = time.perf_counter(), time.process_time()
-            found[name].result = run()
+            started, cpu_started = time.perf_counter(), time.process_time()
+            contender.result = run()
             wait(device)
-            found[name].seconds.append(time.perf_counter() - started)
-            found[name].cpu_seconds.append(time.process_time() - cpu)
-            found[name].peak_mb.append(peak_mb(device))
-            found[name].extra_mb.append(found[name].peak_mb[-1] - before)
-            print(f"{name}, repeat {repeat + 1}: {found[name].seconds[-1]:.3f} s", file=sys.stderr, flush=True)
-    return found
+            contender.seconds.append(time.perf_counter() - started)
+            contender.cpu_seconds.append(time.process_time() - cpu_started)
+            contender.peak_mb.append(peak_mb(device))
+            contender.extra_mb.append(contender.peak_mb[-1] - before)
+            print(f"{name}, repeat {repeat + 1}: {contender.seconds[-1]:.3f} s", file=sys.stderr, flush=True)
+    return measured
 
 
 def wait(device: torch.device) -> None:
@@ -183,14 +185,30 @@ def ratio(measured: Mapping[str, Measured], over: str, under: str) -> float | No
     """Median seconds of one contender over another's; None where one was not measured."""
     if over not in measured or under not in measured:
         return None
-    return round(measured[over].median / measured[under].median, 4)
+    return measured[over].median / measured[under].median
+
+
+def ratios(measured: Mapping[str, Measured], others: Sequence[str], limits: Sequence[str]) -> dict[str, float | None]:
+    """Seconds of each other contender over ours, and ours over each limit."""
+    speedups = {f"speedup_over_{name}": ratio(measured, name, "ours") for name in others}
+    return speedups | {f"time_over_{name}": ratio(measured, "ours", name) for name in limits}
+
+
+def contenders_figures(measured: Mapping[str, Measured], flops: float, peak: float) -> dict[str, dict[str, Any]]:
+    """Figures of every contender; `fraction_of_peak`: operations needed, per second, over the best rate measured."""
+    return {
+        name: contender.figures() | {"fraction_of_peak": flops / contender.median / peak}
+        for name, contender in measured.items()
+    }
 
 
 def contenders_table(measured: Mapping[str, Measured]) -> str:
     head = ("contender", "median s", "all s", "cpu s", "peak MB", "over before MB")
-    figures = {name: own.figures() for name, own in measured.items()}
-    keys = ("median", "seconds", "cpu_seconds", "peak_mb", "extra_mb")
-    return table([[name, *(own[key] for key in keys)] for name, own in figures.items()], head)
+    rows = []
+    for name, contender in measured.items():
+        rows.append([name, contender.median, contender.seconds, contender.cpu_seconds])
+        rows[-1] += [max(contender.peak_mb), max(contender.extra_mb)]
+    return table(rows, head)
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -209,8 +227,8 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def report(found: Mapping[str, Any]) -> None:
-    print(json.dumps(found))
+def report(figures: Mapping[str, Any]) -> None:
+    print(json.dumps(figures))
 
 
 def child_report(words: Sequence[str]) -> dict[str, Any]:
@@ -220,6 +238,13 @@ def child_report(words: Sequence[str]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Sequence[object]], head: Sequence[str]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
+    """Rows as a Markdown table; only here are figures rounded, to four digits."""
+    return markdown([head, *(list(map(cell_text, row)) for row in rows)])
+
+
+def cell_text(cell: object) -> str:
+    if isinstance(cell, list):
+        return ", ".join(map(cell_text, cell))
+    if isinstance(cell, float):
+        return f"{cell:.4g}" if abs(cell) < 1000 else f"{cell:.0f}"
+    return str(cell)

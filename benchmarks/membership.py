@@ -23,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,32 +62,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 def ours(bank: AdapterBank, adapters: Sequence[Adapter], records: Sequence[EncodedRecord], tokens: int) -> Losses:
     bank.load(adapters)
-    found = score(bank, records, every_pair(range(len(adapters)), len(records)), tokens)
-    return {pair: -float(logprobs.mean()) for pair, logprobs in found.items()}
+    scored = score(bank, records, every_pair(range(len(adapters)), len(records)), tokens)
+    return {pair: -float(logprobs.mean()) for pair, logprobs in scored.items()}
 
 
 def peft_loop(model: Any, adapters: int, records: Sequence[EncodedRecord], *, in_order: bool) -> Losses:
-    found: Losses = {}
+    losses: Losses = {}
     order = range(len(records)) if in_order else by_length(records)
     for adapter in range(adapters):
         model.set_adapter(str(adapter))
-        for part in parts_of([(adapter, index) for index in order]):
-            found |= batch_losses(model, records, part)
-    return found
+        for batch in batches_of([(adapter, index) for index in order]):
+            losses |= batch_losses(model, records, batch)
+    return losses
 
 
 def peft_mixed(model: Any, adapters: int, records: Sequence[EncodedRecord]) -> Losses:
-    found: Losses = {}
-    for part in parts_of([(adapter, index) for index in by_length(records) for adapter in range(adapters)]):
-        found |= batch_losses(model, records, part, adapter_names=[str(adapter) for adapter, _ in part])
-    return found
+    losses: Losses = {}
+    pairs = [(adapter, index) for index, adapter in product(by_length(records), range(adapters))]
+    for batch in batches_of(pairs):
+        losses |= batch_losses(model, records, batch, adapter_names=[str(adapter) for adapter, _ in batch])
+    return losses
 
 
 def by_length(records: Sequence[EncodedRecord]) -> list[int]:
     return sorted(range(len(records)), key=lambda i: -len(records[i].ids) - len(records[i].target))
 
 
-def parts_of(pairs: list[Pair]) -> list[list[Pair]]:
+def batches_of(pairs: list[Pair]) -> list[list[Pair]]:
     return [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
 
 
@@ -96,12 +98,12 @@ def batch_losses(model: Any, records: Sequence[EncodedRecord], pairs: list[Pair]
     rows = [records[index].ids + records[index].target for _, index in pairs]
     ids, mask = contenders.padded(rows, model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
-    found = {}
+    losses = {}
     for row, pair in enumerate(pairs):
         target = torch.tensor(records[pair[1]].target, device=model.device)
-        own = logits[row, -len(target) - 1 : -1].float()
-        found[pair] = float(torch.nn.functional.cross_entropy(own, target, reduction="mean"))
-    return found
+        predicted = logits[row, -len(target) - 1 : -1].float()
+        losses[pair] = float(torch.nn.functional.cross_entropy(predicted, target, reduction="mean"))
+    return losses
 
 
 def rows_of(adapters: int, records: Sequence[EncodedRecord]) -> list[tuple[Tokens, int]]:
@@ -120,8 +122,12 @@ def distinct_rows(adapters: int, records: Sequence[EncodedRecord]) -> list[tuple
 
 def compare(measured: Mapping[str, Measured]) -> dict[str, float]:
     """Largest difference of any record's loss to the first contender's."""
-    first, *others = [(name, own.result) for name, own in measured.items() if name in SCORING]
-    return {name: max(abs(first[1][pair] - one[pair]) for pair in first[1]) for name, one in others}
+    first, *others = (name for name in measured if name in SCORING)
+    return {name: largest_difference(measured[first].result, measured[name].result) for name in others}
+
+
+def largest_difference(losses: Losses, others: Losses) -> float:
+    return max(abs(loss - others[pair]) for pair, loss in losses.items())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -132,24 +138,26 @@ def main(argv: list[str] | None = None) -> None:
     records = random_records(1, args.records, int(model.config.vocab_size), args.seed)[0]
     n = args.adapters
     adapters = [shapes.random_adapter(model, seed, args.rank) for seed in range(n)]
-    count = {"total": sum(len(row) for row, _ in rows_of(n, records))}
-    count |= {"distinct": sum(len(row) for row, _ in distinct_rows(n, records))}
-    count |= {"answers": sum(wanted for _, wanted in rows_of(n, records))}
-    flops = shapes.linear_flops(model, count["distinct"], count["answers"])
+    tokens = {
+        "total": sum(len(row) for row, _ in rows_of(n, records)),
+        "distinct": sum(len(row) for row, _ in distinct_rows(n, records)),
+        "answers": sum(wanted for _, wanted in rows_of(n, records)),
+    }
+    flops = shapes.linear_flops(model, tokens["distinct"], tokens["answers"])
     peft = contenders.peft_model(model, adapters)
     bank = AdapterBank(model)
-    tokens = args.max_batch_tokens or auto_batch_tokens(bank)
+    limit_tokens = args.max_batch_tokens or auto_batch_tokens(bank)
 
-    def runs(own: Sequence[EncodedRecord]) -> dict[str, Callable[[], Any]]:
-        as_they_come = partial(peft_loop, peft, n, own, in_order=True)
+    def runs(records: Sequence[EncodedRecord]) -> dict[str, Callable[[], Any]]:
+        as_they_come = partial(peft_loop, peft, n, records, in_order=True)
         every: dict[str, Callable[[], Any]] = {
-            "ours": partial(ours, bank, adapters, own, args.max_batch_tokens),
+            "ours": partial(ours, bank, adapters, records, args.max_batch_tokens),
             "peft_loop": as_they_come,
-            "peft_mixed": partial(peft_mixed, peft, n, own),
-            "peft_sorted": partial(peft_loop, peft, n, own, in_order=False),
+            "peft_mixed": partial(peft_mixed, peft, n, records),
+            "peft_sorted": partial(peft_loop, peft, n, records, in_order=False),
             "peft_onednn": partial(contenders.with_onednn, peft, as_they_come),
-            "forward_limit": partial(contenders.forward_only, peft, rows_of(n, own), tokens),
-            "distinct_limit": partial(contenders.forward_only, peft, distinct_rows(n, own), tokens),
+            "forward_limit": partial(contenders.forward_only, peft, rows_of(n, records), limit_tokens),
+            "distinct_limit": partial(contenders.forward_only, peft, distinct_rows(n, records), limit_tokens),
         }
         return {name: run for name, run in every.items() if name in args.contenders}
 
@@ -162,21 +170,13 @@ def main(argv: list[str] | None = None) -> None:
     measuring.report(
         {
             "benchmark": "membership",
-            "speedup_over_peft_loop": measuring.ratio(measured, "peft_loop", "ours"),
-            "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),
-            "speedup_over_peft_sorted": measuring.ratio(measured, "peft_sorted", "ours"),
-            "speedup_over_peft_mixed": measuring.ratio(measured, "peft_mixed", "ours"),
-            "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
-            "time_over_forward_limit": measuring.ratio(measured, "ours", "forward_limit"),
-            "time_over_distinct_limit": measuring.ratio(measured, "ours", "distinct_limit"),
+            **measuring.ratios(measured, SCORING[1:], LIMITS),
+            "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),  # it has no way of its own
             "outputs_equal": all(value <= TOLERANCE[dtype] for value in apart.values()),
             "largest_loss_difference": apart,
-            "tokens": count | {"distinct_over_total": round(count["distinct"] / count["total"], 4)},
-            "product_peak_gflops": round(peak / 1e9, 1),
-            "contenders": {
-                name: own.figures() | {"fraction_of_peak": float(f"{flops / own.median / peak:.3g}")}
-                for name, own in measured.items()
-            },
+            "tokens": tokens | {"distinct_over_total": tokens["distinct"] / tokens["total"]},
+            "product_peak_gflops": peak / 1e9,
+            "contenders": measuring.contenders_figures(measured, flops, peak),
             "settings": vars(args),
             "environment": measuring.environment(device, dtype),
         }

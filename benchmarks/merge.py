@@ -26,6 +26,8 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -142,30 +144,29 @@ def compare(measured: Mapping[str, Measured], work: Work, tolerance: float) -> t
 
     A contender that was measured on a part of the work (the first candidates) is compared on that part.
     """
-    results = {name: own.result for name, own in measured.items() if name in ANSWERING}
-    equal = all(all(work.answers[pair] == own for pair, own in one.answers.items()) for one in results.values())
-    equal = equal and all(len(one.answers) > 0 for one in results.values())
-    first, *others = results.values()
+    results = {name: contender.result for name, contender in measured.items() if name in ANSWERING}
+    # A contender's answers are a part of the scripted ones: items() compares keys and values.
+    equal = all(result.answers and result.answers.items() <= work.answers.items() for result in results.values())
+    first = next(iter(results.values()))
     apart = {}
-    for name, one in list(results.items())[1:]:
-        size = min(len(first.tops), len(one.tops))
-        apart[name] = float((first.tops[:size] - one.tops[:size]).abs().max())
+    for name, result in list(results.items())[1:]:
+        size = min(len(first.tops), len(result.tops))
+        apart[name] = float((first.tops[:size] - result.tops[:size]).abs().max())
     return equal and all(value <= tolerance for value in apart.values()), apart
 
 
 def scaling(field: Field, make: Callable[[int, int], Work]) -> list[dict[str, Any]]:
     """Seconds and peak memory of ours for more users and for a larger budget."""
-    args, found = field.args, []
-    for what in ("users", "budget"):
-        for scale in SCALES:
-            users, budget = (scale, args.budget) if what == "users" else (1, args.budget * scale)
-            works = [make(budget, args.seed + user) for user in range(users)]
-            run = partial(answer_users, field, works)
-            own = measuring.measure({f"{what} x{scale}": run}, args.repeats, field.bank.device)[f"{what} x{scale}"]
-            rows = sum(len(work.answers) for work in works)
-            per_row = round(1000 * own.median / rows, 3)
-            found.append({"what": what, "scale": scale, "rows": rows, "ms_per_row": per_row} | own.figures())
-    return found
+    args, figures = field.args, []
+    for what, scale in product(("users", "budget"), SCALES):
+        users, budget = (scale, args.budget) if what == "users" else (1, args.budget * scale)
+        works = [make(budget, args.seed + user) for user in range(users)]
+        run = {f"{what} x{scale}": partial(answer_users, field, works)}
+        (measured,) = measuring.measure(run, args.repeats, field.bank.device).values()
+        rows = sum(len(work.answers) for work in works)
+        per_row = 1000 * measured.median / rows
+        figures.append({"what": what, "scale": scale, "rows": rows, "ms_per_row": per_row} | measured.figures())
+    return figures
 
 
 def answer_users(field: Field, works: list[Work]) -> None:
@@ -193,35 +194,25 @@ def main(argv: list[str] | None = None) -> None:
     measured = measuring.measure(field.runs(work), args.repeats, device)
     equal, apart = compare(measured, work, TOLERANCE[dtype])
     scaled = scale_published(args, field.candidates, measured)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "benchmark": "merge",
-        "speedup_over_peft_loop": measuring.ratio(measured, "peft_loop", "ours"),
-        "speedup_over_published": measuring.ratio(measured, "published", "ours"),
-        "speedup_over_peft_sorted": measuring.ratio(measured, "peft_sorted", "ours"),
-        "speedup_over_peft_mixed": measuring.ratio(measured, "peft_mixed", "ours"),
-        "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
-        "time_over_forward_limit": measuring.ratio(measured, "ours", "forward_limit"),
-        "time_over_distinct_limit": measuring.ratio(measured, "ours", "distinct_limit"),
-        "time_over_distinct_onednn": measuring.ratio(measured, "ours", "distinct_onednn"),
+        **measuring.ratios(measured, ANSWERING[1:], LIMITS),
         "outputs_equal": equal,
         "largest_logit_difference": apart,
         "published_scaled_from_candidates": scaled,
-        "tokens": tokens | {"distinct_over_total": round(tokens["distinct"] / tokens["total"], 4)},
-        "product_peak_gflops": round(peak / 1e9, 1),
-        "contenders": {
-            name: own.figures() | {"fraction_of_peak": float(f"{flops / own.median / peak:.3g}")}
-            for name, own in measured.items()
-        },
+        "tokens": tokens | {"distinct_over_total": tokens["distinct"] / tokens["total"]},
+        "product_peak_gflops": peak / 1e9,
+        "contenders": measuring.contenders_figures(measured, flops, peak),
     }
     if "ours" in measured:
-        found["drafts"] = drafts(kind, measured["ours"].result.counts)
+        figures["drafts"] = drafts(kind, measured["ours"].result.counts)
     if args.scaling:
-        found["scaling"] = scaling(field, make)
+        figures["scaling"] = scaling(field, make)
         columns = ("what", "scale", "rows", "median", "ms_per_row", "peak_mb")
-        print(measuring.table([[row[name] for name in columns] for row in found["scaling"]], columns))
-    found |= {"settings": vars(args), "environment": measuring.environment(device, dtype)}
+        print(measuring.table(list(map(itemgetter(*columns), figures["scaling"])), columns))
+    figures |= {"settings": vars(args), "environment": measuring.environment(device, dtype)}
     print(measuring.contenders_table(measured))
-    measuring.report(found)
+    measuring.report(figures)
 
 
 def scale_published(args: argparse.Namespace, candidates: int, measured: Mapping[str, Measured]) -> int | None:
@@ -229,9 +220,9 @@ def scale_published(args: argparse.Namespace, candidates: int, measured: Mapping
     part = args.published_candidates
     if "published" not in measured or not 0 < part < candidates:
         return None
-    own = measured["published"]
-    own.seconds = [one * candidates / part for one in own.seconds]
-    own.cpu_seconds = [one * candidates / part for one in own.cpu_seconds]
+    published = measured["published"]
+    published.seconds = [seconds * candidates / part for seconds in published.seconds]
+    published.cpu_seconds = [seconds * candidates / part for seconds in published.cpu_seconds]
     return part
 
 
@@ -240,7 +231,7 @@ def drafts(kind: Kind, counts: Any) -> dict[str, Any]:
     return {
         "shares_points": kind.points._asdict(),
         "shares_search": kind.search._asdict(),
-        "answered_in_one_pass": round(counts.from_draft / counts.rows, 4),
+        "answered_in_one_pass": counts.from_draft / counts.rows,
         "passes": counts.passes,
         "tokens_fed": counts.tokens,
     }

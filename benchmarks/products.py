@@ -15,6 +15,7 @@ import argparse
 import copy
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +69,30 @@ def rate(layer: nn.Linear, x: Tensor, *, backward: bool) -> float:
 def compare(width: int, out: int, rows: int) -> dict[str, Any]:
     """Rates of both in Gflop/s, and how far their outputs are apart relative to the largest."""
     plain = nn.Linear(width, out, bias=False).requires_grad_(False)
-    own, x = copy.deepcopy(plain), torch.randn(rows, width)
-    quicken(own)
-    found: dict[str, Any] = {}
+    quick, x = copy.deepcopy(plain), torch.randn(rows, width)
+    quicken(quick)
+    rates: dict[str, Any] = {}
     for side, backward in (("forward", False), ("gradient", True)):
-        theirs, ours = rate(plain, x, backward=backward), rate(own, x, backward=backward)
-        figures = {"plain": theirs / 1e9, "onednn": ours / 1e9, "ratio": ours / theirs}
-        found[side] = {name: float(f"{figure:.3g}") for name, figure in figures.items()}
+        theirs, ours = rate(plain, x, backward=backward), rate(quick, x, backward=backward)
+        rates[side] = {"plain": theirs / 1e9, "onednn": ours / 1e9, "ratio": ours / theirs}
     with torch.inference_mode():
-        a, b = plain(x), own(x)
-    return found | {"apart": float((a - b).abs().max() / a.abs().max())}
+        a, b = plain(x), quick(x)
+    return rates | {"apart": float((a - b).abs().max() / a.abs().max())}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     measuring.set_threads(args.threads)
     torch.manual_seed(0)
-    found = [
-        {"layer": name, "in": width, "out": out, "rows": rows} | compare(width, out, rows)
-        for name, (width, out) in sizes_of(args.shape).items()
-        for rows in ROWS
-    ]
+    layers, rows_of_table = [], []
+    for (name, (width, out)), rows in product(sizes_of(args.shape).items(), ROWS):
+        rates = compare(width, out, rows)
+        layers.append({"layer": name, "in": width, "out": out, "rows": rows} | rates)
+        rows_of_table.append([name, rows, *rates["forward"].values(), *rates["gradient"].values()])
     head = ("layer", "rows", "plain", "onednn", "ratio", "gradient: plain", "onednn", "ratio")
-    cells = [[one["layer"], one["rows"], *one["forward"].values(), *one["gradient"].values()] for one in found]
-    print(measuring.table(cells, head))
+    print(measuring.table(rows_of_table, head))
     place = measuring.environment(torch.device("cpu"), torch.float32)
-    measuring.report({"benchmark": "products", "onednn": available(), "layers": found, "environment": place})
+    measuring.report({"benchmark": "products", "onednn": available(), "layers": layers, "environment": place})
 
 
 if __name__ == "__main__":

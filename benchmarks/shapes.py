@@ -16,6 +16,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,13 +142,16 @@ def scripted(
     answers: dict[Pair, Tokens] = {}
     for number, phase in enumerate(phases):
         shares = kind.search if number else kind.points
-        ranked = [[answer for answer, _ in Counter(known).most_common()] for known in drafts]
-        for candidate in phase:
-            for prompt, known in enumerate(ranked):
-                answer = scripted_answer(rng, kind, vocabulary, known, shares)
-                answers[candidate, prompt] = answer
-                drafts[prompt].append(answer)
+        ranked = [by_frequency(known) for known in drafts]
+        for candidate, (prompt, known) in product(phase, enumerate(ranked)):
+            answers[candidate, prompt] = scripted_answer(rng, kind, vocabulary, known, shares)
+            drafts[prompt].append(answers[candidate, prompt])
     return answers
+
+
+def by_frequency(known: Sequence[Tokens]) -> list[Tokens]:
+    """Distinct answers, the most frequent first; ties as they came."""
+    return [answer for answer, _ in Counter(known).most_common()]
 
 
 def scripted_answer(rng: random.Random, kind: Kind, vocabulary: int, known: Sequence[Tokens], shares: Shares) -> Tokens:

@@ -48,9 +48,9 @@ def embeddings(rows: int, width: int, spread: float, stream: torch.Generator, me
 def agreeing(test: torch.Tensor, pool: torch.Tensor, found: list[list[int]], users: int) -> int:
     """Of the first `users` rows, those whose answer is that of sorting all their cosines in fp64."""
     unit, same = torch.nn.functional.normalize(pool.double()), 0
-    for row, own in zip(test[:users].double(), found, strict=False):
+    for row, nearest in zip(test[:users].double(), found, strict=False):
         order = (unit @ torch.nn.functional.normalize(row, dim=0)).argsort(descending=True, stable=True)
-        same += order[: len(own)].tolist() == own
+        same += order[: len(nearest)].tolist() == nearest
     return same
 
 
@@ -74,17 +74,15 @@ def main(argv: list[str] | None = None) -> None:
         measured = measure({"search": search, "product": lambda: (test @ pool.T).shape}, args.repeats, cpu)
         same = agreeing(test, pool, measured["search"].result, args.check)
     print(measuring.contenders_table(measured))
-    found = {
+    figures = {
         "sharers": args.sharers, "users": args.users, "width": args.width, "n_sim": args.n_sim, "spread": args.spread,
         "search_over_product": ratio(measured, "search", "product"),
-        "cpu_seconds_over_product": round(
-            min(measured["search"].cpu_seconds) / min(measured["product"].cpu_seconds), 4
-        ),
-        "peak_mb_of_the_process": round(peak, 1), "embeddings_mb": round(pool.numel() * 4 / 2**20, 1),
+        "cpu_seconds_over_product": min(measured["search"].cpu_seconds) / min(measured["product"].cpu_seconds),
+        "peak_mb_of_the_process": peak, "embeddings_mb": pool.numel() * 4 / 2**20,
         "checked": args.check, "same_as_sorting_fp64": same, "seconds": measured["search"].figures()["seconds"],
         **environment(cpu, torch.float32),
     }  # fmt: skip
-    report(found)
+    report(figures)
 
 
 if __name__ == "__main__":

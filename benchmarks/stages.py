@@ -60,12 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
 def write_data(args: argparse.Namespace, folder: Path) -> None:
     """The task's files of the demo's generator, with as many users as asked for."""
     for name, content in make_world.files(args.task_name).items():
-        found: Any = content
+        data: Any = content
         if name == "user_base_LLM.json":
-            found = found[: args.base_users]
+            data = data[: args.base_users]
         if name == "test_100/user_test_100.json":
-            found = [user | {"query": user["query"][: args.queries]} for user in found[: args.users]]
-        write_text(folder / name, make_world.to_json(found))
+            data = [user | {"query": user["query"][: args.queries]} for user in data[: args.users]]
+        write_text(folder / name, make_world.to_json(data))
 
 
 def commands(args: argparse.Namespace, model: Path, encoder: Path, folder: Path) -> dict[str, list[str]]:
@@ -96,13 +96,13 @@ def child(words: Sequence[str]) -> dict[str, float]:
     stage.main(words[1:])
     seconds = time.perf_counter() - started
     peak = measuring.peak_mb(pick_device(stage.build_parser().parse_args(words[1:]).device))
-    return {"work_seconds": round(seconds, 2), "cpu_seconds": round(time.process_time(), 2), "peak_mb": round(peak, 1)}
+    return {"work_seconds": seconds, "cpu_seconds": time.process_time(), "peak_mb": peak}
 
 
 def in_process(words: Sequence[str], threads: int) -> dict[str, float]:
     started = time.perf_counter()
-    found = measuring.child_report([__file__, "--threads", str(threads), "--child", "--", *words])
-    return {"seconds": round(time.perf_counter() - started, 2)} | found
+    figures = measuring.child_report([__file__, "--threads", str(threads), "--child", "--", *words])
+    return {"seconds": time.perf_counter() - started} | figures
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -117,15 +117,16 @@ def main(argv: list[str] | None = None) -> None:
     run = folder / "run"
     shutil.rmtree(run, ignore_errors=True)
     write_data(args, run / "data")
-    found = {}
-    for script, words in commands(args, model, encoder, run).items():
-        found[script] = in_process([script, *words], args.threads)
-        print(f"{script}: {found[script]}", file=sys.stderr, flush=True)
     head = ("seconds", "work_seconds", "cpu_seconds", "peak_mb")  # `seconds` with the start of Python and imports
-    print(measuring.table([[name, *(own[key] for key in head)] for name, own in found.items()], ("stage", *head)))
+    by_stage, rows = {}, []
+    for script, words in commands(args, model, encoder, run).items():
+        figures = by_stage[script] = in_process([script, *words], args.threads)
+        rows.append([script, *(figures[key] for key in head)])
+        print(f"{script}: {figures}", file=sys.stderr, flush=True)
+    print(measuring.table(rows, ("stage", *head)))
     measuring.report(
         {
-            "benchmark": "stages", "shape": args.shape, "stages": found,
+            "benchmark": "stages", "shape": args.shape, "stages": by_stage,
             "users": len(read_results(run / "merged")), "anchors": len(read_results(run / "anchors")),
             "settings": {key: value for key, value in vars(args).items() if key not in ("child", "words")},
             "environment": measuring.environment(device, pick_dtype(args.dtype, device)),

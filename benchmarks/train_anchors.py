@@ -19,6 +19,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import contenders, measuring, shapes
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.bank.encoding import EncodedRecord, Encoder
+from prime.bank.encoding import EncodedRecord, Encoder, Tokens
 from prime.bank.lora import Adapter
 from prime.bank.train import Learner, TrainSettings, cosine_lr, train
 from prime.checkpoints.loading import load_tokenizer
@@ -70,11 +71,11 @@ def demo_records(anchors: int, count: int) -> list[list[EncodedRecord]]:
     encoder = Encoder(load_tokenizer(str(folder / "model")))
     users = load_users(folder / task.name / "user_anchor_candidate.json", task)
     users = sorted(users, key=lambda user: -len(user.profile))[:anchors]
-    found = []
+    by_anchor = []
     for user in users:
         records = history_records(user, task, TEMPLATES[task.name], None, 50)[-count:]
-        found.append([encoder.record(record.id, record.input, record.target) for record in records])
-    return found
+        by_anchor.append([encoder.record(record.id, record.input, record.target) for record in records])
+    return by_anchor
 
 
 def random_records(anchors: int, count: int, vocabulary: int, seed: int) -> list[list[EncodedRecord]]:
@@ -82,11 +83,12 @@ def random_records(anchors: int, count: int, vocabulary: int, seed: int) -> list
     rng, kind = random.Random(derive_seed("records", seed)), shapes.WORKLOADS["tag"]
     shared = (shapes.BOS, *shapes.some_tokens(rng, vocabulary, shapes.SHARED_TOKENS - 1))
 
-    def record(name: str) -> EncodedRecord:
+    def record(anchor: int, number: int) -> EncodedRecord:
         own = shapes.some_tokens(rng, vocabulary, rng.randint(*shapes.OWN_TOKENS))
-        return EncodedRecord(name, shared + own, (*shapes.new_answer(rng, kind, vocabulary), shapes.EOS))
+        answer = shapes.new_answer(rng, kind, vocabulary)
+        return EncodedRecord(f"{anchor}-{number}", shared + own, (*answer, shapes.EOS))
 
-    return [[record(f"{anchor}-{number}") for number in range(count)] for anchor in range(anchors)]
+    return [list(map(partial(record, anchor), range(count))) for anchor in range(anchors)]
 
 
 def learners_of(args: argparse.Namespace, vocabulary: int) -> list[Learner]:
@@ -95,13 +97,13 @@ def learners_of(args: argparse.Namespace, vocabulary: int) -> list[Learner]:
     else:
         records = random_records(args.anchors, args.records, vocabulary, args.seed)
     seeds = [derive_seed("anchor", args.seed, place) for place in range(len(records))]
-    return [Learner(i, f"anchor {i}", seed, own) for i, (seed, own) in enumerate(zip(seeds, records, strict=True))]
+    return [Learner(i, f"anchor {i}", seed, records[i]) for i, seed in enumerate(seeds)]
 
 
 def settings_of(args: argparse.Namespace, **changes: Any) -> TrainSettings:
     """The published settings of anchors but for the options."""
-    own = {name: getattr(args, name) for name in ("lr", "epochs", "batch_size", "dropout")}
-    return TrainSettings(**({"clip": 1.0} | own | changes))
+    options = {name: getattr(args, name) for name in ("lr", "epochs", "batch_size", "dropout")}
+    return TrainSettings(**({"clip": 1.0} | options | changes))
 
 
 # -- contenders -----------------------------------------------------------------------------------------------------
@@ -116,29 +118,26 @@ def peft_loop(
     model: nn.Module, starts: Sequence[Adapter], learners: Sequence[Learner], settings: TrainSettings
 ) -> Losses:
     """One PEFT model after the other; the base is copied once, adapters are reset to their start."""
-    found: Losses = []
+    losses: Losses = []
     wrapped = contenders.peft_model(model, starts[:1], settings.dropout)
     for start, learner in zip(starts, learners, strict=True):
-        for name, (a, b) in start.factors.items():
-            module = wrapped.base_model.model.get_submodule(name)
-            module.lora_A["0"].weight.data.copy_(a)
-            module.lora_B["0"].weight.data.copy_(b)
-        found.append(peft_training(wrapped.train(), learner, settings))
-    return found
+        contenders.copy_factors(wrapped, "0", start)
+        losses.append(peft_training(wrapped.train(), learner, settings))
+    return losses
 
 
 def peft_training(model: Any, learner: Learner, settings: TrainSettings) -> list[float]:
     """The textbook loop: pad right, mean over target tokens, clip, AdamW, cosine by step."""
-    own = [parameter.requires_grad_() for name, parameter in model.named_parameters() if "lora_" in name]
+    trained = [parameter.requires_grad_() for name, parameter in model.named_parameters() if "lora_" in name]
     plan = learner.batches(settings)
-    optimizer = torch.optim.AdamW(own, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     losses = []
     for step, batch in enumerate(plan):
         optimizer.param_groups[0]["lr"] = cosine_lr(settings, step, len(plan))
         optimizer.zero_grad()
         loss = peft_loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, settings.clip)
+        torch.nn.utils.clip_grad_norm_(trained, settings.clip)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -156,19 +155,21 @@ def peft_loss(model: Any, batch: Sequence[EncodedRecord]) -> Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def limit(model: Any, learners: Sequence[Learner], settings: TrainSettings) -> None:
-    """Plain forward passes over the rows of all steps."""
-    records = [record for learner in learners for batch in learner.batches(settings) for record in batch]
-    rows = [(record.ids + record.target[:-1], len(record.target)) for record in records]
-    contenders.forward_only(model, rows, LIMIT_TOKENS)
+def rows_of(learners: Sequence[Learner], settings: TrainSettings) -> list[tuple[Tokens, int]]:
+    """The rows of all steps: prompt and target without EOS, and the length of the target."""
+    rows = []
+    for learner in learners:
+        for record in chain.from_iterable(learner.batches(settings)):
+            rows.append((record.ids + record.target[:-1], len(record.target)))
+    return rows
 
 
 # -- main -----------------------------------------------------------------------------------------------------------
 
 
-def largest_difference(one: Losses, other: Losses) -> float:
-    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b, strict=True)]
-    return max(abs(a - b) for a, b in pairs)
+def largest_difference(losses: Losses, others: Losses) -> float:
+    pairs = zip(chain.from_iterable(losses), chain.from_iterable(others), strict=True)
+    return max(abs(loss - other) for loss, other in pairs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -178,8 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     learners = learners_of(args, int(model.config.vocab_size))
     settings = settings_of(args)
-    tokens = sum(len(r.ids) + len(r.target) - 1 for one in learners for batch in one.batches(settings) for r in batch)
-    predicted = sum(len(r.target) for one in learners for batch in one.batches(settings) for r in batch)
+    tokens = sum(len(row) for row, _ in rows_of(learners, settings))
+    predicted = sum(wanted for _, wanted in rows_of(learners, settings))
     flops = 2 * shapes.linear_flops(model, tokens, predicted)
     limit_model = contenders.peft_model(model, [shapes.random_adapter(model, 0, args.rank)])
     plain = contenders.peft_model(model, [shapes.random_adapter(model, 0, args.rank)]).unload()
@@ -187,18 +188,18 @@ def main(argv: list[str] | None = None) -> None:
     bank.allocate([learner.seed for learner in learners], args.rank, args.rank)
     starts = [bank.adapter(learner.place) for learner in learners]
 
-    def runs(own: TrainSettings) -> dict[str, Callable[[], Any]]:
-        one_by_one = partial(peft_loop, plain, starts, learners, own)
+    def runs(settings: TrainSettings) -> dict[str, Callable[[], Any]]:
+        one_by_one = partial(peft_loop, plain, starts, learners, settings)
         return {
-            "ours": partial(ours, bank, learners, own, args.rank, args.max_batch_tokens),
+            "ours": partial(ours, bank, learners, settings, args.rank, args.max_batch_tokens),
             "peft_loop": one_by_one,
             "peft_onednn": partial(contenders.with_onednn, plain, one_by_one),
-            "forward_limit": partial(limit, limit_model, learners, own),
+            "forward_limit": partial(contenders.forward_only, limit_model, rows_of(learners, settings), LIMIT_TOKENS),
         }
 
     check = runs(settings_of(args, dropout=0.0, max_step=args.check_steps))
     losses = {name: check[name]() for name in ("ours", "peft_loop", "peft_onednn")}  # warms up, too
-    apart = max(largest_difference(losses["ours"], one) for one in losses.values())
+    apart = max(largest_difference(losses["ours"], theirs) for theirs in losses.values())
     peak = measuring.product_peak(device, dtype)
     timed = {name: run for name, run in runs(settings).items() if name in args.contenders}
     measured = measuring.measure(timed, args.repeats, device)
@@ -207,21 +208,16 @@ def main(argv: list[str] | None = None) -> None:
     measuring.report(
         {
             "benchmark": "train_anchors",
-            "speedup_over_peft_loop": measuring.ratio(measured, "peft_loop", "ours"),
+            **measuring.ratios(measured, CONTENDERS[1:-1], CONTENDERS[-1:]),
             "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),  # published: one after the other
-            "speedup_over_peft_onednn": measuring.ratio(measured, "peft_onednn", "ours"),
-            "time_over_forward_limit": over,
-            "time_over_forward_and_backward": None if over is None else round(over / 2, 4),
+            "time_over_forward_and_backward": None if over is None else over / 2,
             "outputs_equal": apart <= TOLERANCE,
             "largest_loss_difference": apart,
             "anchors": len(learners),
             "steps": sum(len(learner.batches(settings)) for learner in learners),
             "tokens": {"total": tokens, "answers": predicted},
-            "product_peak_gflops": round(peak / 1e9, 1),
-            "contenders": {
-                name: own.figures() | {"fraction_of_peak": float(f"{flops / own.median / peak:.3g}")}
-                for name, own in measured.items()
-            },
+            "product_peak_gflops": peak / 1e9,
+            "contenders": measuring.contenders_figures(measured, flops, peak),
             "settings": vars(args),
             "environment": measuring.environment(device, dtype),
         }

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -40,18 +41,18 @@ def last_line(capsys: pytest.CaptureFixture) -> dict:
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def check(found: dict, published: str = "published") -> None:
-    """The promises every benchmark makes."""
-    assert found["outputs_equal"] is True
-    own = found["contenders"]
+def check(report: dict, published: str = "published") -> None:
+    """The promises every benchmark makes. Nothing is rounded in the last line, so ratios are exactly those of it."""
+    assert report["outputs_equal"] is True
+    contenders = report["contenders"]
     for name, sides in RATIOS.items():
         over, under = (published if side == "published" else side for side in sides)
-        assert found[name] == pytest.approx(own[over]["median"] / own[under]["median"], rel=0.02)
-    for figures in own.values():
-        assert figures["median"] == pytest.approx(median(figures["seconds"]), abs=1e-3)
+        assert report[name] == contenders[over]["median"] / contenders[under]["median"]
+    for figures in contenders.values():
+        assert figures["median"] == median(figures["seconds"])
         assert figures["peak_mb"] > 0 and figures["fraction_of_peak"] > 0
-    assert found["environment"]["threads"] > 0 and found["environment"]["torch"]
-    assert found["tokens"]["total"] > 0
+    assert report["environment"]["threads"] > 0 and report["environment"]["torch"]
+    assert report["tokens"]["total"] > 0
 
 
 def test_merge(capsys: pytest.CaptureFixture) -> None:
@@ -61,9 +62,7 @@ def test_merge(capsys: pytest.CaptureFixture) -> None:
     assert set(found["contenders"]) == {*merge.ANSWERING, *merge.LIMITS}
     assert found["published_scaled_from_candidates"] == 1
     assert found["tokens"]["total"] - found["tokens"]["distinct"] == (4 - 1) * 9 * shapes.SHARED_TOKENS
-    assert set(found["largest_logit_difference"]) == {
-        "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn", "published",
-    }  # fmt: skip
+    assert set(found["largest_logit_difference"]) == set(merge.ANSWERING) - {"ours"}
     assert not any(math.isnan(value) for value in found["largest_logit_difference"].values())
 
 
@@ -107,12 +106,11 @@ def test_products(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(products, "WORK", 0)
     products.main(["--shape", "tiny", "--threads", "1"])
     found = last_line(capsys)
-    assert {(one["layer"], one["rows"]) for one in found["layers"]} == {
-        (name, rows) for name in products.sizes_of("tiny") for rows in products.ROWS
-    }
-    for one in found["layers"]:
-        assert one["apart"] < 1e-5
-        assert all(rate > 0 for side in (one["forward"], one["gradient"]) for rate in side.values())
+    measured = [(layer["layer"], layer["rows"]) for layer in found["layers"]]
+    assert measured == list(product(products.sizes_of("tiny"), products.ROWS))
+    for layer in found["layers"]:
+        assert layer["apart"] < 1e-5
+        assert min(*layer["forward"].values(), *layer["gradient"].values()) > 0
 
 
 def test_scripts_repeat_as_often_as_the_shares_say() -> None:
@@ -121,17 +119,14 @@ def test_scripts_repeat_as_often_as_the_shares_say() -> None:
     known = [[gold] for gold in work.golds]
     seen: dict[bool, list] = {True: [], False: []}
     for phase in work.phases:
-        own = {(c, p): work.answers[c, p] for c in phase for p in range(300)}
-        seen[phase.start == 0] += [(answer, ranked(known[p])) for (_, p), answer in own.items()]
-        for (_, p), answer in own.items():
-            known[p].append(answer)
+        ranked = [shapes.by_frequency(answers) for answers in known]
+        for candidate, prompt in product(phase, range(300)):
+            answer = work.answers[candidate, prompt]
+            seen[phase.start == 0].append((answer, ranked[prompt]))
+            known[prompt].append(answer)
     points, search = (draft_shares.shares_of(seen[first]) for first in (True, False))
     assert points.accepted == pytest.approx(0.3, abs=0.05) and points.known == 0
     assert search.accepted == pytest.approx(0.6, abs=0.05) and search.known == pytest.approx(0.2, abs=0.05)
-
-
-def ranked(known: list) -> list:
-    return sorted(dict.fromkeys(known), key=lambda answer: -known.count(answer))
 
 
 def test_first_phase_that_is_as_good_as_the_published_end() -> None:
@@ -159,7 +154,7 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
         "task_lora.py", "history_anchor.py", "train_anchor_peft.py", "lora_composition_evo.py", "mia.py",
     ]  # fmt: skip
     assert (found["users"], found["anchors"]) == (2, 5)
-    assert all(own["peak_mb"] > 0 and own["work_seconds"] > 0 for own in found["stages"].values())
+    assert all(figures["peak_mb"] > 0 and figures["work_seconds"] > 0 for figures in found["stages"].values())
     assert (tmp_path / "tiny/run/merged/mia_summary.json").is_file()
     assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
 
@@ -171,7 +166,7 @@ def test_convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
     convert.main(["--layers", "2", "--work_dir", str(tmp_path / "work")])
     found = last_line(capsys)
     assert found["checkpoint_mb"] == pytest.approx(2 * 64 * (2 * 32_000 + 2 * (4 * 64 + 3 * 256)) / 2**20, rel=0.05)
-    assert found["peak_over_checkpoint"] == pytest.approx(found["peak"] / found["checkpoint_mb"], abs=0.01)
+    assert found["peak_over_checkpoint"] == found["peak"] / found["checkpoint_mb"]
     assert found["seconds"] > 0 and not (tmp_path / "work").exists()
 
 

@@ -170,7 +170,7 @@ def plain(tokenizer: object, text: str) -> list[int]:
 
 
 @given(TEXTS, TARGETS, st.sampled_from([TOKENIZER, WITHOUT_BOS]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_record_is_the_whole_text_parted(text: str, target: str, tokenizer: object) -> None:
     record = Encoder(tokenizer).record("r", text, target)
     whole, prompt = plain(tokenizer, text + target), plain(tokenizer, text)
@@ -192,7 +192,7 @@ def test_a_token_over_the_border_belongs_to_the_target() -> None:
 
 
 @given(TEXTS, st.integers(4, 20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_long_prompts_keep_bos_and_the_tail(text: str, room: int) -> None:
     whole = plain(TOKENIZER, text)
     prompt = Encoder(TOKENIZER, room).prompt("p", text)
@@ -201,7 +201,7 @@ def test_long_prompts_keep_bos_and_the_tail(text: str, room: int) -> None:
 
 
 @given(TEXTS, TARGETS, st.integers(4, 20), st.sampled_from([TOKENIZER, WITHOUT_BOS]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_long_records_are_cut_at_the_prompts_left(text: str, target: str, room: int, tokenizer: object) -> None:
     full, cut = Encoder(tokenizer).record("r", text, target), Encoder(tokenizer, room).record("r", text, target)
     n = len(full.ids) + len(full.target)

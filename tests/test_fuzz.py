@@ -285,7 +285,7 @@ def test_300_malformed_files_give_300_clear_errors(finished: Path, capsys: pytes
     counts: Counter[str] = Counter()
     by_door: Counter[str] = Counter()
 
-    @settings(max_examples=20 * len(DOORS), derandomize=True, database=None, deadline=None,
+    @settings(max_examples=20 * len(DOORS), derandomize=True, database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(door=st.sampled_from(list(DOORS)), seed=st.integers(0, 2**32))
     def fuzz(door: str, seed: int) -> None:

@@ -59,7 +59,7 @@ def test_zero_weights_give_the_base(rule: str) -> None:
 
 
 @given(WEIGHTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_delta_is_the_dense_sum(weights: list[float]) -> None:
     merged = tiny.dense_updates(merge(ADAPTERS, torch.tensor(weights), "delta"))
     parts = [tiny.dense_updates(adapter) for adapter in ADAPTERS]
@@ -69,7 +69,7 @@ def test_delta_is_the_dense_sum(weights: list[float]) -> None:
 
 
 @given(WEIGHTS, WEIGHTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_delta_is_linear(u: list[float], v: list[float]) -> None:
     one, two = torch.tensor(u), torch.tensor(v)
     both = tiny.dense_updates(merge(ADAPTERS, 0.5 * one + two, "delta"))
@@ -80,7 +80,7 @@ def test_delta_is_linear(u: list[float], v: list[float]) -> None:
 
 
 @given(WEIGHTS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_factor_is_the_published_rule_even_and_quadratic(weights: list[float]) -> None:
     w = torch.tensor(weights)
     merged, mirrored, half = (
@@ -176,7 +176,7 @@ def test_different_modules_and_widths_are_named() -> None:
 
 
 @given(st.integers(1, 5), st.integers(0, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_padding_the_rank_keeps_the_update(rank: int, more: int) -> None:
     a, b = torch.randn(rank, 6), torch.randn(7, rank)
     wide_a, wide_b = pad_rank(a, b, rank + more)

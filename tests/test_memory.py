@@ -31,7 +31,7 @@ def test_freed_blocks_are_kept() -> None:
         way: int(subprocess.run([sys.executable, "-c", SCRIPT, way], check=True, capture_output=True).stdout)
         for way in ("keep", "plain")
     }
-    assert freed["keep"] < 10 < 150 < freed["plain"]
+    assert freed["keep"] < 120 < freed["plain"]  # of 240 MB
 
 
 def test_another_libc_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,7 +429,7 @@ def browser():
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"], timeout=0)
         yield started
         started.close()
 
@@ -438,6 +438,7 @@ def browser():
 @pytest.mark.parametrize("name", [f"{TASK.name}/report.html", "report.html"])
 def test_a_browser_shows_it_whole(written: Path, browser, name: str, width: int) -> None:
     tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.set_default_timeout(0)  # a busy machine may take its time
     told: list[str] = []
     asked: list[str] = []
     tab.on("console", lambda message: told.append(message.text))

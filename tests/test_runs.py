@@ -30,7 +30,7 @@ NASTY = st.one_of(
 @given(st.lists(NASTY, min_size=2, max_size=12, unique=True))
 @example(["a", "A", "user_a", "user.a", "a ", " a", "a\n"])
 @example(["x" * 64, "x" * 65, "X" * 64])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_user_folders_are_safe_and_differ(ids: list[str]) -> None:
     names = [user_dirname(user_id) for user_id in ids]
     assert len({name.casefold() for name in names}) == len(ids)  # also where the file system ignores case
@@ -52,7 +52,7 @@ def test_lone_surrogates_have_a_folder() -> None:
 
 
 @given(st.text(max_size=20))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_user_leaves_the_run(user_id: str) -> None:
     run = Run.__new__(Run)
     run.root = Path("/runs/one")
@@ -64,7 +64,7 @@ def test_no_user_leaves_the_run(user_id: str) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.text(max_size=5)), min_size=2, max_size=20, unique=True))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_seeds_differ_and_fit_63_bits(parts: list[tuple[int, str]]) -> None:
     seeds = [derive_seed(*part) for part in parts if "\x1f" not in part[1]]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)

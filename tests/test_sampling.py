@@ -27,7 +27,7 @@ def naive_gumbel(key: int, position: int, token: int) -> float:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**63 - 1), st.integers(0, 3000)), min_size=1, max_size=4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_noise_is_the_hash_written_out(rows: list[tuple[int, int]]) -> None:
     keys, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
     found = gumbel(keys, positions, 5)
@@ -115,7 +115,7 @@ def naive_nucleus(probs: list[float], top_p: float) -> set[int]:
 
 
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_nucleus_is_the_naive_loop(seed: int, top_p: float) -> None:
     logits = torch.randn(3, 23, generator=torch.Generator().manual_seed(seed)) * 2
     mask = nucleus(logits.log_softmax(-1), top_p)
