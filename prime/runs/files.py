@@ -1,4 +1,8 @@
-"""Files in and out: JSON of bounded size, and writes that are whole or not there, which signals wait for."""
+"""Files in and out: JSON of bounded size, and writes that are either whole or not there.
+
+A signal that would stop the process waits until the write in progress is done.
+"""
+
 import json
 import os
 import signal
@@ -13,20 +17,20 @@ from typing import Any
 from prime.errors import InputError
 from prime.runs.locks import grab, remove_abandoned
 
-Path_ = str | os.PathLike[str]
+JSON_BYTES = 256 << 20  # a JSON file may have, unless its reader says otherwise
+
+# -- reading --------------------------------------------------------------------------------------------------------
 
 
-JSON_BYTES = 256 << 20  # of any other JSON file
-
-
-def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
+def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
     """The content of a JSON file; whatever is wrong with it is an InputError that names the file.
 
-    Wrong are, beside broken JSON, a file of more than `limit` bytes, NaN and infinity (no JSON), and an object that
-    holds a key twice (the second would silently win).
+    Refused are, beside broken JSON: a file of more than `limit` bytes, NaN and infinity (they are not JSON), and an
+    object with the same key twice (the second value would silently win).
     """
     try:
-        return json.loads(_text_of(Path(path), limit), parse_constant=_no_constant, object_pairs_hook=_object)
+        text = _read_text(Path(path), limit)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
@@ -40,31 +44,32 @@ def read_json(path: Path_, limit: int = JSON_BYTES) -> Any:
         raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def _text_of(path: Path, limit: int) -> str:
-    """The text of a regular file of at most `limit` bytes; a pipe or device could be read for ever."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+def _read_text(path: Path, limit: int) -> str:
+    """The text of a regular file of at most `limit` bytes; a pipe or a device could be read for ever."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError("not a regular file")
-    if found.st_size > limit:
-        raise ValueError(f"{found.st_size:,} bytes, above the limit of {limit:,} for such a file")
+    if status.st_size > limit:
+        raise ValueError(f"{status.st_size:,} bytes, above the limit of {limit:,} for such a file")
     return path.read_text(encoding="utf-8-sig")
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"not JSON: {name}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"an object holds the key {twice[:80]!r} more than once")
-    return found
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        repeated = next(key for key in times if times[key] > 1)
+        raise ValueError(f"an object holds the key {repeated[:80]!r} more than once")
+    return content
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object per line; InputError naming the line that is none."""
-    found = []
+    """A file of one JSON object per line; InputError names a line that is none."""
+    rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
@@ -72,12 +77,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}: line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}: line {number}: not an object")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def json_type(value: Any) -> str:
-    """A value's JSON type, for messages."""
+    """The JSON type of a value, for messages."""
     return _JSON_TYPES.get(type(value), "null")
 
 
@@ -90,15 +95,17 @@ _JSON_TYPES = {
     float: "a decimal number",
 }
 
+# -- signals --------------------------------------------------------------------------------------------------------
+
 
 class _Stop:
-    """A signal that waits until the write in progress is done."""
+    """The state of this process's signal handler."""
 
-    depth = 0
-    pending = False
+    depth = 0  # of nested `uninterrupted` blocks
+    pending = False  # a signal came inside of one
 
 
-def stop(signum: int, frame: object) -> None:
+def _stop(signum: int, frame: object) -> None:
     """Handler of SIGINT and SIGTERM: KeyboardInterrupt, but not in the middle of a write."""
     if _Stop.depth:
         _Stop.pending = True
@@ -107,14 +114,14 @@ def stop(signum: int, frame: object) -> None:
 
 
 def stop_between_writes() -> None:
-    """Make SIGTERM (of SLURM, torchrun, docker) stop a run as Ctrl-C does, and both wait for a write in progress."""
+    """Let SIGTERM (of SLURM, torchrun, docker) stop a run as Ctrl-C does, and both wait for a write in progress."""
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
+        signal.signal(signum, _stop)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Put off the signals that `stop_between_writes` handles to the end of this block."""
+    """Put off the signals that `stop_between_writes` handles until the end of this block."""
     _Stop.depth += 1
     try:
         yield
@@ -125,8 +132,11 @@ def uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+# -- writing --------------------------------------------------------------------------------------------------------
+
+
 def flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on disk before going on."""
+    """Return only when a file, or the names in a folder, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -147,7 +157,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path` to write to; flushed to disk and renamed to `path` on success.
 
     Raises:
-        OSError: what went wrong, with the name of the file; the old file is then as it was.
+        OSError: what went wrong, with the name of the file; an old file is left as it was.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -155,7 +165,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     temporary = Path(name)
     try:
-        grab(handle)  # as long as it is held, `_remove_abandoned` of others leaves the file alone
+        grab(handle)  # as long as this process holds it, other processes do not take it for abandoned
         yield temporary
         with uninterrupted():
             flush(temporary)
@@ -173,9 +183,9 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove temporary files of `path` whose writers died."""
-    for entry in list(os.scandir(path.parent)):
-        if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".tmp"):
-            remove_abandoned(Path(entry.path))
+    for name in os.listdir(path.parent):
+        if name.startswith(f".{path.name}.") and name.endswith(".tmp"):
+            remove_abandoned(path.with_name(name))
 
 
 def write_bytes(path: Path | str, content: bytes) -> None:
@@ -189,5 +199,5 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write JSON atomically: one key a line, insertion order, NaN refused."""
+    """Write JSON atomically: one key per line, in insertion order; ValueError for NaN and infinity."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

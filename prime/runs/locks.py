@@ -1,8 +1,8 @@
-"""Claims: who works on what, told by locked files, so that processes share a run directory instead of spoiling it.
+"""Claims: locked files say who works on what, so that several processes can share a run directory.
 
-A claim is an advisory lock (`flock`) on a file, which the kernel takes back when its holder dies, however that happens.
-It holds between the processes of one machine, and between machines whose shared file system passes locks on (NFS 4,
-Lustre mounted with `flock`). Where a file system knows no locks, every claim is granted: see docs/scaling.md.
+A claim is an advisory lock (`flock`) on a file. The kernel releases it when its holder dies, however that happens. It
+holds between the processes of one machine, and between machines whose shared file system passes locks on (NFS 4,
+Lustre mounted with `flock`). On a file system without locks every claim is granted: see docs/scaling.md.
 """
 
 import errno
@@ -19,15 +19,15 @@ from prime.errors import tell
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL = 0.2  # seconds between two looks at a claim that somebody else holds
-PATIENCE = 5  # looks before the waiting person is told
-TRIES = 100  # to make a folder that others may be removing
+PATIENCE = 5  # looks in vain before a message says who is waited for
+TRIES = 100  # to create a folder that other processes may be removing
 
 
 @contextmanager
 def claim(*paths: Path) -> Iterator[bool]:
-    """Hold the lock files `paths`, all or none; False where somebody else holds one.
+    """Hold the lock files `paths`, all or none; False where another process holds one.
 
-    They are removed at the end, and so is their folder when it is empty.
+    At the end they are removed, and so is their folder if it is empty.
     """
     with ExitStack() as held:
         handles: list[int] = []
@@ -44,7 +44,7 @@ def claim(*paths: Path) -> Iterator[bool]:
 
 @contextmanager
 def turn(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`, waiting for it if need be; `what` tells the waiting person what for."""
+    """Hold the lock file `path`, after waiting for it if need be; `what` names in a message what is waited for."""
     for look in count(1):
         with claim(path) as held:
             if held:
@@ -56,7 +56,7 @@ def turn(path: Path, what: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> str:
-    """Who holds a lock file, as they wrote it there."""
+    """Who holds a lock file, as the holder wrote into it."""
     try:
         return path.read_text(encoding="utf-8").strip() or "another process"
     except OSError:
@@ -64,7 +64,7 @@ def holder(path: Path) -> str:
 
 
 def _lock(path: Path) -> int | None:
-    """An open handle that holds the lock, None where another has it."""
+    """An open handle that holds the lock; None where another process holds it."""
     failed = 0
     while True:
         try:
@@ -72,14 +72,14 @@ def _lock(path: Path) -> int | None:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except (FileExistsError, FileNotFoundError):  # the folder was just removed by the last of the others
             failed += 1
-            if failed == TRIES:  # no: it leads through a link to nowhere, or the like
+            if failed == TRIES:  # nobody removes it: the path leads through a broken link, or the like
                 raise
             continue
         try:
             if grab(handle) is False:
                 os.close(handle)
                 return None
-            if _is_still(path, handle):
+            if _still_names(path, handle):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return handle
@@ -90,13 +90,13 @@ def _lock(path: Path) -> int | None:
 
 
 def hold(path: Path) -> int:
-    """An open handle of a file that keeps `unheld` away as long as it is open; any number of processes have one."""
+    """An open handle of a file: as long as any process has one, `unheld` is False for all others."""
     while True:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             with suppress_without_locks():
                 fcntl.flock(handle, fcntl.LOCK_SH)
-            if _is_still(path, handle):
+            if _still_names(path, handle):
                 return handle
         except BaseException:
             os.close(handle)
@@ -106,20 +106,23 @@ def hold(path: Path) -> int:
 
 @contextmanager
 def unheld(path: Path) -> Iterator[bool]:
-    """Whether nobody holds a file; while this lasts, nobody begins to. Never where the file system knows no locks."""
+    """Whether no process holds a file (see `hold`), and none begins to within this block.
+
+    False on a file system without locks.
+    """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         yield False
         return
     try:
-        yield grab(handle) is True and _is_still(path, handle)
+        yield grab(handle) is True and _still_names(path, handle)
     finally:
         os.close(handle)
 
 
 def grab(handle: int) -> bool | None:
-    """Lock an open file, without waiting; None where the file system knows no locks."""
+    """Whether an open file could be locked, without waiting; None on a file system without locks."""
     try:
         with suppress_without_locks():
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,7 +134,7 @@ def grab(handle: int) -> bool | None:
 
 @contextmanager
 def suppress_without_locks() -> Iterator[None]:
-    """Warn, once, and go on where the file system knows no locks."""
+    """Go on where the file system knows no locks, with one warning."""
     try:
         yield
     except OSError as error:
@@ -141,7 +144,7 @@ def suppress_without_locks() -> Iterator[None]:
 
 
 def remove_abandoned(path: Path) -> None:
-    """Remove a file that its writer, who would lock it, no longer lives to finish."""
+    """Remove a temporary file unless its writer holds the lock on it, and so is still alive."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -151,7 +154,8 @@ def remove_abandoned(path: Path) -> None:
     os.close(handle)
 
 
-def _is_still(path: Path, handle: int) -> bool:
+def _still_names(path: Path, handle: int) -> bool:
+    """Whether the path still names the open file, and nobody has removed or replaced it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))
     except FileNotFoundError:
@@ -161,7 +165,7 @@ def _is_still(path: Path, handle: int) -> bool:
 def _release(path: Path, handle: int) -> None:
     path.unlink(missing_ok=True)
     os.close(handle)
-    with suppress(OSError):  # others still work there
+    with suppress(OSError):  # not empty: others still work there
         path.parent.rmdir()
 
 
@@ -172,5 +176,5 @@ def _warn_once() -> None:
     global _warned
     if not _warned:
         _warned = True
-        told = "processes that share an output directory may do a user twice (the files stay whole); use --user_idxs"
-        tell(f"this file system knows no locks: {told}")
+        risk = "processes that share an output directory may do a user twice (the files stay whole); use --user_idxs"
+        tell(f"this file system knows no locks: {risk}")

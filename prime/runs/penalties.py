@@ -29,13 +29,13 @@ def open_runs(folder: Path, args: argparse.Namespace) -> list[Run]:
 
 
 def penalty_runs(folder: Path) -> list[Path]:
-    """The run directories of the penalties in `folder`, by rising penalty; none where it is no frontier."""
-    found = [path.parent for path in folder.glob(f"{PENALTY_DIR}*/settings.json")]
-    return sorted(found, key=penalty_of)
+    """The run directories of the penalties in `folder`, by rising penalty; none where there is no frontier."""
+    runs = [path.parent for path in folder.glob(f"{PENALTY_DIR}*/settings.json")]
+    return sorted(runs, key=penalty_of)
 
 
 def penalty_of(run: Path) -> float:
-    """The penalty of a run directory; InputError where a search of another kind, or a stranger, made it."""
+    """The penalty of a run directory; InputError where something else than a search at a penalty made it."""
     settings = read_settings(run)["settings"]
     if problems := form_problems(settings, PENALTY_SETTINGS, f"{run / 'settings.json'}: settings"):
         raise InputError.many(problems)
@@ -43,7 +43,11 @@ def penalty_of(run: Path) -> float:
 
 
 def read_evaluations(run: Path, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the search of a finished user evaluated: the base, the sharers of the result, and what it asked."""
+    """What the search of a finished user evaluated: first the base, then the sharers of the result, then candidates.
+
+    Raises:
+        InputError: the result is not that of a search, or its evaluations lack the base or a sharer.
+    """
     folder = run / "users" / user_dirname(result["user_id"])
     problems = form_problems(result, SEARCH_RESULT, f"{folder / 'result.json'}: the file")
     if not problems and result["best_sharer"] not in result["sharers"]:
@@ -51,28 +55,32 @@ def read_evaluations(run: Path, result: Mapping[str, Any]) -> list[dict[str, Any
     if problems:
         raise InputError.many(problems)
     path = folder / "evaluations.jsonl"
-    found, least = read_form_lines(path, EVALUATED_WEIGHTS), 1 + len(result["sharers"])
-    if len(found) < least:
-        raise InputError(f"{path}: {len(found)} lines, expected the base and {least - 1} sharers first")
-    return found
+    evaluations, sharers = read_form_lines(path, EVALUATED_WEIGHTS), len(result["sharers"])
+    if len(evaluations) < 1 + sharers:
+        raise InputError(f"{path}: {len(evaluations)} lines, expected the base and {sharers} sharers first")
+    return evaluations
 
 
 def shared_evaluations(runs: Sequence[Path]) -> dict[str, int]:
-    """Candidates that all searches asked, how many of them were decoded, and how many a lone search decodes (mean)."""
+    """How much the searches at several penalties shared, in candidates.
+
+    `asked` by all searches together, of which `decoded` once each and `shared` thereafter; `alone`: what the search at
+    one penalty decodes (mean).
+    """
     asked = 0
-    by_user: dict[str, set[str]] = {}
+    different: dict[str, set[str]] = {}  # weights that were asked, by user
     for run in runs:
         for result in read_results(run):
-            weights = [str(one["weights"]) for one in read_evaluations(run, result)]
+            weights = [str(evaluation["weights"]) for evaluation in read_evaluations(run, result)]
             asked += len(weights)
-            by_user.setdefault(result["user_id"], set()).update(weights)
-    decoded = sum(map(len, by_user.values()))
+            different.setdefault(result["user_id"], set()).update(weights)
+    decoded = sum(map(len, different.values()))
     return {"asked": asked, "shared": asked - decoded, "decoded": decoded, "alone": round(asked / max(1, len(runs)))}
 
 
-def sharing_text(found: Mapping[str, int]) -> str:
-    ratio = found["decoded"] / max(1, found["alone"])
+def sharing_text(counts: Mapping[str, int]) -> str:
+    ratio = counts["decoded"] / max(1, counts["alone"])
     return (
-        f"evaluations: {found['asked']} asked, {found['shared']} shared, {found['decoded']} new (decoded): "
+        f"evaluations: {counts['asked']} asked, {counts['shared']} shared, {counts['decoded']} new (decoded): "
         f"{ratio:.2f} times those of one penalty"
     )

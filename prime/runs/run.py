@@ -1,20 +1,22 @@
-"""A run directory: one result file per user, written last; its presence is the only mark of being finished.
+"""A run directory: one result file per user, written last; only its presence says that the user is finished.
 
-    <root>/settings.json                 what the run was asked to do; resuming under other settings is refused, once
-                                         anything was made under these
+    <root>/settings.json                 what the run was asked to do. Resuming under other settings is refused once
+                                         anything was computed under these
     <root>/users/<name>/result.json      one per finished user (or anchor): a function of settings, seed and user alone
     <root>/users/<name>/seconds.json     how long it took, the one file that differs from run to run
-    <root>/working/                      locks and unfinished work of those at it now; gone when nobody is
+    <root>/working/                      locks and journals of unfinished users; gone when nobody is at work
 
-Every file is written under a temporary name, flushed to disk and renamed, and its folder flushed, so a reader never
-sees half a file and a result that was seen survives a loss of power.
+Every file is written under a temporary name, flushed to disk and renamed, and its folder is flushed. So a reader never
+sees half a file, and a result that was seen survives a loss of power.
 """
+
 import hashlib
 import json
 import os
 import platform
 import re
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
@@ -29,7 +31,7 @@ from prime.runs.locks import claim, hold, turn, unheld
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 DRIVER = Path("/proc/driver/nvidia/gpus")
-NOTHING_MADE = ("settings.json", "noise.key")  # a key's noise is of the settings, too
+NO_RESULTS = ("settings.json", "noise.key")  # the key that noise is drawn from is as good under other settings
 RESULTS = "results of all users of the group"  # the question of the last entry in a group's journal
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
 
@@ -47,12 +49,6 @@ def user_dirname(user_id: str) -> str:
     return f"user.{readable}.{digest}"
 
 
-# -- files ----------------------------------------------------------------------------------------------------------
-
-
-# -- a run ----------------------------------------------------------------------------------------------------------
-
-
 def library_versions() -> dict[str, str]:
     """Versions that can change a result, for the run's record."""
     return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
@@ -61,11 +57,13 @@ def library_versions() -> dict[str, str]:
 def machine() -> str:
     """What computes here, for the run's record: system, CPU cores, NVIDIA's GPUs as their driver names them.
 
-    CUDA is left alone: starting it would forbid to fork.
+    CUDA is not asked, since starting it takes seconds and memory of every GPU.
     """
-    told = [path.read_text(encoding="utf-8", errors="replace") for path in sorted(DRIVER.glob("*/information"))]
-    names = [line.partition(":")[2].strip() for text in told for line in text.splitlines() if line.startswith("Model:")]
-    gpus = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+    names: list[str] = []
+    for path in sorted(DRIVER.glob("*/information")):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
+    gpus = [f"{count} x {name}" for name, count in Counter(names).items()]
     return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} CPU cores", *gpus])
 
 
@@ -76,10 +74,13 @@ class Run:
         root: the directory; made if absent.
         stage: name of the script that fills it.
         method: label of its predictions in the final table (`prime`, `task_lora`, ...).
-        settings: everything a result depends on. A directory that holds something made under other settings, or
-            in which another process is at work under others, is refused with an InputError that names each
-            differing key with both values.
-        default: what a setting is where it is not told: an option's default, for runs made before the option came.
+        settings: everything a result depends on.
+        default: the value of a setting that settings.json does not name: an option's default, since the directory may
+            be older than the option.
+
+    Raises:
+        InputError: the directory holds results of other settings, or another process is at work in it under other
+            settings; names each key that differs, with both values.
     """
 
     def __init__(
@@ -89,50 +90,58 @@ class Run:
         self.root = Path(root)
         self.working = self.root / "working"
         self._path, self._default = self.root / "settings.json", default
-        asked: dict[str, Any] = {"stage": stage, "method": method, "settings": _as_json(dict(settings))}
-        if not self._path.exists() or self._problem(asked):
+        wanted: dict[str, Any] = {"stage": stage, "method": method, "settings": _as_json(dict(settings))}
+        if not self._path.exists() or self._problem(wanted):
             with self.turn("settings"):
-                self._settle(asked)
-        # Held until this run is dropped, and compared after that: from here on nobody replaces them.
+                self._write_settings(wanted)
+        # First held until this run is dropped, then compared: from here on nobody replaces the settings.
         weakref.finalize(self, os.close, hold(self._path))
-        if problem := self._problem(asked):
+        if problem := self._problem(wanted):
             raise InputError(problem)
         self._remove_leftovers()
 
-    def _settle(self, asked: dict[str, Any]) -> None:
-        """Write the settings where there are none, or others that led to nothing and that nobody works under."""
-        whole = asked | {"versions": library_versions(), "machine": machine()}
+    def _write_settings(self, wanted: Mapping[str, Any]) -> None:
+        """Write the settings where there are none, or in place of others that led to nothing and that nobody uses."""
+        record = {**wanted, "versions": library_versions(), "machine": machine()}
         if not self._path.exists():
-            write_json(self._path, whole)
-        elif self._problem(asked):
-            with unheld(self._path) as free:
-                if free and not self._made_something():
-                    write_json(self._path, whole)
+            write_json(self._path, record)
+        elif self._problem(wanted):
+            with unheld(self._path) as unused:
+                if unused and not self._holds_results():
+                    write_json(self._path, record)
 
-    def _made_something(self) -> bool:
-        """Whether anything is there that was computed, finished or not."""
-        names = (name for _, _, files in os.walk(self.root) for name in files)
-        return any(name not in NOTHING_MADE and not name.endswith((".lock", ".tmp")) for name in names)
+    def _holds_results(self) -> bool:
+        """Whether the directory holds anything that was computed, finished or not."""
+        for _, _, names in os.walk(self.root):
+            if any(name not in NO_RESULTS and not name.endswith((".lock", ".tmp")) for name in names):
+                return True
+        return False
 
-    def _problem(self, asked: Mapping[str, Any]) -> str:
+    def _problem(self, wanted: Mapping[str, Any]) -> str:
         """What keeps this run from going on in the directory; "" if nothing does."""
-        found = read_settings(self.root)
-        if found["stage"] != asked["stage"]:
-            return f"{self._path}: made by {found['stage']}.py, not {asked['stage']}.py; use another --output_dir"
-        keys = sorted(found["settings"].keys() | asked["settings"].keys())
-        both = {key: (self._told(found["settings"], key), self._told(asked["settings"], key)) for key in keys}
-        changed = [f"  {key}: there {old!r}, now {new!r}" for key, (old, new) in both.items() if old != new]
-        if not changed:
+        present = read_settings(self.root)
+        if present["stage"] != wanted["stage"]:
+            return f"{self._path}: made by {present['stage']}.py, not {wanted['stage']}.py; use another --output_dir"
+        differences = self._differences(present["settings"], wanted["settings"])
+        if not differences:
             return ""
-        if self._made_something():
+        if self._holds_results():
             what, remedy = f"{self._path}: this directory holds results of other settings:", "remove it to start over."
         else:
             what = f"{self._path}: another process is at work in this directory under other settings:"
             remedy = "wait until it has ended."
-        return "\n".join([what, *changed, f"Use another --output_dir, or {remedy}"])
+        return "\n".join([what, *differences, f"Use another --output_dir, or {remedy}"])
 
-    def _told(self, settings: Mapping[str, Any], key: str) -> Any:
-        return settings[key] if key in settings else _as_json(self._default(key))
+    def _differences(self, present: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+        """A line for each setting whose value in the directory is not the wanted one."""
+        lines = []
+        for key in sorted(present.keys() | wanted.keys()):
+            old, new = (
+                settings[key] if key in settings else _as_json(self._default(key)) for settings in (present, wanted)
+            )
+            if old != new:
+                lines.append(f"  {key}: there {old!r}, now {new!r}")
+        return lines
 
     def user_dir(self, user_id: str) -> Path:
         return self.root / "users" / user_dirname(user_id)
@@ -144,14 +153,14 @@ class Run:
         return self.result_path(user_id).exists()
 
     def finish(self, user_id: str, result: Mapping[str, Any]) -> None:
-        """Write the user's result file: last of all its files. Its `seconds` go into a file of their own."""
-        own = dict(result)
+        """Write the user's result file, the last of all files of the user; `seconds` go into a file of their own."""
         with uninterrupted():
-            if "seconds" in own:
-                write_json(self.user_dir(user_id) / "seconds.json", own.pop("seconds"))
-            write_json(self.result_path(user_id), own)
+            if "seconds" in result:
+                write_json(self.user_dir(user_id) / "seconds.json", result["seconds"])
+            kept = {key: value for key, value in result.items() if key != "seconds"}
+            write_json(self.result_path(user_id), kept)
 
-    # What is in progress
+    # Work in progress
 
     def claim(self, user_ids: Sequence[str]) -> AbstractContextManager[bool]:
         """Hold these users, all or none; False where another process holds one."""
@@ -161,7 +170,7 @@ class Run:
         return self.working / f"{user_dirname(user_id)}.lock"
 
     def turn(self, what: str) -> AbstractContextManager[None]:
-        """Do something that one process does for all (train the task adapter, write a summary), in turn."""
+        """Wait for one's turn at something that one process does for all (train the task adapter, write a summary)."""
         return turn(self.working / f"{what.replace(' ', '_')}.lock", what)
 
     def journal(self, user_ids: Sequence[str]) -> Journal:
@@ -204,10 +213,10 @@ def _as_json(value: Any) -> Any:
 
 
 def read_result(path: Path) -> dict:
-    """A user's result with its `seconds`, where they are known.
+    """A user's result, with its `seconds` where they are known.
 
     Raises:
-        InputError: no result of a stage, or another user's than the folder is named after.
+        InputError: not a result of a stage, or that of another user than the folder is named after.
     """
     result = read_form(path, USER_RESULT)
     if problems := merge_problems(result):
@@ -215,11 +224,13 @@ def read_result(path: Path) -> dict:
     if user_dirname(result["user_id"]) != path.parent.name:
         raise InputError(f"{path}: the result of user {result['user_id']}, in another user's folder")
     seconds = path.with_name("seconds.json")
-    return result | ({"seconds": read_form(seconds, USER_RESULT["seconds?"])} if seconds.exists() else {})
+    if seconds.exists():
+        result["seconds"] = read_form(seconds, USER_RESULT["seconds?"])
+    return result
 
 
 def read_results(root: Path | str) -> list[dict]:
-    """Results of all finished users of a run directory, in the order of the users' index; all problems at once."""
+    """The results of all finished users of a run directory, by index; one InputError lists all problems."""
     results, problems = [], []
     for path in sorted(Path(root).glob("users/*/result.json")):
         try:
@@ -232,7 +243,7 @@ def read_results(root: Path | str) -> list[dict]:
 
 
 def read_settings(root: Path | str) -> dict:
-    """The settings.json of a run directory; InputError when it is no run directory."""
+    """The settings.json of a run directory; InputError where there is none."""
     path = Path(root) / "settings.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; {root} is not the output directory of a stage")

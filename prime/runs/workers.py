@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import chain, product
 from typing import NamedTuple, Protocol, TypeVar
 
 from prime.errors import tell
@@ -27,8 +28,11 @@ User = TypeVar("User", bound=HasId)
 Unit = TypeVar("Unit")
 
 
+# -- this process ---------------------------------------------------------------------------------------------------
+
+
 class World(NamedTuple):
-    """The place of this process among those that were launched together (torchrun's environment)."""
+    """The place of this process among those that were launched together, as torchrun's environment tells it."""
 
     rank: int
     size: int
@@ -45,7 +49,7 @@ def _number(name: str, default: int) -> int:
 
 
 def limit_threads() -> None:
-    """Part this machine's cores among the local processes, unless OMP_NUM_THREADS says how many each takes."""
+    """Divide this machine's cores among the local processes, unless OMP_NUM_THREADS says how many each takes."""
     local = world().local_size
     if local > 1 and not os.environ.get("OMP_NUM_THREADS"):
         import torch
@@ -58,8 +62,10 @@ ALWAYS_MAPPED = 32 << 20  # glibc gives blocks from this size back to the system
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep smaller blocks that are freed: the next pass takes them again, and every page that was given back
-    costs a fault, which is dear on a virtual machine. The heap's free end is kept up to 2 GiB.
+    """Let glibc keep freed blocks of less than 32 MiB, and up to 2 GiB at the end of the heap.
+
+    The next forward pass takes the same blocks again. Given back, each page would cost a page fault then, which is
+    expensive on a virtual machine.
     """
     with suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
@@ -67,64 +73,88 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+# -- who works on what ----------------------------------------------------------------------------------------------
+
+
 def shares(costs: Sequence[int], size: int) -> list[list[int]]:
-    """Places parted among `size` processes, each to whom has the least so far, the costliest first (Graham 1969:
-    longest processing time first, at most 4/3 of the best possible time).
+    """Indices of the costs, divided among `size` processes: the costliest first, each to whom has the least so far.
+
+    Source: Graham 1969, longest processing time first; at most 4/3 of the best possible time.
     """
     load = [0] * size
     parts: list[list[int]] = [[] for _ in range(size)]
-    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
         rank = load.index(min(load))
-        load[rank] += costs[place]
-        parts[rank].append(place)
+        load[rank] += costs[index]
+        parts[rank].append(index)
     return parts
 
 
 def order_of(costs: Sequence[int], rank: int, size: int) -> list[int]:
-    """The places in the order this process works on them: its own share, then the ends of the others'."""
+    """Indices in the order in which process `rank` works on them: its own share, then the others' from their ends."""
     if size == 1:
         return list(range(len(costs)))
     parts = shares(costs, size)
-    others = [place for step in range(1, size) for place in reversed(parts[(rank + step) % size])]
-    return parts[rank] + others
+    order = list(parts[rank])
+    for step in range(1, size):
+        order += reversed(parts[(rank + step) % size])
+    return order
 
 
 def share(
     run: Run, units: Sequence[Unit], ids: Callable[[Unit], Sequence[str]], cost: Callable[[Unit], int],
     others: Sequence[Run] = (),
 ) -> Iterator[Unit]:  # fmt: skip
-    """Units of work, each claimed as long as the caller works on it, until the users of all are finished.
+    """Units of work, each claimed while the caller works on it, until the users of all units are finished.
 
-    Units that others work on are waited for at the end, and taken over if these die.
+    Units that other processes work on are waited for at the end, and taken over if their process dies.
 
     Args:
-        units: of which every process gives the same ones in the same order.
+        units: every process passes the same ones in the same order.
         ids: of the users that a unit finishes.
-        cost: estimate of its work, in any measure.
+        cost: estimate of a unit's work, in any measure.
         others: further runs in which the same work finishes the users.
     """
-    here = world()
-    waiting = [units[place] for place in order_of([cost(unit) for unit in units], here.rank, here.size)]
-    idle = 0
+    rank, size, *_ = world()
+    waiting = [units[index] for index in order_of(list(map(cost, units)), rank, size)]
+    rounds_without_work = 0
     while waiting:
-        held: list[Unit] = []
+        claimed_by_others: list[Unit] = []
         for unit in waiting:
-            names = ids(unit)
-            if _finished([run, *others], names):
+            user_ids = ids(unit)
+            if _finished([run, *others], user_ids):
                 continue
-            with run.claim(names) as mine:
-                if not mine:
-                    held.append(unit)
+            with run.claim(user_ids) as claimed:
+                if not claimed:
+                    claimed_by_others.append(unit)
                     continue
-                run.recover(names)
-                if not _finished([run, *others], names):
+                run.recover(user_ids)
+                if not _finished([run, *others], user_ids):  # looked at again under the claim
                     yield unit
-        if len(held) == len(waiting):
-            idle += 1
-            if idle == PATIENCE:
-                _tell(run, [name for unit in held for name in ids(unit)])
+        if len(claimed_by_others) == len(waiting):
+            rounds_without_work += 1
+            if rounds_without_work == PATIENCE:
+                _tell_holders(run, chain.from_iterable(map(ids, waiting)))
             time.sleep(POLL)
-        waiting = held
+        waiting = claimed_by_others
+
+
+def _finished(runs: Sequence[Run], user_ids: Sequence[str]) -> bool:
+    return all(run.done(user_id) for run, user_id in product(runs, user_ids))
+
+
+def _tell_holders(run: Run, user_ids: Iterable[str]) -> None:
+    """Say which users are waited for, and who works on them: one user for each process."""
+    user_of: dict[str, str] = {}
+    for user_id in user_ids:
+        path = run.lock_path(user_id)
+        if path.exists():
+            user_of[holder(path)] = user_id
+    for process, user_id in user_of.items():
+        tell(f"waiting for user {user_id}: {process} is at it")
+
+
+# -- units of users -------------------------------------------------------------------------------------------------
 
 
 def open_users(users: Sequence[User], indices: Iterable[int], done: Callable[[str], bool]) -> list[tuple[int, User]]:
@@ -139,7 +169,11 @@ def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -
     """
     size = size or len(users)
     groups = [users[start : start + size] for start in range(0, len(users), size)]
-    return [group for group in groups if not all(done(user.user_id) for user in group)]
+    return [group for group in groups if not all(map(done, ids_of(group)))]
+
+
+def ids_of(group: Iterable[User]) -> list[str]:
+    return [user.user_id for user in group]
 
 
 def share_users(
@@ -156,15 +190,4 @@ def share_users(
 
 def share_groups(run: Run, groups: Sequence[Sequence[User]], cost: Callable[[User], int]) -> Iterator[Sequence[User]]:
     """The same for groups of users that are trained together; `cost` is that of one user."""
-    return share(run, groups, lambda group: [user.user_id for user in group], lambda group: sum(map(cost, group)))
-
-
-def _finished(runs: Sequence[Run], names: Sequence[str]) -> bool:
-    return all(run.done(name) for run in runs for name in names)
-
-
-def _tell(run: Run, names: Sequence[str]) -> None:
-    """Say which users are waited for, and who works on them."""
-    holders = {holder(path): name for name in names if (path := run.lock_path(name)).exists()}
-    for who, name in holders.items():
-        tell(f"waiting for user {name}: {who} is at it")
+    return share(run, groups, ids_of, lambda group: sum(map(cost, group)))

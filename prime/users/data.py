@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError, harmless
-from prime.runs.files import Path_, json_type, read_json
+from prime.runs.files import json_type, read_json
 from prime.users.tasks import Task, extract
 
 # The largest file of users, labels or profiles that is read. LaMP's, as processed, stay below 1 GB; parsed, JSON takes
@@ -56,7 +56,7 @@ class User:
         return self.profile[-k:]  # [-0:] is everything
 
 
-def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_golds: bool = False) -> list[User]:
+def load_users(path: Path | str, task: Task, *, need_queries: bool = False, need_golds: bool = False) -> list[User]:
     """All users of a file (`user_base_LLM.json`, `user_anchor_candidate.json`, `user_test_100.json`).
 
     Args:
@@ -80,7 +80,7 @@ def load_users(path: Path_, task: Task, *, need_queries: bool = False, need_gold
     return [user for user in users if user is not None]
 
 
-def load_profiles(path: Path_) -> dict[str, str]:
+def load_profiles(path: Path | str) -> dict[str, str]:
     """`profile-id2text.json`: the textual profile of each user, by user id."""
     rows = read_json(path, DATA_BYTES)
     if not isinstance(rows, dict):
@@ -92,7 +92,7 @@ def load_profiles(path: Path_) -> dict[str, str]:
     return texts
 
 
-def load_labels(path: Path_) -> dict[str, str]:
+def load_labels(path: Path | str) -> dict[str, str]:
     """`user_test_100_label.json`: the gold answer of each query, by query id."""
     if not Path(path).exists():
         raise InputError(f"{path}: no such file; prepare_data.py makes it together with the users of the test")
