@@ -1,7 +1,6 @@
-"""The docs as promises: options are current, quoted messages exist, and what is told to be added can be added."""
+"""The docs as promises: the README is short, quoted messages exist, and what is said to be addable can be added."""
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
 
@@ -19,61 +18,78 @@ from prime.users import prompts, tasks, templates
 from prime.users.data import load_users
 
 DOCS = world.ROOT / "docs"
+README = world.ROOT / "README.md"
+FOLDERS = ("", "anchor_selection", "benchmarks", "data", "data/demo", "docs", "experiments")
+PAGES = sorted(page for folder in FOLDERS for page in (world.ROOT / folder).glob("*.md"))
 
 
 def blocks(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
-# --- options.md
+# --- README.md: a front door
 
 
-def test_the_page_of_options_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("make_options", DOCS / "make_options.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.PAGE.read_text(encoding="utf-8") == module.text(), "run: python docs/make_options.py"
+def test_the_readme_is_short() -> None:
+    """At most 150 lines, no paragraph over 90 words, and the first command within 60."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split("bash reproduce.sh")[0].split()) <= 60
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    paragraphs = [part.split() for part in prose.split("\n\n") if not part.lstrip().startswith(("|", "#", "- ", "!"))]
+    assert [words[:8] for words in paragraphs if len(words) > 90] == []
 
 
-def test_every_option_of_every_stage_is_on_the_page() -> None:
-    text = (DOCS / "options.md").read_text(encoding="utf-8")
-    for path in world.ROOT.glob("*.py"):
-        section = text.split(f"\n## {path.name}\n")[1].split("\n## ")[0]
-        for action in world.script(path.name).build_parser()._actions:
-            for option in action.option_strings[-1:]:
-                assert option == "--help" or f"| `{option}` |" in section, (path.name, option)
+def test_all_pages_together_are_short() -> None:
+    assert sum(len(page.read_text(encoding="utf-8").splitlines()) for page in PAGES) <= 1400
+
+
+def test_the_map_names_every_wing_and_files_that_exist() -> None:
+    """A line of the map that starts with a folder is about the folder, an indented one about files in it."""
+    (block,) = re.findall(r"## Where things are\n\n```text\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    folder, folders = "", set()
+    for line in block.splitlines():
+        names = re.split(r"\s{2,}", line.strip())[0]
+        if not line.startswith(" "):
+            folder = names if names.endswith("/") else ""
+            folders.add(folder)
+        for name in re.findall(r"[\w./]+\.(?:py|sh)", names):
+            assert (world.ROOT / folder / name if line.startswith(" ") else world.ROOT / name).is_file(), line
+    wings = {f"prime/{path.parent.name}/" for path in world.ROOT.glob("prime/*/*.py")}
+    assert wings <= folders and all((world.ROOT / name).is_dir() for name in folders)
 
 
 # --- troubleshooting.md
 
 
 def printed_texts() -> str:
-    """All texts of the sources, what is filled in as an ellipsis; a line each."""
-    found = []
-    for path in [*world.ROOT.glob("*.py"), *world.ROOT.glob("prime/*.py"), world.ROOT / "tests" / "test_page.py"]:
+    """All texts of the sources, with an ellipsis for what is filled in; a line each."""
+    texts = []
+    for path in [*world.ROOT.glob("*.py"), *world.ROOT.glob("prime/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
+                texts.append("".join(p.value if isinstance(p, ast.Constant) else "…" for p in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(node.value)
-    return "\n".join(found)
+                texts.append(node.value)
+    return "\n".join(texts)
 
 
 def test_every_quoted_message_is_one_that_is_printed() -> None:
-    quoted = re.findall(r"^### `(.*)`$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    page_text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `(.*?)` \|", page_text, re.MULTILINE)
     texts = printed_texts()
     foreign = {"CUDA out of memory"}  # torch's
     missing = [message for message in quoted if message.strip(" …") not in texts and message not in foreign]
-    assert len(quoted) > 25 and missing == []
+    assert len(quoted) == page_text.count("\n|") - 2 > 10 and missing == []
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(world.ROOT)))
 def test_links_and_named_files_are_there(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#]+?)\)", text):
-        assert "://" in link or (DOCS / link).exists(), link
-    for name in re.findall(r"`((?:prime|tests|data|docs|benchmarks|experiments)/[\w./-]+\.(?:py|md|json|sh))`", text):
+        assert "://" in link or (path.parent / link).exists(), link
+    named = r"((?:prime|tests|data|docs|benchmarks|experiments)/[\w./-]+\.(?:py|md|sh|svg))"
+    for name in re.findall(named, text):
         assert (world.ROOT / name).exists() or "song_genre" in name, name
 
 
