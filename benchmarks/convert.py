@@ -27,8 +27,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.measuring import child_report, report, status_mb
 from prime import cli
 from prime.checkpoints.loading import load_tokenizer
-from prime.checkpoints.meta import convert
-from prime.checkpoints.meta_tokenizer import end_ids
+from prime.checkpoints.meta_conversion import convert
 
 WIDTH, VOCABULARY, SHARDS = 2048, 32_000, 2
 HIDDEN = 5632  # of params.json's multiple_of 256
@@ -77,7 +76,7 @@ def child(folder: Path) -> dict[str, float]:
     thread = threading.Thread(target=watch)
     thread.start()
     started = time.perf_counter()
-    convert(folder / "meta", folder / "hf", tokenizer, end_ids(tokenizer))
+    convert(folder / "meta", folder / "hf", tokenizer)
     seconds = time.perf_counter() - started
     stop.set()
     thread.join()

@@ -12,10 +12,10 @@ from prime.checkpoints.loading import (
     check_model_dir,
     check_vocabulary,
     eos_ids,
-    kept_conversion,
     load_model,
     load_tokenizer,
 )
+from prime.checkpoints.meta_conversion import kept_conversion
 from prime.cli import Texts, base_name, target_modules
 from prime.users.data import User
 from prime.users.prompts import Prompt, test_prompts

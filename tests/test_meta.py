@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from prime.bank.encoding import Encoder
 from prime.checkpoints.loading import check_vocabulary, eos_ids, is_bare_tokenizer, load_model, load_tokenizer
-from prime.checkpoints.loading import kept_conversion as make_conversion
-from prime.checkpoints.meta import MetaCheckpoint, is_meta_dir, llama_config, read_params, rope_rows
+from prime.checkpoints.meta import MetaCheckpoint, rope_rows
+from prime.checkpoints.meta_conversion import kept_conversion as make_conversion
+from prime.checkpoints.meta_params import is_meta_dir, llama_config, read_params
 from prime.checkpoints.meta_tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, load_meta_tokenizer
 from prime.errors import InputError
 
@@ -101,7 +102,7 @@ def test_bf16_is_kept_on_disk_and_widened_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_become_several_files(made: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prime.checkpoints.meta.FILE_BYTES", 100_000)
+    monkeypatch.setattr("prime.checkpoints.meta_conversion.FILE_BYTES", 100_000)
     folder, params, whole = made["llama2, 2 shards"]
     kept = kept_conversion(str(folder), str(tmp_path / "hf"))
     files = sorted(Path(kept).glob("*.safetensors"))

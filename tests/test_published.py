@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from prime.bank.bank import AdapterBank
-from prime.checkpoints.loading import kept_conversion, load_model
+from prime.checkpoints.loading import load_model
+from prime.checkpoints.meta_conversion import kept_conversion
 from prime.checkpoints.peft import save_adapter
 from prime.checkpoints.published import has_adapter, heads_of, load_published, open_adapter
 from prime.errors import InputError

@@ -15,14 +15,14 @@ from transformers.utils import logging
 
 from prime.bank.cpu import quicken
 from prime.bank.lora import Adapter
-from prime.checkpoints.meta import MetaCheckpoint, config_of_params, convert, is_meta_dir
+from prime.checkpoints.meta import MetaCheckpoint
+from prime.checkpoints.meta_params import config_of_params, is_meta_dir
 from prime.checkpoints.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.checkpoints.placement import dispatched, read_map
 from prime.checkpoints.published import open_adapter
 from prime.checkpoints.tensors import check_hub_dir, shown_error
 from prime.checkpoints.weight_files import check_loaded, weight_files
 from prime.errors import InputError
-from prime.runs.locks import turn
 from prime.runs.workers import world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -122,15 +122,6 @@ def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a model's configuration: {error}") from None
-
-
-def kept_conversion(path: str, target: str, tokenizer_path: str | None) -> None:
-    """Make `target` a Hugging Face directory out of a Meta one, once."""
-    if not is_meta_dir(path):
-        raise InputError(f"{path}: no Meta checkpoint (params.json, consolidated.*.pth) for --convert_to")
-    tokenizer = load_tokenizer(tokenizer_path or path)
-    with turn(Path(target) / "working" / "conversion.lock", "the converted model"):
-        convert(path, target, tokenizer, end_ids(tokenizer))
 
 
 def check_model_dir(path: str) -> None:

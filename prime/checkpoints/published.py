@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from prime.bank.lora import Adapter
-from prime.checkpoints.meta import is_meta_dir, read_params, rope_rows
+from prime.checkpoints.meta import rope_rows
+from prime.checkpoints.meta_params import is_meta_dir, read_params
 from prime.checkpoints.peft import factor_problems, load_adapter, named_halves, paired
 from prime.checkpoints.tensors import finite_problem, load_named, shown
 from prime.errors import InputError
