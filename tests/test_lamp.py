@@ -18,9 +18,10 @@ from benchmarks import lamp_memory
 from prime.errors import InputError
 from prime.runs.locks import claim
 from prime.sources import prepare as prepare_module
-from prime.sources.gather import Similar
-from prime.sources.lamp import Spool, date_key, id_order, strictly_before
+from prime.sources.gather import Similarity
 from prime.sources.prepare import FILES, REPORT, Shares, share_out
+from prime.sources.spool import Spool
+from prime.sources.values import date_key, id_order, strictly_before
 from prime.users.data import LABEL_FILE, load_labels, load_users
 from prime.users.tasks import TASKS, extract
 
@@ -253,15 +254,15 @@ def test_similar_profiles_against_a_naive_loop(seed: int, tmp_path: Path) -> Non
     def beyond_chance(keys: set[int]) -> bool:
         return bool(keys) and sum(math.log2(len(profiles) / shown[key]) for key in keys) >= needed - 1e-9
 
-    similar = Similar(spool, 0.5)
+    similarity = Similarity(spool, 0.5)
     for one, keys in profiles.items():
-        assert similar.telling(one) == beyond_chance(keys)
+        assert similarity.distinctive(one) == beyond_chance(keys)
         share = {other: len(keys & own) / len(keys | own) for other, own in profiles.items() if keys | own}
         expected = {
             other for other, own in profiles.items()
             if other != one and share.get(other, 0) >= 0.5 and beyond_chance(keys & own)
         }  # fmt: skip
-        found = similar.to(one)
+        found = similarity.matches(one)
         assert set(found) == expected and [share[o] for o in found] == sorted((share[o] for o in found), reverse=True)
     spool.close()
 

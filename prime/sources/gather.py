@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from prime.sources.lamp import Spool, id_order
+from prime.sources.spool import Spool
+from prime.sources.values import id_order
 
 OVERLAP = 0.5
 
@@ -40,15 +41,15 @@ class Sets:
             self.parent[number], number = top, self.parent.get(number, number)
         return top
 
-    def join(self, one: int, other: int) -> bool:
+    def join(self, number: int, other: int) -> bool:
         """Make one set of two; False where they are one already, or of two owners."""
-        a, b = self.root(one), self.root(other)
-        owners = {self.owner[root] for root in (a, b) if root in self.owner}
-        if a == b or len(owners) > 1:
+        root, other_root = self.root(number), self.root(other)
+        owners = {self.owner[top] for top in (root, other_root) if top in self.owner}
+        if root == other_root or len(owners) > 1:
             return False
-        self.parent[b] = a
+        self.parent[other_root] = root
         if owners:
-            self.owner[a] = owners.pop()
+            self.owner[root] = owners.pop()
         return True
 
 
@@ -63,12 +64,11 @@ class Person:
 def question_names(spool: Spool) -> dict[int, str]:
     """Number -> id of each question, in the order of ids; one that train and dev both have gets its part in front."""
     rows = list(spool.rows("SELECT number, part, id FROM question"))
-    times = Counter(name for _, _, name in rows)
-    named = [(part, id_order(name), number, name) for number, part, name in rows]
-    return {
-        number: f"{part}-{name}" if times[name] > 1 else name
-        for part, _, number, name in sorted(named, key=lambda row: (row[1], row[0]))
-    }
+    times = Counter(question_id for _, _, question_id in rows)
+    names = {}
+    for number, part, question_id in sorted(rows, key=lambda row: (id_order(row[2]), row[1])):
+        names[number] = f"{part}-{question_id}" if times[question_id] > 1 else question_id
+    return names
 
 
 def gather(spool: Spool, names: dict[int, str], overlap: float = OVERLAP) -> tuple[list[Person], Counter[str]]:
@@ -77,31 +77,41 @@ def gather(spool: Spool, names: dict[int, str], overlap: float = OVERLAP) -> tup
     Persons and their questions come in the order of `names`, whatever the order of the files. A person without
     `user_id` is called `q` and the id of the first question.
     """
-    owners = {n: (user, profile) for n, user, profile in spool.rows("SELECT number, user, profile FROM question")}
-    sets, first, counts = Sets(), dict[str, int](), Counter[str]()
+    asked_by, by_profile = _users_and_profiles(spool, names)
+    sets, counts = Sets(), Counter[str]()
+    first: dict[str, int] = {}  # question of each known user
     for number in names:
-        user = owners[number][0]
+        user = asked_by[number]
         if user is not None:
             counts["by user_id"] += 1
             sets.owner.setdefault(number, user)
             sets.join(first.setdefault(user, number), number)
-    by_profile: dict[int, list[int]] = defaultdict(list)
-    for number in names:
-        by_profile[owners[number][1]].append(number)
-    if any(user is None for user, _ in owners.values()):
+    if None in asked_by.values():
         _join_alike(spool, sets, by_profile, overlap, counts)
     people: dict[int, Person] = {}
     for number, name in names.items():
         root = sets.root(number)
         if root not in people:
-            people[root] = Person(sets.owner.get(root) or _made_up(name, first.keys()))
+            people[root] = Person(sets.owner.get(root) or _new_id(name, first.keys()))
         people[root].questions.append(number)
     return list(people.values()), counts
 
 
-def _made_up(name: str, given: Container[str]) -> str:
+def _users_and_profiles(spool: Spool, names: dict[int, str]) -> tuple[dict[int, str | None], dict[int, list[int]]]:
+    """The `user_id` of each question, and the questions that show each profile, in the order of `names`."""
+    asked_by: dict[int, str | None] = {}
+    profiles: dict[int, int] = {}
+    for number, user, profile in spool.rows("SELECT number, user, profile FROM question"):
+        asked_by[number], profiles[number] = user, profile
+    by_profile: dict[int, list[int]] = defaultdict(list)
+    for number in names:
+        by_profile[profiles[number]].append(number)
+    return asked_by, by_profile
+
+
+def _new_id(name: str, taken: Container[str]) -> str:
     user_id = f"q{name}"
-    while user_id in given:
+    while user_id in taken:
         user_id = f"q{user_id}"
     return user_id
 
@@ -110,53 +120,61 @@ def _join_alike(
     spool: Spool, sets: Sets, by_profile: dict[int, list[int]], overlap: float, counts: Counter[str]
 ) -> None:
     """Join questions whose profiles are equal or similar; a profile of two known users tells nothing about others."""
-    similar = Similar(spool, overlap)
-    owners = {p: {sets.owner.get(sets.root(number)) for number in numbers} for p, numbers in by_profile.items()}
-    of_two = {profile for profile, found in owners.items() if len(found - {None}) > 1}
+    similarity = Similarity(spool, overlap)
+    ambiguous = {profile for profile, numbers in by_profile.items() if len(_owners(sets, numbers)) > 1}
     for profile, numbers in by_profile.items():
-        if profile in of_two:
+        if profile in ambiguous:
             continue
-        if similar.telling(profile):
+        if similarity.distinctive(profile):
             counts["by an equal profile"] += sum(sets.join(numbers[0], number) for number in numbers[1:])
-        for other in similar.to(profile):
-            if other in by_profile and other not in of_two:
+        for other in similarity.matches(profile):
+            if other in by_profile and other not in ambiguous:
                 counts["by a similar profile"] += sets.join(numbers[0], by_profile[other][0])
 
 
-class Similar:
+def _owners(sets: Sets, numbers: Iterable[int]) -> set[str]:
+    """The known users who asked these questions."""
+    return {sets.owner[root] for root in map(sets.root, numbers) if root in sets.owner}
+
+
+class Similarity:
     """Compares profiles by the items they show, in memory: about 50 bytes for each item of a distinct profile."""
 
     def __init__(self, spool: Spool, overlap: float):
-        pairs = np.fromiter(spool.rows("SELECT item, profile FROM member"), dtype=[("item", "i8"), ("profile", "i4")])
+        shown = np.fromiter(spool.rows("SELECT item, profile FROM member"), dtype=[("item", "i8"), ("profile", "i4")])
         ((profiles,),) = spool.rows("SELECT COUNT(*) FROM profile")  # numbered from 1
-        self.overlap, self.needed = overlap, math.log2(max(1, profiles * (profiles - 1) / 2)) - 1e-9
-        self.sizes = np.bincount(pairs["profile"], minlength=profiles + 1)
-        _, item, self.shown = np.unique(pairs["item"], return_inverse=True, return_counts=True)
-        self.bits = np.log2(profiles / self.shown)
-        # Profiles in the order of items, items in the order of profiles, and where those of each end.
-        self.profiles, self.profile_ends = pairs["profile"][np.argsort(item, kind="stable")], np.cumsum(self.shown)
-        self.items, self.item_ends = item[np.argsort(pairs["profile"], kind="stable")], np.cumsum(self.sizes)
+        self.overlap = overlap
+        self.needed_bits = math.log2(max(1, profiles * (profiles - 1) / 2)) - 1e-9
+        self.sizes = np.bincount(shown["profile"], minlength=profiles + 1)  # items of each profile
+        _, item, self.times = np.unique(shown["item"], return_inverse=True, return_counts=True)  # profiles of each item
+        self.bits = np.log2(profiles / self.times)  # of each item
+        # The profiles of an item lie side by side, and so do the items of a profile; the ends say where.
+        self.profiles = shown["profile"][np.argsort(item, kind="stable")]
+        self.profile_ends = np.cumsum(self.times)
+        self.items = item[np.argsort(shown["profile"], kind="stable")]
+        self.item_ends = np.cumsum(self.sizes)
 
     def _items(self, profile: int) -> np.ndarray:
         end = self.item_ends[profile]
         return self.items[end - self.sizes[profile] : end]
 
-    def telling(self, profile: int) -> bool:
+    def distinctive(self, profile: int) -> bool:
         """Whether nobody else shows this profile by chance."""
-        own = self._items(profile)
-        return len(own) > 0 and float(self.bits[own].sum()) >= self.needed
+        items = self._items(profile)
+        return len(items) > 0 and float(self.bits[items].sum()) >= self.needed_bits
 
-    def to(self, profile: int) -> list[int]:
+    def matches(self, profile: int) -> list[int]:
         """Other profiles of the same person, the most similar first."""
-        own = self._items(profile)
-        own = own[self.shown[own] > 1]
-        if not len(own):
+        items = self._items(profile)
+        items = items[self.times[items] > 1]  # those that other profiles show, too
+        if not len(items):
             return []
-        ends = self.profile_ends[own]
-        others = np.concatenate([self.profiles[e - n : e] for e, n in zip(ends, self.shown[own], strict=True)])
-        bits = np.bincount(others, np.repeat(self.bits[own], self.shown[own]), len(self.sizes))
-        both = np.bincount(others, minlength=len(self.sizes))
-        both[profile] = 0
-        share = both / np.maximum(1, self.sizes[profile] + self.sizes - both)
-        alike = np.flatnonzero((both > 0) & (share >= self.overlap) & (bits >= self.needed))
-        return alike[np.argsort(-share[alike], kind="stable")].tolist()
+        times, ends = self.times[items], self.profile_ends[items]
+        showing = np.concatenate([self.profiles[end - n : end] for end, n in zip(ends, times, strict=True)])
+        shared_bits = np.bincount(showing, np.repeat(self.bits[items], times), len(self.sizes))
+        shared_items = np.bincount(showing, minlength=len(self.sizes))
+        shared_items[profile] = 0
+        jaccard = shared_items / np.maximum(1, self.sizes[profile] + self.sizes - shared_items)
+        enough = (shared_items > 0) & (jaccard >= self.overlap) & (shared_bits >= self.needed_bits)
+        same_person = np.flatnonzero(enough)
+        return same_person[np.argsort(-jaccard[same_person], kind="stable")].tolist()

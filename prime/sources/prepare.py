@@ -1,6 +1,7 @@
-"""Official LaMP files to the files of data/README.md: who goes where, what is written, and the report of it.
+"""Turns official LaMP files into the files of data/README.md: who goes where, what is written, and the report of it.
 
-Reading is in `lamp.py`, telling people apart in `gather.py`, their histories in `histories.py`.
+Reading is in `lamp.py`, telling people apart in `gather.py`, their histories in `histories.py`; `spool.py` keeps on
+disk what was read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from prime.errors import InputError, harmless
 from prime.runs.files import flush, make_folder, uninterrupted, write_json
 from prime.runs.locks import claim
 from prime.seeds import derive_seed
-from prime.sources.gather import OVERLAP, gather, question_names
+from prime.sources.gather import OVERLAP, Person, gather, question_names
 from prime.sources.histories import Citations, Histories
-from prime.sources.lamp import UNUSABLE, Reader, Spool, Tally, find_parts
+from prime.sources.lamp import UNUSABLE, Reader, Tally, find_parts
+from prime.sources.spool import Spool, StoredUsers
 from prime.users.data import BASE_FILE, CANDIDATE_FILE, LABEL_FILE, PREPARING, TEST_FILE
 from prime.users.tasks import Task
 
@@ -33,42 +36,18 @@ FILES = {
     "test": TEST_FILE,
 }
 REPORT = "prepare_report.json"
-WORK = PREPARING  # folder of a conversion under way, within the output's
 # The test users and the reserve's tenth are the Per-Pcs authors' choice, the other shares ours.
 TEST_USERS, BASE_SHARE, RESERVE_SHARE = 100, 0.4, 0.1
 
-Bar = Callable[[int, str, str], AbstractContextManager[Any]]  # (total, what, unit), with update(n): `prime.cli.bar`
+Bar = Callable[[int, str, str], AbstractContextManager[Any]]  # (total, what, unit), see `prime.runs.progress.bar`
 
 
 # -- who goes where -------------------------------------------------------------------------------------------------
 
 
-class Stored:
-    """Users made so far, as lines of a file: (id, history items, place, bytes) of each stay in memory."""
-
-    def __init__(self, path: Path):
-        self.file = open(path, "wb+")  # noqa: SIM115 (held as long as the object)
-        self.index: dict[str, tuple[int, int, int]] = {}
-        self.end = 0
-
-    def add(self, user: dict[str, Any]) -> None:
-        line = json.dumps(user, ensure_ascii=False).encode()
-        self.file.write(line)
-        self.index[user["user_id"]] = (len(user["profile"]), self.end, len(line))
-        self.end += len(line)
-
-    def close(self) -> None:
-        self.file.close()
-
-    def read(self, user_id: str) -> dict[str, Any]:
-        self.file.flush()
-        _, place, size = self.index[user_id]
-        return json.loads(os.pread(self.file.fileno(), size, place))
-
-
 @dataclass(frozen=True)
 class Shares:
-    """Sizes of the files: users of the test, shares of the others in base and reserve (the rest: candidates)."""
+    """Sizes of the files: users of the test, and shares of the others in base and reserve; the rest are candidates."""
 
     test_users: int = TEST_USERS
     base: float = BASE_SHARE
@@ -96,16 +75,18 @@ def share_out(lengths: Mapping[str, int], shares: Shares, seed: int) -> dict[str
             "(--test_users, --base_share, --reserve_share)"
         )
     return {
-        "base": others[:base], "candidates": others[base + reserve :],
-        "reserve": others[base : base + reserve], "test": test,
-    }  # fmt: skip
+        "base": others[:base],
+        "candidates": others[base + reserve :],
+        "reserve": others[base : base + reserve],
+        "test": test,
+    }
 
 
 # -- files and report -----------------------------------------------------------------------------------------------
 
 
 def write_users(path: Path, users: Iterable[dict[str, Any]], task: Task) -> dict[str, Any]:
-    """A file of users, one per line, and what the report says of it."""
+    """Write a file of users, one per line; what the report says of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lengths: list[int] = []
     queries = words = 0
@@ -114,38 +95,47 @@ def write_users(path: Path, users: Iterable[dict[str, Any]], task: Task) -> dict
             file.write((",\n" if lengths else "[\n") + json.dumps(user, ensure_ascii=False))
             lengths.append(len(user["profile"]))
             queries += len(user["query"])
-            words += sum(len(item.get(name, "").split()) for item in user["profile"] for name in task.fields[1:])
+            words += sum(_words(item, task) for item in user["profile"])
         file.write("\n]\n" if lengths else "[]\n")
     flush(path)
     items = sum(lengths)
     return {
-        "users": len(lengths), "items": items, "queries": queries,
+        "users": len(lengths),
+        "items": items,
+        "queries": queries,
         "items_per_user": {
-            "min": min(lengths, default=0), "median": statistics.median(lengths or [0]), "max": max(lengths, default=0)
+            "min": min(lengths, default=0),
+            "median": statistics.median(lengths or [0]),
+            "max": max(lengths, default=0),
         },
         "words_per_item": round(words / items, 1) if items else 0.0,
-    }  # fmt: skip
+    }
+
+
+def _words(item: Mapping[str, str], task: Task) -> int:
+    """Words of an item's texts."""
+    return sum(len(item.get(name, "").split()) for name in task.fields if name != "id")
 
 
 def report_rows(report: Mapping[str, Any]) -> list[list[str]]:
     """The table of the report: header and a row per file."""
     rows = [["file", "users", "items", "queries", "items per user: min", "median", "max", "words per item"]]
-    for name, found in report["files"].items():
-        lengths = found["items_per_user"]
-        cells = [found["users"], found["items"], found["queries"], lengths["min"], lengths["median"], lengths["max"]]
-        rows.append([name, *(f"{cell:g}" if isinstance(cell, float) else f"{cell:,}" for cell in cells)])
-        rows[-1].append(f"{found['words_per_item']:.1f}")
+    for name, counts in report["files"].items():
+        lengths = counts["items_per_user"]
+        numbers = [counts["users"], counts["items"], counts["queries"], *lengths.values()]
+        cells = [f"{number:g}" if isinstance(number, float) else f"{number:,}" for number in numbers]
+        rows.append([name, *cells, f"{counts['words_per_item']:.1f}"])
     return rows
 
 
 def report_notes(report: Mapping[str, Any]) -> str:
     """What was read, gathered, dropped and doubtful, a line each."""
     lines = [f"{report['split']} split, {report['people']:,} people"]
-    lines += [f"questions gathered {how}: {number:,}" for how, number in report["gathered"].items()]
-    for what, number in report["counts"].items():
-        named = report["named"].get(what, [])
-        more = ", ..." if number > len(named) else ""
-        lines.append(f"{what}: {number:,}" + (f" ({', '.join(named)}{more})" if named else ""))
+    lines += [f"questions gathered {reason}: {number:,}" for reason, number in report["gathered"].items()]
+    for kind, number in report["counts"].items():
+        examples = report["named"].get(kind, [])
+        more = ", ..." if number > len(examples) else ""
+        lines.append(f"{kind}: {number:,}" + (f" ({', '.join(examples)}{more})" if examples else ""))
     return harmless("\n".join(lines))
 
 
@@ -154,7 +144,7 @@ def report_notes(report: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """What the files depend on, beside what is read."""
+    """What the files depend on, beside what is read: the options of prepare_data.py."""
 
     split: str = "auto"
     shares: Shares = Shares()
@@ -166,19 +156,19 @@ class Options:
 def prepare(
     task: Task, source: Path, target: Path, options: Options, cited: Mapping[str, str], bar: Bar
 ) -> dict[str, Any]:
-    """Make the files of `target` from the official ones in `source`; the report, which is written last.
+    """Make the files of `target` from the official ones in `source`, and return the report, which is written last.
 
     Args:
-        cited: citation only: title -> cited title, beside what LaMP tells.
+        cited: for the task citation: title -> cited title, beside what LaMP says.
 
     Raises:
-        InputError: wrong input, or a target that holds other people's files; nothing is changed then.
+        InputError: wrong input, or a target that holds files of another origin; nothing is changed then.
     """
-    with claim(target / f"{WORK}.lock") as mine:
+    with claim(target / f"{PREPARING}.lock") as mine:
         if not mine:
             raise InputError(f"{target}: another prepare_data.py is at it")
-        if (target / WORK / REPORT).exists():
-            _publish(target / WORK, target)  # an earlier run was cut off at that
+        if (target / PREPARING / REPORT).exists():
+            _publish(target / PREPARING, target)  # an earlier run was cut off at that
         parts = find_parts(source)
         folder = _workplace(target)
         try:
@@ -209,69 +199,76 @@ def _publish(folder: Path, target: Path) -> None:
 
 def _workplace(target: Path) -> Path:
     """An empty folder within `target`; a conversion that was cut off there is begun anew."""
-    folder = target / WORK
-    foreign = [name for name in FILES.values() if (target / name).exists()]
+    folder = target / PREPARING
+    foreign = [target / name for name in FILES.values() if (target / name).exists()]
     if foreign and not (target / REPORT).exists() and not folder.exists():
-        told = f"{target / foreign[0]}: there already, and not made by prepare_data.py"
-        raise InputError(f"{told}; use another --output_dir")
+        raise InputError(f"{foreign[0]}: there already, and not made by prepare_data.py; use another --output_dir")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def _convert(
-    task: Task, parts: Mapping[str, tuple[Path, Path]], folder: Path, options: Options, cited: Mapping[str, str],
+    task: Task,
+    parts: Mapping[str, tuple[Path, Path]],
+    folder: Path,
+    options: Options,
+    cited: Mapping[str, str],
     bar: Bar,
-) -> dict[str, Any]:  # fmt: skip
-    """All files within `folder`, synced to disk."""
-    sizes = {str(path): path.stat().st_size for pair in parts.values() for path in pair}
-    with closing(Spool(folder)) as spool, closing(Stored(folder / "users.jsonl")) as users:
+) -> dict[str, Any]:
+    """Make all files within `folder`, synced to disk."""
+    sizes = {str(path): path.stat().st_size for path in chain.from_iterable(parts.values())}
+    with closing(Spool(folder)) as spool, closing(StoredUsers(folder / "users.jsonl")) as users:
         reader = Reader(task, spool)
-        with bar(sum(path.stat().st_size for path, _ in parts.values()), "reading", "B") as read:
+        with bar(sum(sizes[str(questions)] for questions, _ in parts.values()), "reading", "B") as progress:
             for part, (questions, outputs) in parts.items():
-                reader.read(part, questions, outputs, read.update)
-        histories, about = _make_users(reader, users, options, Citations(cited) if task.query_parts > 1 else None, bar)
-        chosen = share_out({user_id: entry[0] for user_id, entry in users.index.items()}, options.shares, options.seed)
+                reader.read(part, questions, outputs, progress.update)
+        histories, summary = _make_users(reader, users, options, cited, bar)
+        ids = share_out(users.lengths, options.shares, options.seed)
         files = {}
-        for which, name in FILES.items():
-            made = (histories.finished(users.read(user_id), chosen["test"]) for user_id in chosen[which])
-            files[name] = write_users(folder / name, made, task)
-        golds = [
-            {"id": query["id"], "output": query["gold"]}
-            for user_id in chosen["test"]
-            for query in users.read(user_id)["query"]
-        ]
+        for kind, name in FILES.items():
+            finished = (histories.finished(users.read(user_id), ids["test"]) for user_id in ids[kind])
+            files[name] = write_users(folder / name, finished, task)
+        golds: list[dict[str, str]] = []
+        for user_id in ids["test"]:
+            golds += [{"id": query["id"], "output": query["gold"]} for query in users.read(user_id)["query"]]
     write_json(folder / LABEL_FILE, {"task": task.lamp, "golds": golds})
-    counts = {what: number for what, number in reader.tally.counts.items() if number}
-    report = {"task": task.name, **about, "files": files, "counts": counts, "named": reader.tally.named}
+    counts = {kind: number for kind, number in reader.tally.counts.items() if number}
+    report = {"task": task.name, **summary, "files": files, "counts": counts, "named": reader.tally.named}
     report |= {"options": asdict(options), "read": sizes}
     write_json(folder / REPORT, report)
     return report
 
 
 def _make_users(
-    reader: Reader, users: Stored, options: Options, citations: Citations | None, bar: Bar
+    reader: Reader, users: StoredUsers, options: Options, cited: Mapping[str, str], bar: Bar
 ) -> tuple[Histories, dict[str, Any]]:
     """Store everybody with a history; for the report, the split and how questions were gathered."""
     by_time = ordered_by_time(options.split, reader.tally)
     names = question_names(reader.spool)
     people, gathered = gather(reader.spool, names, options.overlap)
-    if citations is not None:
-        for person in people:
-            for question in reader.spool.questions(person.questions):
-                citations.add_question(person.user_id, reader.task, question)
+    citations = _known_citations(reader, people, cited) if reader.task.query_parts > 1 else None
     histories = Histories(reader, names, by_time, citations)
-    with bar(len(people), "users", "user") as made:
+    with bar(len(people), "users", "user") as progress:
         for person in people:
             user = histories.user(person)
             if len(user["profile"]) >= options.min_items:
                 users.add(user)
             else:
                 reader.tally.add("users with fewer than --min_items items", person.user_id)
-            made.update(1)
-    if not users.index:
+            progress.update(1)
+    if not users.lengths:
         raise InputError(nobody(reader))
     return histories, {"split": "time" if by_time else "user", "people": len(people), "gathered": dict(+gathered)}
+
+
+def _known_citations(reader: Reader, people: Iterable[Person], cited: Mapping[str, str]) -> Citations:
+    """What papers cite, by the table given and by everybody's questions."""
+    citations = Citations(cited)
+    for person in people:
+        for question in reader.spool.questions(person.questions):
+            citations.add_question(person.user_id, reader.task, question)
+    return citations
 
 
 def ordered_by_time(split: str, tally: Tally) -> bool:
