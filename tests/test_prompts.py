@@ -1,4 +1,4 @@
-"""Records and prompts of all tasks, letter for letter, and what a template file may hold."""
+"""Records and prompts of all tasks, letter for letter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prime.errors import InputError
 from prime.users.data import Query, User
 from prime.users.prompts import Prompt, Record, history_records, query_records, task_records, test_prompts
 from prime.users.tasks import TASKS
-from prime.users.templates import KEYS, TEMPLATES, load_templates
+from prime.users.templates import TEMPLATES, load_templates
 
 TAGS = (
     "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, psychology, fantasy, "
@@ -322,104 +322,3 @@ def test_training_needs_gold() -> None:
     user = User("7", (), (Query("q", INPUTS["movie_tagging"], None),))
     with pytest.raises(InputError, match="user 7: query q: no field 'gold'"):
         task_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], "p")
-
-
-# --- template files ---
-
-
-def templates(name: str = "movie_tagging", **changes: object) -> dict[str, object]:
-    return {name: TEMPLATES[name] | changes}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_own_templates_pass_the_check(write, name: str) -> None:
-    assert load_templates(write("t.json", templates(name)), TASKS[name]) == TEMPLATES[name]
-
-
-def test_file_replaces_the_wording(write) -> None:
-    changed = templates(
-        prompt="Q {{literal}} {} A:",
-        full_prompt="Q {{literal}} {} A:{}",
-        OPPU_input="{id}: {description}\n",
-        OPPU_full="{id}: {description}\n{tag}!",
-        extra="ignored",
-    )
-    loaded = load_templates(write("t.json", changed), TASKS["movie_tagging"])
-    assert set(loaded) == set(KEYS)
-    user = movie_user("a film")
-    assert history_records(user, TASKS["movie_tagging"], loaded, None) == [Record("u7-0", "0: a film\n", "comedy!")]
-    (record,) = task_records(User("7", (), user.queries), TASKS["movie_tagging"], loaded, "p")
-    assert (record.input, record.target) == ("### User Profile:\np\n\nQ {literal} alpha beta A:", "action")
-
-
-NAMED = "not allowed, only {id}, {description}, {tag}"
-BAD: list[tuple[dict[str, object], str]] = [
-    ({"OPPU_input": "{description.__class__}"}, f"key 'OPPU_input': field '{{description.__class__}}': {NAMED}"),
-    ({"OPPU_input": "{description[0]}"}, f"key 'OPPU_input': field '{{description[0]}}': {NAMED}"),
-    ({"OPPU_input": "{title}"}, f"key 'OPPU_input': field '{{title}}': {NAMED}"),
-    ({"OPPU_input": "{}"}, f"key 'OPPU_input': field '{{}}': {NAMED}"),
-    ({"OPPU_full": "{0}"}, f"key 'OPPU_full': field '{{0}}': {NAMED}"),
-    ({"retrieval_query": "{}"}, f"key 'retrieval_query': field '{{}}': {NAMED}"),
-    (
-        {"retrieval_history": "{description!r}"},
-        "key 'retrieval_history': field '{description}': conversions and formats are not allowed",
-    ),
-    (
-        {"retrieval_history": "{description:{tag}}"},
-        "key 'retrieval_history': field '{description}': conversions and formats are not allowed",
-    ),
-    ({"prompt": "{:>9999999999}"}, "key 'prompt': field '{}': conversions and formats are not allowed"),
-    ({"prompt": "{0.__class__}"}, "key 'prompt': field '{0.__class__}': not allowed, only {}"),
-    ({"prompt": "{article}"}, "key 'prompt': field '{article}': not allowed, only {}"),
-    ({"prompt": "no article"}, "key 'prompt': field '{}': found 0 times, expected 1"),
-    ({"full_prompt": "{}"}, "key 'full_prompt': field '{}': found 1 times, expected 2"),
-    ({"retrieval_query_wokey": "{} {}"}, "key 'retrieval_query_wokey': field '{}': found 2 times, expected 1"),
-    ({"full_prompt": "other {} {}"}, "key 'full_prompt': must begin with 'prompt' and add the answer"),
-    ({"OPPU_full": "other {tag}"}, "key 'OPPU_full': must begin with 'OPPU_input' and add the answer"),
-    (
-        {"OPPU_full": TEMPLATES["movie_tagging"]["OPPU_input"]},
-        "key 'OPPU_full': must begin with 'OPPU_input' and add the answer",
-    ),
-    ({"prompt": None}, "key 'prompt': not a text"),
-    (
-        {"prompt": "a } b"},
-        "key 'prompt': Single '}' encountered in format string (a literal brace is written {{ or }})",
-    ),
-]
-
-
-@pytest.mark.parametrize(("changes", "told"), BAD)
-def test_bad_template(write, changes: dict[str, object], told: str) -> None:
-    path = write("t.json", templates(**changes))
-    with pytest.raises(InputError) as caught:
-        load_templates(path, TASKS["movie_tagging"])
-    assert str(caught.value) == f"{path}: task 'movie_tagging': {told}"
-
-
-def test_all_problems_of_a_template_file(write) -> None:
-    rows = templates(prompt="{x} {y}", OPPU_full="{z}")
-    del rows["movie_tagging"]["retrieval_query"]  # type: ignore[attr-defined]
-    with pytest.raises(InputError) as caught:
-        load_templates(write("t.json", rows), TASKS["movie_tagging"])
-    assert [line.split("movie_tagging': ")[1] for line in str(caught.value).splitlines()] == [
-        "key 'prompt': field '{x}': not allowed, only {}",
-        "key 'prompt': field '{y}': not allowed, only {}",
-        "key 'retrieval_query': missing",
-        f"key 'OPPU_full': field '{{z}}': {NAMED}",
-    ]
-
-
-@pytest.mark.parametrize("value", [{}, [], {"movie_tagging": []}, templates("citation")])
-def test_file_without_the_task(write, value: object) -> None:
-    path = write("t.json", value)
-    with pytest.raises(InputError) as caught:
-        load_templates(path, TASKS["movie_tagging"])
-    assert str(caught.value) == f"{path}: no templates for task 'movie_tagging'"
-
-
-def test_citation_template_counts(write) -> None:
-    path = write("t.json", templates("citation", prompt="{}", full_prompt="{} {}"))
-    with pytest.raises(InputError) as caught:
-        load_templates(path, TASKS["citation"])
-    assert "key 'prompt': field '{}': found 1 times, expected 3" in str(caught.value)
-    assert "key 'full_prompt': field '{}': found 2 times, expected 4" in str(caught.value)

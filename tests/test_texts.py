@@ -1,5 +1,7 @@
 """What a task's prompts are made of, read from its data folder."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,10 @@ def test_histories_asked_as_queries_are_judged_like_the_test(name: str) -> None:
     asked = asked_as_queries(world.DEMO / name, Texts(task, {}, None))
     assert (asked.task.history_metrics, asked.task.history_labels) == (task.metrics, task.labels)
     assert bool(asked.others) == (name == "citation")
+
+
+def test_who_the_users_are_needs_no_model_library() -> None:
+    names = sorted(path.stem for path in (world.ROOT / "prime" / "users").glob("*.py"))
+    imports = "\n".join(f"import prime.users.{name}" for name in names)
+    code = f"import sys\n{imports}\nsys.exit(not {{'torch', 'transformers', 'peft'}}.isdisjoint(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=world.ROOT).returncode == 0

@@ -1,8 +1,10 @@
-"""Scores of LaMP, as sufficient statistics: per sample a short vector whose sum over samples gives the score.
+"""LaMP's metrics as sufficient statistics, and their intervals over resampled users.
 
-So a score of any set of samples is `finish(sum of their stats)`, and resampling users is a matrix product.
-Texts are stripped of surrounding whitespace before they are compared. The same functions measure similarity,
-where both sides are predictions: all of them are symmetric.
+Each sample gives a short vector of statistics, and the sum of the vectors of any samples gives their score:
+`finish(sum of stats)`. So resampling users is a matrix product. Texts are stripped of surrounding whitespace before
+they are compared. The same functions measure similarity, where both sides are predictions: all are symmetric.
+
+Letters: `u` users, `s` statistics of a metric, `n` resamples.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 LOWEST, HIGHEST = 1.0, 5.0  # the scale of LaMP-3
-LIMIT = 1e6  # a larger "score" is a runaway text of digits, no answer
+LIMIT = 1e6  # a larger "score" is no answer but a text of digits that did not end
 
 Labels = Sequence[str] | None
 Finish = Callable[[np.ndarray], np.ndarray]
@@ -32,7 +34,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """`stats(pred, gold, labels)` -> [s] of a sample; `finish(sums [..., s])` -> [...], NaN if none."""
+    """`stats(pred, gold, labels)` -> [s] of a sample; `finish(sums [..., s])` -> scores [...], NaN without samples."""
 
     name: str
     higher_is_better: bool
@@ -42,8 +44,11 @@ class Metric:
 
 def score(names: Iterable[str], preds: Sequence[str], golds: Sequence[str], labels: Labels) -> dict[str, float]:
     """The named metrics over pairs of prediction and gold; NaN if there are none."""
-    chosen = [METRICS[name] for name in names]
-    return {m.name: float(m.finish(sum_stats(m, preds, golds, labels))) for m in chosen}
+    scores = {}
+    for name in names:
+        metric = METRICS[name]
+        scores[name] = float(metric.finish(sum_stats(metric, preds, golds, labels)))
+    return scores
 
 
 def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], labels: Labels) -> np.ndarray:
@@ -103,16 +108,16 @@ def _f1_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
     if not labels:
         raise ValueError("f1 needs the task's list of labels")
     pred, gold = pred.strip(), gold.strip()
-    said = np.array([label == pred for label in labels])
+    predicted = np.array([label == pred for label in labels])
     true = np.array([label == gold for label in labels])
-    return np.concatenate([said & true, said & ~true, true & ~said, [True]]).astype(float)
+    return np.concatenate([predicted & true, predicted & ~true, true & ~predicted, [True]]).astype(float)
 
 
 def _finish_f1(sums: np.ndarray) -> np.ndarray:
     """Mean over all labels of 2 tp / (2 tp + fp + fn); a label that occurs nowhere counts 0."""
-    hits, false, missed = np.split(sums[..., :-1], 3, axis=-1)
-    below = 2 * hits + false + missed
-    f1 = (2 * hits / np.where(below > 0, below, 1)).mean(-1)
+    hits, false_alarms, misses = np.split(sums[..., :-1], 3, axis=-1)
+    denominator = 2 * hits + false_alarms + misses
+    f1 = (2 * hits / np.where(denominator > 0, denominator, 1)).mean(-1)
     return np.where(sums[..., -1] > 0, f1, np.nan)
 
 
@@ -131,13 +136,10 @@ def _distance(pred: str, gold: str) -> float:
     the similarity of two predictions can meet that.
     """
     a, b = _number(pred), _number(gold)
-    if a is None and b is None:
-        return 0.0
     if a is not None and b is not None:
         return abs(a - b)
-    known = a if a is not None else b
-    assert known is not None
-    return max(abs(known - LOWEST), abs(known - HIGHEST))
+    known = b if a is None else a
+    return 0.0 if known is None else max(abs(known - LOWEST), abs(known - HIGHEST))
 
 
 def _error_stats(power: int, pred: str, gold: str, labels: Labels) -> np.ndarray:
@@ -171,6 +173,7 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 
 
 def _root_mean(sums: np.ndarray) -> np.ndarray:
+    """[..., (total, number)] -> [...]"""
     return np.sqrt(_mean(sums))
 
 

@@ -1,8 +1,8 @@
 """Textual profiles of users: what a language model is asked to write, and a rule that counts without any model.
 
-Both read the history alone, never a query. The wording is ours; a file given by `--prompt_path` replaces it: JSON,
-`{task: {"profile": text with one {} for the items, "retrieval_history": how an item is shown}}`, the second as in the
-published schema and optional.
+Both read the history alone, never a query. The wording is ours. A file given by `--prompt_path` replaces it: JSON,
+`{task: {"profile": text with one {} for the items, "retrieval_history": how an item is shown}}`. The second key is that
+of the published schema (`prime.users.templates`), and may be absent.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from prime.users.prompts import history_texts
 from prime.users.tasks import CHOICE, ERROR, Task
 from prime.users.templates import TEMPLATES, key_problems, read_rows, refuse_problems
 
-ITEM_WORDS = 60  # of each field of an item shown to the model
+ITEM_WORDS = 60  # of each field of an item that is shown to the model, at most
 FREQUENT = 5  # tags, categories or words that the rule names at most
-LONG = 5  # letters of a word that says something
+LONG = 5  # letters of a word that the rule counts, at least
 
 
 # -- by a model -----------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def whole_sentences(text: str) -> str:
 
 # -- by rule --------------------------------------------------------------------------------------------------------
 
-# What the commonest answer (or, of texts, the commonest first word) is said to be.
+# The sentence about the commonest answer or, of texts, the commonest first word.
 HABITS = {
     "citation": "Cites works that mostly begin with {}.",
     "movie_tagging": "The most frequent tag is {}.",
@@ -113,11 +113,11 @@ HABITS = {
     "scholarly_title": "Titles mostly begin with {}.",
     "tweet_paraphrase": "Tweets mostly begin with {}.",
 }
-WHOLE = ("movie_tagging", "news_categorize", "product_rating")  # answers that count as they are
+WHOLE = ("movie_tagging", "news_categorize", "product_rating")  # tasks whose whole answers are counted
 
 
 def main_habit(task: str, answers: Sequence[str]) -> str:
-    """The commonest answer in a sentence; of texts the commonest first word, if a quarter begins with it.
+    """A sentence with the commonest answer, or with the commonest first word of texts if a quarter begins with it.
 
     The demo's textual profiles are this sentence alone.
     """
@@ -130,8 +130,8 @@ def main_habit(task: str, answers: Sequence[str]) -> str:
 def rule_profile(task: Task, items: Sequence[Mapping[str, str]]) -> str:
     """The textual profile by counting; empty for an empty history.
 
-    Tags and categories with how often they were given; scores with their mean; of texts their length in words and the
-    long words that return in several of them.
+    It says how often tags and categories were given, the mean of scores, and of texts their length in words and the
+    long words that several of them hold.
     """
     answers = [" ".join(item[task.target].split()) for item in items if item[task.target].strip()]
     if not answers:
@@ -142,7 +142,7 @@ def rule_profile(task: Task, items: Sequence[Mapping[str, str]]) -> str:
 
 
 def _ranked(counts: Mapping[str, int]) -> list[str]:
-    """The most frequent first; of equal ones by the alphabet."""
+    """The most frequent first; equally frequent ones by the alphabet."""
     return sorted(counts, key=lambda name: (-counts[name], name))
 
 

@@ -1,7 +1,7 @@
 """The table of tasks: LaMP as processed by the Per-Pcs authors (six tasks, and news categorisation).
 
-A task says which fields its history items have, which of them is learned, which metrics judge it, and how the
-text of a test query is cut out of LaMP's question. Nothing else in the toolkit branches on a task's name.
+A task's row says which fields its history items have, which of them is learned, which metrics judge it, and how the
+text of a test query is found in LaMP's question. Nothing else in the toolkit branches on a task's name.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Task:
     fields: tuple[str, ...]  # of a history item, id first
     target: str  # the field a history record learns to produce
     metrics: tuple[str, ...]  # at test
-    marker: str  # the article of a query's input begins behind it; "" for citation, see `extract`
+    marker: str  # the words in a query's input behind which its article begins; "" for citation, see `extract`
     labels: tuple[str, ...] | None = None  # possible answers at test
     history_metrics: tuple[str, ...] = ()  # in the search
     history_labels: tuple[str, ...] | None = None  # possible answers on history records
-    paired: bool = False  # each later item also gives a record with profile and history
-    source: str = ""  # the field of a history item that a test query would show; "": items hold answers only
+    paired: bool = False  # each item but the first gives a second record, with profile and history
+    source: str = ""  # the field of a history item that a test query would show; "": items hold only answers
 
     @property
     def query_parts(self) -> int:
@@ -93,7 +93,7 @@ _OPTIONS = re.compile(r'\[1\]: "(.*)"[,;]?\s*\[2\]: "(.*)"', re.DOTALL)
 
 
 def get_task(name: str) -> Task:
-    """The task called `name`."""
+    """The task called `name`; InputError where there is none."""
     if name not in TASKS:
         raise InputError(f"unknown task '{name}', choose from: {', '.join(TASKS)}")
     return TASKS[name]
