@@ -32,7 +32,8 @@ from functools import partial
 import torch
 
 from prime import cli
-from prime.bank.decode import Progress, every_pair
+from prime.bank.batching import every_pair
+from prime.bank.decode import Progress
 from prime.bank.sampling import Sampler
 from prime.checkpoints import plan
 from prime.engine import Engine, load_engine, predict

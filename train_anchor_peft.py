@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from prime import cli
-from prime.bank.decode import Pair
+from prime.bank.batching import Pair
 from prime.bank.dp import Terms, terms_of
 from prime.bank.encoding import EncodedPrompt, EncodedRecord
 from prime.bank.sampling import Sampler

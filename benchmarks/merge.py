@@ -41,7 +41,7 @@ from benchmarks.measuring import Measured
 from benchmarks.shapes import Kind, Shares, Work
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import auto_batch_tokens
+from prime.bank.budgets import auto_batch_tokens
 from prime.bank.lora import RULES, merge
 
 ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn", "published")

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, DebertaV2Config, LlamaConfig
 
 from prime.bank.bank import DEFAULT_TARGETS
-from prime.bank.decode import Pair
+from prime.bank.batching import Pair
 from prime.bank.encoding import Tokens
 from prime.bank.lora import Adapter
 from prime.checkpoints.loading import load_model, pick_device, pick_dtype

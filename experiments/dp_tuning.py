@@ -27,8 +27,8 @@ import torch
 import train_anchor_peft as stage
 from experiments import demo_runs
 from prime import cli
-from prime.bank.decode import score
 from prime.bank.dp import terms_of
+from prime.bank.logprobs import target_logprobs
 from prime.engine import Engine, load_engine
 from prime.merging.sharers import anchor_users
 from prime.runs.files import read_json, write_json
@@ -89,7 +89,7 @@ def held_out_loss(engine: Engine, anchors: Sequence[stage.Anchor], places: Seque
     flat = [record for own in encoded for record in own]
     owner = [place for place, own in zip(places, encoded, strict=True) for _ in own]
     pairs = list(zip(owner, range(len(flat)), strict=True))
-    scored = score(engine.bank, flat, pairs, engine.max_batch_tokens)
+    scored = target_logprobs(engine.bank, flat, pairs, engine.max_batch_tokens)
     return fmean(-float(scored[pair].mean()) for pair in pairs)
 
 

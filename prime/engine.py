@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import Counts, Pair, Progress, decode, every_pair
+from prime.bank.batching import Pair, every_pair
+from prime.bank.decode import Counts, Progress, Request, decode
 from prime.bank.encoding import EncodedPrompt, Encoder, Tokens
 from prime.bank.sampling import Sampler
 from prime.checkpoints.loading import (
@@ -46,9 +47,8 @@ class Engine:
         progress: Progress | None = None,
     ) -> dict[Pair, Tokens]:
         """Token ids of the answers; see `prime.bank.decode.decode`."""
-        return decode(
-            self.bank, prompts, pairs, sampler, limit, self.eos, drafts, self.max_batch_tokens, self.counts, progress
-        )
+        request = Request(prompts, pairs, sampler, limit, drafts)
+        return decode(self.bank, request, self.eos, self.max_batch_tokens, self.counts, progress)
 
     def limit(self, labels: Sequence[str] | None, max_gen_len: int) -> int:
         """New tokens at most: where the task has labels, one more than the longest needs."""

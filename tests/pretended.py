@@ -12,9 +12,11 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from transformers import AutoModelForCausalLM
 
 from prime.bank.bank import AdapterBank
+from prime.bank.batching import every_pair
 from prime.bank.cache import RoomyCache
-from prime.bank.decode import decode, every_pair, score
+from prime.bank.decode import Request, decode
 from prime.bank.encoding import EncodedRecord
+from prime.bank.logprobs import target_logprobs
 from prime.bank.lora import layer_of
 from prime.bank.sampling import Sampler, gumbel
 from prime.merging.gates import Gates, compose
@@ -60,12 +62,13 @@ def work(base: nn.Module, bank: AdapterBank) -> None:
     """Scoring, composing, decoding. Without their inference mode, in which torch would compute with constants."""
     adapters = [tiny.adapter(base, seed) for seed in range(3)]
     bank.load(adapters)
-    score.__wrapped__(bank, RECORDS, every_pair([-1, 0, 1], len(RECORDS)), 400)
+    target_logprobs.__wrapped__(bank, RECORDS, every_pair([-1, 0, 1], len(RECORDS)), 400)
     compose.__wrapped__(bank, Gates.zeros(bank), [RECORDS], 2, 0.5)
     bank.load(adapters)
     bank.combine(torch.ones(2, 3), "delta")
     drafts = [[record.target[:-1]] for record in RECORDS]
-    decode.__wrapped__(bank, RECORDS, every_pair([0, 1], len(RECORDS)), Choosing(), 6, [2], drafts, 400)
+    request = Request(RECORDS, every_pair([0, 1], len(RECORDS)), Choosing(), 6, drafts)
+    decode.__wrapped__(bank, request, [2], 400)
 
 
 def places(bank: AdapterBank) -> dict[str, list[str]]:

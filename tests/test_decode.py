@@ -8,21 +8,14 @@ import torch
 from transformers import DynamicCache
 
 from prime.bank.bank import AdapterBank
+from prime.bank.batching import MIN_PREFIX, every_pair, prefix_groups
+from prime.bank.budgets import batch_tokens, cache_bytes, waiting_tokens
 from prime.bank.cache import RoomyCache
-from prime.bank.decode import (
-    MIN_PREFIX,
-    Counts,
-    _Batch,
-    batch_tokens,
-    cache_bytes,
-    decode,
-    every_pair,
-    prefix_groups,
-    score,
-    waiting_tokens,
-)
+from prime.bank.decode import Counts, Request, decode
 from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
+from prime.bank.logprobs import target_logprobs
 from prime.bank.lora import RULES, merge
+from prime.bank.rows import Batch
 from prime.bank.sampling import Sampler
 from tests import tiny
 
@@ -90,10 +83,12 @@ def run(
     candidates: Sequence[int] = CANDIDATES,
     limit: int = LIMIT,
     eos: Sequence[int] = NO_EOS,
+    drafts: Sequence[Sequence[Tokens]] | None = None,
     **options: object,
 ) -> list[list[Tokens]]:
     """Answers `[candidate][prompt]`."""
-    found = decode(bank, prompts, every_pair(candidates, len(prompts)), SAMPLERS[way], limit, eos, **options)
+    request = Request(prompts, every_pair(candidates, len(prompts)), SAMPLERS[way], limit, drafts)
+    found = decode(bank, request, eos, **options)
     return table(found, candidates, len(prompts))
 
 
@@ -104,7 +99,7 @@ def table(found: dict, candidates: Sequence[int], n: int) -> list[list]:
 
 
 def scores(bank: AdapterBank, records: Sequence[EncodedRecord], candidates: Sequence[int], **options: object) -> list:
-    found = score(bank, records, every_pair(candidates, len(records)), **options)
+    found = target_logprobs(bank, records, every_pair(candidates, len(records)), **options)
     return table(found, candidates, len(records))
 
 
@@ -190,12 +185,12 @@ def test_noise_belongs_to_the_prompt_id_and_the_seed(banks: dict) -> None:
     prompts = [EncodedPrompt(name, PROMPTS[4].ids) for name in "abcdefgh"]
     bank = banks["delta"]
     pairs = every_pair([1], 8)
-    found = [*decode(bank, prompts, pairs, sampler, LIMIT, NO_EOS).items()]
+    found = [*decode(bank, Request(prompts, pairs, sampler, LIMIT), NO_EOS).items()]
     answers = [answer for _, answer in sorted(found)]
     assert len(set(answers)) > 2
-    again = decode(bank, prompts[::-1], pairs, sampler, LIMIT, NO_EOS)
+    again = decode(bank, Request(prompts[::-1], pairs, sampler, LIMIT), NO_EOS)
     assert [again[1, 7 - i] for i in range(8)] == answers
-    other = decode(bank, prompts, pairs, Sampler(0.8, 0.9, seed=4), LIMIT, NO_EOS)
+    other = decode(bank, Request(prompts, pairs, Sampler(0.8, 0.9, seed=4), LIMIT), NO_EOS)
     assert [other[1, i] for i in range(8)] != answers
 
 
@@ -219,9 +214,9 @@ def test_only_the_pairs_that_were_asked(banks: dict) -> None:
     """Each prompt under its own candidates, as the attack and the search's two steps ask for it."""
     pairs = [(2, 0), (0, 3), (3, 1), (1, 4), (1, 0), (3, 7)]
     sampler = SAMPLERS["sampled"]
-    found = decode(banks["factor"], PROMPTS, pairs, sampler, LIMIT, NO_EOS)
+    found = decode(banks["factor"], Request(PROMPTS, pairs, sampler, LIMIT), NO_EOS)
     assert found == {(c, p): NAIVE["factor", "sampled"][c][p] for c, p in pairs}
-    scored = score(banks["factor"], RECORDS, pairs)
+    scored = target_logprobs(banks["factor"], RECORDS, pairs)
     assert scored.keys() == set(pairs)
     for candidate, index in pairs:
         expected = naive_score(oracle("factor", candidate), RECORDS[index])
@@ -337,14 +332,14 @@ def test_rows_that_follow_a_known_answer_are_fed_its_rest_among_themselves(
 ) -> None:
     """A row without a guess is not padded for the guesses of others, and guesses keep to the budget."""
     answers, steps, budget = NAIVE["delta", "greedy"], [], 60
-    feed = _Batch.feed
+    feed = Batch.feed
 
-    def spy(batch: _Batch, pending: list[Tokens], guesses: list[Tokens]) -> torch.Tensor:
+    def spy(batch: Batch, pending: list[Tokens], guesses: list[Tokens]) -> torch.Tensor:
         if all(row.answer for row in batch.rows):
             steps.append(guesses)
         return feed(batch, pending, guesses)
 
-    monkeypatch.setattr(_Batch, "feed", spy)
+    monkeypatch.setattr(Batch, "feed", spy)
     drafts = [[(0, 0), (0, 0), answers[1][p], answers[2][p]] for p in range(len(PROMPTS))]
     assert run(banks["delta"], drafts=drafts, max_batch_tokens=budget) == answers
     drafted = [guesses for guesses in steps if any(guesses)]
@@ -426,8 +421,8 @@ def test_moments_are_those_of_tokens_drawn_from_the_model(banks: dict) -> None:
     """Against torch's own distributions; asked for or not, the scores are the same."""
     moments: dict = {}
     pairs = every_pair(CANDIDATES, len(RECORDS))
-    found = score(banks["delta"], RECORDS, pairs, moments=moments)
-    plain = score(banks["delta"], RECORDS, pairs)
+    found = target_logprobs(banks["delta"], RECORDS, pairs, moments=moments)
+    plain = target_logprobs(banks["delta"], RECORDS, pairs)
     assert all(torch.equal(found[pair], plain[pair]) for pair in pairs) and set(moments) == set(pairs)
     for candidate in (0, 3):
         model = oracle("delta", candidate)

@@ -12,7 +12,9 @@ import world
 from torch import nn
 
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import decode, every_pair, score
+from prime.bank.batching import every_pair
+from prime.bank.decode import Request, decode
+from prime.bank.logprobs import target_logprobs
 from prime.bank.sampling import Sampler
 from prime.checkpoints import placement
 from prime.checkpoints.loading import load_model
@@ -55,8 +57,8 @@ def found_by(model: nn.Module) -> list[Any]:
     bank.load([tiny.adapter(BASE, seed) for seed in range(3)])
     bank.combine(torch.tensor([[0.5, 0.3, -0.2], [1.0, 0.0, 0.0]]), "delta")
     pairs = every_pair([-1, 0, 1], len(RECORDS))
-    answers = decode(bank, RECORDS, pairs, Sampler(0.7), 6, [2])
-    return [answers, score(bank, RECORDS, pairs), composed, own]
+    answers = decode(bank, Request(RECORDS, pairs, Sampler(0.7), 6), [2])
+    return [answers, target_logprobs(bank, RECORDS, pairs), composed, own]
 
 
 def assert_same(one: Any, other: Any) -> None:

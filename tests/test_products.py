@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from prime.bank import cpu as products
 from prime.bank.bank import AdapterBank
+from prime.bank.batching import every_pair
 from prime.bank.cpu import OneDnnLinear, quicken, restore
-from prime.bank.decode import decode, every_pair, score
+from prime.bank.decode import Request, decode
 from prime.bank.encoding import EncodedPrompt, EncodedRecord
+from prime.bank.logprobs import target_logprobs
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner, TrainSettings, train
 from tests import tiny
@@ -148,9 +150,9 @@ def test_answers_and_scores_are_the_plain_banks() -> None:
     quick, plain = banks()
     for sampler in (Sampler(0.0), Sampler(0.8, 0.9, seed=3)):
         for budget in (0, 60):
-            one, other = (decode(bank, prompts, pairs, sampler, 7, [2], None, budget) for bank in (quick, plain))
+            one, other = (decode(bank, Request(prompts, pairs, sampler, 7), [2], budget) for bank in (quick, plain))
             assert one == other and len(one) == len(pairs)
-    one, other = (score(bank, records, pairs) for bank in (quick, plain))
+    one, other = (target_logprobs(bank, records, pairs) for bank in (quick, plain))
     assert all(torch.allclose(one[pair], other[pair], atol=1e-4) for pair in pairs)
 
 

@@ -20,8 +20,9 @@ import torch
 from prime import cli
 from prime.attack import scoring
 from prime.attack.scoring import Evidence
-from prime.bank.decode import Pair, every_pair, score
+from prime.bank.batching import Pair, every_pair
 from prime.bank.encoding import EncodedRecord
+from prime.bank.logprobs import target_logprobs
 from prime.checkpoints.peft import load_adapter
 from prime.engine import Engine
 from prime.errors import InputError, tell
@@ -143,7 +144,7 @@ class Attacked:
 
 
 Records = Mapping[str, Sequence[Attacked]]  # by owner
-Tokens = Mapping[str, Sequence[np.ndarray]]  # by owner: [3, t] of each record, see `Scorer`
+TokenStatistics = Mapping[str, Sequence[np.ndarray]]  # by owner: [3, t] of each record, see `Scorer`
 
 
 def owned_records(
@@ -177,13 +178,13 @@ class Scorer:
     records: Records
     adapters_at_once: int
     owned: Sequence[Path]  # the owners' adapters
-    kept: dict[Path, Tokens] = field(default_factory=dict)
+    kept: dict[Path, TokenStatistics] = field(default_factory=dict)
 
     @cached_property
-    def base(self) -> Tokens:
+    def base(self) -> TokenStatistics:
         return self._pass([-1])[0]
 
-    def of(self, adapters: Sequence[Path]) -> dict[Path, Tokens]:
+    def of(self, adapters: Sequence[Path]) -> dict[Path, TokenStatistics]:
         """By adapter."""
         for start in range(0, len(self.owned), self.adapters_at_once):
             chunk = self.owned[start : start + self.adapters_at_once]
@@ -195,19 +196,19 @@ class Scorer:
             found |= self._together(others[start : start + self.adapters_at_once])
         return found
 
-    def _together(self, adapters: Sequence[Path]) -> dict[Path, Tokens]:
+    def _together(self, adapters: Sequence[Path]) -> dict[Path, TokenStatistics]:
         self.engine.bank.load([load_adapter(adapter) for adapter in adapters])
         return dict(zip(adapters, self._pass(range(len(adapters))), strict=True))
 
-    def _pass(self, adapters: Sequence[int]) -> list[Tokens]:
+    def _pass(self, adapters: Sequence[int]) -> list[TokenStatistics]:
         """All records under adapters in the bank (-1: the base)."""
         flat = [record.encoded for own in self.records.values() for record in own]
         moments: dict[Pair, torch.Tensor] = {}
         with cli.bar(len(flat) * len(adapters), "records") as progress:
             pairs = every_pair(adapters, len(flat))
             bank, budget = self.engine.bank, self.engine.max_batch_tokens
-            scored = score(bank, flat, pairs, budget, progress.update, moments)
-        found: list[Tokens] = []
+            scored = target_logprobs(bank, flat, pairs, budget, progress.update, moments)
+        found: list[TokenStatistics] = []
         for adapter in adapters:
             pairs_of = ((adapter, index) for index in range(len(flat)))
             rows = (np.vstack([scored[pair].numpy(), moments[pair].numpy()]) for pair in pairs_of)
@@ -249,11 +250,11 @@ class Attack:
     """Everything known when subjects are attacked."""
 
     records: Records
-    base: Tokens
+    base: TokenStatistics
     references: References
     reference_means: Mapping[str, Mapping[str, np.ndarray]]  # by reference, owner: [n] mean token log-probabilities
 
-    def on(self, subject: Subject, attacked: Tokens) -> dict[str, Any]:
+    def on(self, subject: Subject, attacked: TokenStatistics) -> dict[str, Any]:
         """Scores of every attack on what was deployed and (blind) on the base alone, by side; what a result holds."""
         others = subject.others(self.records)
         sides = {"member": subject.members, "non_member": others, "held_out": subject.members}
@@ -279,7 +280,7 @@ class Attack:
                     yield owner, place
 
     def _scores(
-        self, subject: Subject, model: Tokens, places: Mapping[str, Sequence[tuple[str, int]]]
+        self, subject: Subject, model: TokenStatistics, places: Mapping[str, Sequence[tuple[str, int]]]
     ) -> dict[str, dict[str, list[float]]]:
         """By side and attack; a side without records (nothing was held out) is left out."""
         owners = dict.fromkeys(owner for own in places.values() for owner, _ in own)
@@ -295,7 +296,7 @@ class Attack:
         return found
 
     def _evidence(
-        self, model: Tokens, owner: str, place: int, references: np.ndarray, population: np.ndarray
+        self, model: TokenStatistics, owner: str, place: int, references: np.ndarray, population: np.ndarray
     ) -> Evidence:
         logprob, mean, std = model[owner][place]
         text = self.records[owner][place].text
@@ -307,7 +308,7 @@ class Attack:
         return np.stack(means, axis=1) if means else np.empty((len(self.records[owner]), 0))
 
     def _population(
-        self, subject: Subject, model: Tokens, references: Mapping[str, np.ndarray]
+        self, subject: Subject, model: TokenStatistics, references: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """By owner the ascending RMIA ratios of all non-members' records but his own."""
         ratios = {

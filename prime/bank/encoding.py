@@ -1,4 +1,5 @@
 """Texts as token ids: prompts, and records with their targets."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -138,5 +138,3 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if missing == 0:
         return a, b
     return torch.cat([a, a.new_zeros(missing, a.shape[1])]), torch.cat([b, b.new_zeros(b.shape[0], missing)], dim=1)
-
-

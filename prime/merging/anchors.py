@@ -33,7 +33,7 @@ CANDIDATE_EMB, TEST_EMB, ANCHOR_IDX = "user_history_emb.pt", "test_user_history_
 # --- embeddings ------------------------------------------------------------------------------------
 
 
-class Encoder(NamedTuple):
+class SentenceEncoder(NamedTuple):
     """A frozen encoder: `tokens(text)` gives the ids, cut to what it can read; `pad_id` fills batches."""
 
     model: torch.nn.Module
@@ -41,7 +41,7 @@ class Encoder(NamedTuple):
     pad_id: int
 
 
-def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
+def load_encoder(name: str, device: str | torch.device = "cpu") -> SentenceEncoder:
     """Any Hugging Face encoder or causal LM without its head (`AutoModel`), in float32."""
     from transformers import AutoModel, AutoTokenizer, logging
 
@@ -68,7 +68,7 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> Encoder:
     def tokens(text: str) -> list[int]:
         return tokenizer(text, truncation=True, max_length=limit)["input_ids"]
 
-    return Encoder(model.to(device).eval().requires_grad_(False), tokens, pad)
+    return SentenceEncoder(model.to(device).eval().requires_grad_(False), tokens, pad)
 
 
 def hub_is_away(name: str, seconds: float = 10) -> str:
@@ -98,7 +98,7 @@ def _batches(rows: Sequence[Sequence[int]], max_batch_tokens: int) -> Iterator[l
 
 
 @torch.no_grad()
-def embed_texts(texts: Sequence[str], encoder: Encoder, max_batch_tokens: int = 4096) -> torch.Tensor:
+def embed_texts(texts: Sequence[str], encoder: SentenceEncoder, max_batch_tokens: int = 4096) -> torch.Tensor:
     """[len(texts), h] mean of the last hidden states over each text's own tokens (padding masked)."""
     rows = [encoder.tokens(text) or [encoder.pad_id] for text in texts]
     device = next(encoder.model.parameters()).device
@@ -116,7 +116,7 @@ def embed_texts(texts: Sequence[str], encoder: Encoder, max_batch_tokens: int = 
 
 
 def embed_users(
-    user_ids: Sequence[str], texts: Sequence[Sequence[str]], encoder: Encoder, max_batch_tokens: int = 4096
+    user_ids: Sequence[str], texts: Sequence[Sequence[str]], encoder: SentenceEncoder, max_batch_tokens: int = 4096
 ) -> torch.Tensor:
     """[n, h] mean over the embedded texts of each user; one without any gets zeros, and a warning says so."""
     # Equal texts (items shared between users, labels) are embedded once.

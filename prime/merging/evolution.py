@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from prime import cli
-from prime.bank.decode import Progress, every_pair, score
+from prime.bank.batching import every_pair
+from prime.bank.decode import Progress
 from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
+from prime.bank.logprobs import target_logprobs
 from prime.bank.lora import RULES
 from prime.bank.sampling import Sampler
 from prime.cli import Texts
@@ -238,7 +240,7 @@ class Population:
         self.engine.bank.combine(weights, self.args.merge_rule, self.args.keep_rank)
         rows = range(len(self.encoded))
         pairs = every_pair(range(len(weights)), len(rows))
-        found = score(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
+        found = target_logprobs(self.engine.bank, self.encoded, pairs, self.engine.max_batch_tokens, self.progress)
         return [[found[place, row].tolist() for row in rows] for place in range(len(weights))]
 
 

@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prime.bank.decode import Progress, every_pair
+from prime.bank.batching import every_pair
+from prime.bank.decode import Progress
 from prime.bank.sampling import Sampler
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
