@@ -19,8 +19,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.shapes import EOS, PAD, Work, shared_length
 from prime.bank.bank import DEFAULT_TARGETS, AdapterBank
+from prime.bank.batching import Pair
 from prime.bank.cpu import quicken, restore
-from prime.bank.decode import Counts, Pair, decode
+from prime.bank.decode import Counts, Request, decode
 from prime.bank.encoding import EncodedPrompt, Tokens
 from prime.bank.lora import Adapter
 from prime.bank.sampling import Sampler
@@ -117,7 +118,8 @@ def answer_with_bank(
         prompts = [EncodedPrompt(str(script.row(pair)), work.prompts[pair[1]]) for pair in pairs]
         rows = [(candidate - phase.start, index) for index, (candidate, _) in enumerate(pairs)]
         known = [tuple(drafts[prompt]) for _, prompt in pairs]
-        decoded = decode(bank, prompts, rows, sampler, work.cap, [EOS], known, max_batch_tokens, counts)
+        request = Request(prompts, rows, sampler, work.cap, known)
+        decoded = decode(bank, request, [EOS], max_batch_tokens, counts)
         for row, (candidate, prompt) in zip(rows, pairs, strict=True):
             answers[candidate, prompt] = decoded[row]
             drafts[prompt].append(decoded[row])

@@ -10,7 +10,7 @@ Records are prompts of 60 shared and 60-200 own tokens with targets as long as t
 scores every record, as mia.py does for `--users_per_batch` test users at once.
 
 Contenders:
-    ours            prime.bank.decode.score over all (adapter, record) pairs
+    ours            prime.bank.logprobs.target_logprobs over all (adapter, record) pairs
     peft_loop       PEFT: set_adapter, batches of 8 as the records come, loss of the target tokens; published, too
     peft_sorted     the same, records sorted by length
     peft_mixed      PEFT's adapter_names, batches of 8 rows of several adapters, sorted by length
@@ -37,8 +37,10 @@ from benchmarks.measuring import Measured
 from benchmarks.train_anchors import random_records
 from prime import cli
 from prime.bank.bank import AdapterBank
-from prime.bank.decode import Pair, auto_batch_tokens, every_pair, score
+from prime.bank.batching import Pair, every_pair
+from prime.bank.budgets import auto_batch_tokens
 from prime.bank.encoding import EncodedRecord, Tokens
+from prime.bank.logprobs import target_logprobs
 from prime.bank.lora import Adapter
 
 Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for
@@ -62,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def ours(bank: AdapterBank, adapters: Sequence[Adapter], records: Sequence[EncodedRecord], tokens: int) -> Losses:
     bank.load(adapters)
-    scored = score(bank, records, every_pair(range(len(adapters)), len(records)), tokens)
+    scored = target_logprobs(bank, records, every_pair(range(len(adapters)), len(records)), tokens)
     return {pair: -float(logprobs.mean()) for pair, logprobs in scored.items()}
 
 
