@@ -1,4 +1,4 @@
-"""Base model and tokenizer: loading, device and dtype, folding the task adapter, turning texts into ids."""
+"""Loading the base model and its tokenizer: device and dtype, both directory formats, the task adapter folded in."""
 
 import sys
 from collections.abc import Iterator
@@ -29,19 +29,20 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU; each of several processes launched on a machine takes a GPU of its own."""
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+    """`auto` is CUDA, then MPS, then CPU; of several processes launched on a machine each takes a GPU of its own."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
         raise InputError(f"--device {name}: this machine (or this build of torch) has none")
-    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
-        here = world()
-        return torch.device(f"cuda:{here.local_rank % torch.cuda.device_count()}" if here.local_size > 1 else "cuda")
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    process = world()
+    if name == "cuda" and process.local_size > 1:
+        return torch.device(f"cuda:{process.local_rank % torch.cuda.device_count()}")
+    return torch.device(name)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU (published) and fp32 on a CPU."""
+    """`auto` is bf16 on a GPU (as published) and fp32 on a CPU."""
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -57,34 +58,35 @@ def load_model(
         path: a Hugging Face directory, or a Meta one.
         device: auto, cpu, cuda, mps.
         dtype: auto, float32, bfloat16, float16.
-        task_adapter: PEFT directory or published lora_ckpt.pt folded into the weights; None: the untouched model.
-        device_map: parts the model among devices, see `prime.checkpoints.placement.read_map`; None: all on one.
+        task_adapter: PEFT directory or published lora_ckpt.pt to fold into the weights; None: the untouched model.
+        device_map: divides the model among devices, see `prime.checkpoints.placement.read_map`; None: all on one.
 
     Raises:
         InputError: no such model, or an adapter that does not fit it.
     """
-    place = pick_device(device)
+    main_device = pick_device(device)
     check_model_dir(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     parts = None if device_map is None else read_map(device_map)
     load = _load_meta if is_meta_dir(path) else _load_hugging_face
-    model = load(path, place if parts is None else torch.device("cpu"), pick_dtype(dtype, place))
+    model = load(path, main_device if parts is None else torch.device("cpu"), pick_dtype(dtype, main_device))
     if task_adapter is not None:
         fold(model, open_adapter(task_adapter, path), task_adapter)
     quicken(model.requires_grad_(False).eval())  # before accelerate hooks into the layers
-    return nn.Module.to(model, place) if parts is None else dispatched(model, parts, place)
+    return nn.Module.to(model, main_device) if parts is None else dispatched(model, parts, main_device)
 
 
-def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
+def _load_hugging_face(path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of a Hugging Face directory, still on the CPU."""
     files = weight_files(path)
     try:
         with _quiet():
-            # Sizes that do not match are reported below, with both shapes.
+            # Mismatched sizes are let through here, since `check_loaded` reports them with both shapes.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
-    except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
+    except Exception as error:  # a stranger's configuration can make the library raise whatever it likes
         raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
     model, info = loaded
     check_loaded(path, files, info, getattr(model.config, "num_hidden_layers", 0))
@@ -93,7 +95,7 @@ def _load_hugging_face(path: str, place: torch.device, dtype: torch.dtype) -> nn
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own report of what it found."""
+    """Within this block transformers does not print its own report of missing and unexpected tensors."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -102,19 +104,19 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _load_meta(path: str, place: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model of a Meta directory, its weights put in place one by one; the shards stay mapped files."""
+def _load_meta(path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model of a Meta directory, its weights moved to the device one by one; the shards stay mapped files."""
     checkpoint = MetaCheckpoint(path)
     with init_empty_weights():
         model: Any = AutoModelForCausalLM.from_config(checkpoint.config(), dtype=dtype)
     for name, tensor in checkpoint.tensors():
-        set_module_tensor_to_device(model, name, place, value=tensor, dtype=dtype)
+        set_module_tensor_to_device(model, name, device, value=tensor, dtype=dtype)
     model.tie_weights()
     return model
 
 
 def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
-    """The configuration of a model directory, read from config.json or params.json alone."""
+    """The configuration of a model directory, from config.json or params.json alone."""
     check_model_dir(path)
     if is_meta_dir(path):
         return config_of_params(path, dtype)
@@ -125,7 +127,7 @@ def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
 
 
 def check_model_dir(path: str) -> None:
-    """InputError unless `path` is a directory of one of the two formats."""
+    """InputError unless `path` is a model directory of Hugging Face or Meta."""
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such model directory (--llama_model_path)")
     if not is_meta_dir(path) and not (Path(path) / "config.json").is_file():
@@ -154,7 +156,8 @@ def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face directory, or of one with Meta's bare tokenizer.model (or that file itself).
 
-    It needs an end-of-sequence token; a padding token is never used.
+    Raises:
+        InputError: no tokenizer, or one without an end-of-sequence token. (A padding token is never used.)
     """
     if Path(path).is_file() and Path(path).name == "tokenizer.model":
         path = str(Path(path).parent)
@@ -164,7 +167,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         return load_meta_tokenizer(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # as for a model
+    except Exception as error:  # as in `_load_hugging_face`
         raise InputError(f"{path}: cannot be loaded as a tokenizer: {shown_error(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no end-of-sequence token")
@@ -179,9 +182,9 @@ def is_bare_tokenizer(path: str) -> bool:
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, source: str) -> int:
-    """Rows of the model's embedding; InputError when the tokenizer's own vocabulary has more."""
+    """Rows of the model's embedding; InputError if the tokenizer's own vocabulary has more."""
     embeddings = cast(Tensor, cast(Any, model).get_input_embeddings().weight)
-    # Without the tokens that were added later: hub copies of Llama 2 list a padding token that hardly a text contains.
+    # Added tokens do not count: hub copies of Llama 2 list a padding token, which hardly any text contains.
     if tokenizer.vocab_size > len(embeddings):
         raise InputError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, "
@@ -191,9 +194,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, sourc
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
-    """Ids that end an answer: the tokenizer's (with Llama 3's ends of a turn), and the model's generation settings'."""
-    listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
-    return sorted({*end_ids(tokenizer), *listed})
-
-
+    """Ids that end an answer: the tokenizer's (with Llama 3's ends of a turn), and those of the generation settings."""
+    eos: int | list[int] | None = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if eos is None:
+        return sorted(end_ids(tokenizer))
+    return sorted({*end_ids(tokenizer), *([eos] if isinstance(eos, int) else eos)})

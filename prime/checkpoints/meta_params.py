@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from prime.checkpoints.tensors import layers_problem, shown
+from prime.checkpoints.tensors import layers_problem, number_problem, shown
 from prime.errors import InputError
 from prime.runs.files import read_json
 
@@ -87,21 +87,13 @@ def read_params(folder: str | Path) -> Params:
 def _params_problems(fields: Mapping[str, Any]) -> list[str]:
     wholes = [*WHOLE_NUMBERS, *(["n_kv_heads"] if fields.get("n_kv_heads") else [])]
     numbers = [*NUMBERS, *(key for key in OPTIONAL_NUMBERS if fields.get(key))]
-    problems = [_number_problem(fields, key, int) for key in wholes]
-    problems += [_number_problem(fields, key, int | float) for key in numbers]
+    problems = [number_problem(fields, key, int) for key in wholes]
+    problems += [number_problem(fields, key, int | float) for key in numbers]
     vocab_size = fields["vocab_size"]
     if type(vocab_size) is not int or not (vocab_size == -1 or vocab_size > 0):
         problems.append(f"vocab_size is {shown(repr(vocab_size))}, expected a whole number, or -1")
     problems.append(layers_problem(fields, "n_layers"))
     return [problem for problem in problems if problem]
-
-
-def _number_problem(fields: Mapping[str, Any], key: str, kind: Any) -> str:
-    """What keeps a field from being a positive number that a model could have; "" if nothing does."""
-    value = fields.get(key)
-    if isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31:
-        return ""
-    return f"{key} is {shown(repr(value))}, expected a positive {'whole number' if kind is int else 'number'}"
 
 
 def _hidden(fields: Mapping[str, Any]) -> int:

@@ -1,12 +1,12 @@
 """Meta's `tokenizer.model` as a Hugging Face tokenizer that gives the ids of Meta's own encoder.
 
-Llama 2 keeps a sentencepiece model there (BPE, byte fallback, a space in front of every text), Llama 3 a tiktoken file
-(a line per token: base64 of its bytes, its rank) and 256 special tokens behind it. Both become one merge list:
-every way to part a token into two others, the better token first. Special tokens written out in a text are text,
-as for Meta's encoders; BOS and EOS are put around texts by `prime.bank.encoding.Encoder`.
+Llama 2 keeps a sentencepiece model there (BPE, byte fallback, a space in front of every text). Llama 3 keeps a tiktoken
+file (a line per token: base64 of its bytes, its rank), and has 256 special tokens with ids behind those. Both become a
+list of merges: every way to divide a token into two other tokens, the better token first. Special tokens written out in
+a text stay text, as with Meta's encoders; `prime.bank.encoding.Encoder` puts BOS and EOS around texts.
 
-Exceptions: a token that can be parted in several ways whose parts overlap a repetition may be merged from another
-side; Meta's Llama 3 encoder cuts runs of more than 25,000 characters without (or only of) space, this one does not.
+Known differences: inside a repetition a token that can be divided in several ways may be merged from another side; and
+Meta's Llama 3 encoder cuts runs of more than 25,000 characters without (or only of) space, this one does not.
 """
 
 import base64
@@ -22,18 +22,18 @@ from prime.errors import InputError
 
 SPACE = "\u2581"  # sentencepiece's space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-# How Llama 3 parts a text before merging (published with its tokenizer; that of GPT-4 but for \p{N}{1,3}).
+# How Llama 3 splits a text before merging (published with its tokenizer; that of GPT-4 but for \p{N}{1,3}).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 LLAMA3_SPECIALS = 256
-# By their place behind the tokens; the others are reserved. Only ids matter, since text never becomes one of them.
+# By their number behind the tokens; the others are reserved. Only ids matter, since text never becomes one of them.
 LLAMA3_NAMED = {
     0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 6: "<|start_header_id|>",
     7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
 }  # fmt: skip
-LLAMA3_ENDS = (1, 8, 9)  # end of text, of a message, of a turn: the latter two only instruct models write
+LLAMA3_ENDS = (1, 8, 9)  # end of text, of a message, of a turn; only instruct models write the latter two
 
 
 def load_meta_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
@@ -48,8 +48,8 @@ def load_meta_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: EOS, and Llama 3's ends of a message and a turn where the vocabulary has them."""
     vocab = tokenizer.get_vocab()
-    known = [vocab[LLAMA3_NAMED[place]] for place in LLAMA3_ENDS if LLAMA3_NAMED[place] in vocab]
-    return sorted({tokenizer.eos_token_id, *known})
+    ends = [LLAMA3_NAMED[number] for number in LLAMA3_ENDS]
+    return sorted({tokenizer.eos_token_id, *(vocab[token] for token in ends if token in vocab)})
 
 
 # -- Llama 3 --------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def read_tiktoken(path: Path) -> dict[bytes, int] | None:
 
 def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
     letters = _byte_letters()
-    vocab = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    vocab = {token.decode("latin-1").translate(letters): rank for token, rank in ranks.items()}
     inner = Tokenizer(models.BPE(vocab, _merges(vocab, by=vocab), ignore_merges=True))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
@@ -90,13 +90,13 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
 
 def _byte_letters() -> dict[int, str]:
     """The printable letter that byte-level BPE writes for each byte (Radford et al. 2019)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + place) for place, byte in enumerate(others)}
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + number) for number, byte in enumerate(others)}
 
 
 def _merges(vocab: dict[str, int], by: dict[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, in the order of `by[token]`; of one token, the earliest pair first."""
+    """All pairs of tokens that make up a token, in the order of `by[token]`; of one token the earliest pair first."""
     merges = []
     for token in sorted(vocab, key=by.__getitem__):
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
@@ -116,16 +116,8 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: neither a tiktoken file nor a sentencepiece model: {error}") from None
     pieces = [model.id_to_piece(i) for i in range(len(model))]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    # Control tokens, and the pieces of single bytes, are never made by merging.
-    plain = [i for i in vocab.values() if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
-    merged = {pieces[i]: i for i in plain}
-    order = {pieces[i]: place for place, i in enumerate(sorted(plain, key=lambda i: (-model.get_score(i), i)))}
     unknown, begin, end = (pieces[i] for i in (model.unk_id(), model.bos_id(), model.eos_id()))
-    byte_fallback = any(BYTE_PIECE.fullmatch(piece) for piece in pieces)
-    inner = Tokenizer(
-        models.BPE(vocab, _merges(merged, by=order), unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
-    )
+    inner = Tokenizer(_bpe_of(model, pieces, unknown))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     inner.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -138,11 +130,24 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _bpe_of(model: Any, pieces: list[str], unknown: str) -> models.BPE:
+    """The merges of a sentencepiece model, the highest score first."""
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    # Control tokens, and the pieces of single bytes, are never made by merging.
+    plain = [i for i in vocab.values() if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
+    merged = {pieces[i]: i for i in plain}
+    by_score = sorted(plain, key=lambda i: (-model.get_score(i), i))
+    order = {pieces[i]: number for number, i in enumerate(by_score)}
+    byte_fallback = any(BYTE_PIECE.fullmatch(piece) for piece in pieces)
+    merges = _merges(merged, by=order)
+    return models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+
+
 PROBES = ("Two  spaces, 1234 digits\nand a line.", " caf\u00e9 \U0001f600 at the end ")
 
 
 def _check_same(tokenizer: PreTrainedTokenizerFast, model: Any, path: Path) -> None:
-    """InputError for a model that is not as Llama's: unigram, or with a normalizer of its own."""
+    """InputError for a model that is not like Llama's: unigram, or with a normalizer of its own."""
     for text in PROBES:
         if tokenizer(text, add_special_tokens=False)["input_ids"] != model.encode(text):
             raise InputError(f"{path}: not a sentencepiece model like Llama's (BPE, plain text): differs on {text!r}")

@@ -1,4 +1,5 @@
 """LoRA adapters as PEFT directories: adapter_config.json, adapter_model.safetensors, and a card."""
+
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -8,17 +9,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prime.bank.lora import Adapter, Factors, pad_rank
-from prime.checkpoints.tensors import finite_problem, read_safetensors, shown
+from prime.checkpoints.tensors import finite_problem, number_problem, read_safetensors, shown
 from prime.errors import InputError
 from prime.runs.files import read_json, write_bytes, write_json, write_text
 from prime.runs.forms import read_form
 
 WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-
-
-# Frobenius norm at most of A, of scale * B, and of their product's bound |A| |scale B|, in one module. Trained adapters
-# stay below 20, a whole projection of a 7B model is about 80: an update of 10,000 drowns whatever it is merged with.
+# Bounds the Frobenius norms of A and scale * B in each module, and the product of the two, which bounds the update's.
+# Trained adapters stay below 20, and a whole projection of a 7B model has about 80: an update of 10,000 would drown
+# whatever it is merged with.
 MAX_NORM = 1e4
+PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # unset in its configuration
+
+# -- reading --------------------------------------------------------------------------------------------------------
 
 
 def adapter_dir(path: Path | str) -> Path:
@@ -41,14 +44,12 @@ def load_adapter(path: Path | str) -> Adapter:
     rank, scale = read_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
     tensors = read_safetensors(file)
-    halves, problems = named_halves(tensors, WEIGHT_KEY, lambda found: (found["module"], found["factor"]))
+    halves, problems = named_halves(tensors, WEIGHT_KEY, lambda match: (match["module"], match["factor"]))
     factors, unpaired = paired(halves, ("A", "B"))
     problems += unpaired
-    problems += [
-        f"{shown(module)}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration"
-        for module, (a, _) in factors.items()
-        if a.shape[0] != rank
-    ]
+    for module, (a, _) in factors.items():
+        if a.shape[0] != rank:
+            problems.append(f"{shown(module)}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration")
     problems += factor_problems(factors, scale)
     if problems:
         raise InputError.many([f"{file}: {problem}" for problem in problems])
@@ -57,50 +58,57 @@ def load_adapter(path: Path | str) -> Adapter:
 
 
 def named_halves(
-    tensors: Mapping[str, Tensor], pattern: re.Pattern, place: Callable[[re.Match], tuple[str, str]]
+    tensors: Mapping[str, Tensor], pattern: re.Pattern, module_and_side: Callable[[re.Match], tuple[str, str]]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Factors in fp32 by module and side, and what is wrong with the tensors of a file, a line each."""
+    """Factors in fp32 by module and side, and what is wrong with the tensors of a file, one line each.
+
+    Args:
+        pattern: of the names of tensors.
+        module_and_side: takes a match of it apart; the side is the name of A or B.
+    """
     halves: dict[str, dict[str, Tensor]] = {}
     problems = [] if tensors else ["holds no LoRA tensors"]
-    for key, tensor in tensors.items():
-        found = pattern.fullmatch(key)
-        if not found:
-            problems.append(f"unexpected tensor {shown(key)}")
+    for name, tensor in tensors.items():
+        match = pattern.fullmatch(name)
+        if not match:
+            problems.append(f"unexpected tensor {shown(name)}")
             continue
-        module, side = place(found)
+        module, side = module_and_side(match)
         if side in halves.setdefault(module, {}):
-            problems.append(f"{shown(key)} is the second lora_{side} of its module")
-        halves[module][side] = tensor.float()
-        told = finite_problem(tensor) or finite_problem(halves[module][side])
-        problems += [f"{shown(key)} {told}"] if told else []
+            problems.append(f"{shown(name)} is the second lora_{side} of its module")
+        factor = tensor.float()
+        halves[module][side] = factor
+        if problem := finite_problem(tensor) or finite_problem(factor):
+            problems.append(f"{shown(name)} {problem}")
     return halves, problems
 
 
 def paired(halves: Mapping[str, Mapping[str, Tensor]], sides: tuple[str, str]) -> tuple[Factors, list[str]]:
-    """(A, B) of the modules that have both, and what is wrong with the others."""
+    """(A, B) of the modules that have both, and what is wrong with the others; `sides` are the names of A and B."""
     factors: Factors = {}
     problems = []
-    for module, half in halves.items():
-        if len(half) != 2:
-            problems.append(f"{shown(module)} has only lora_{''.join(half)}")
+    for module, factor_of in halves.items():
+        if len(factor_of) != 2:
+            problems.append(f"{shown(module)} has only lora_{''.join(factor_of)}")
             continue
-        a, b = half[sides[0]], half[sides[1]]
+        a, b = (factor_of[side] for side in sides)
         if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
-            told = f"lora_{sides[0]} {tuple(a.shape)} and lora_{sides[1]} {tuple(b.shape)} do not fit"
-            problems.append(f"{shown(module)}: {told}")
+            shapes = f"lora_{sides[0]} {tuple(a.shape)} and lora_{sides[1]} {tuple(b.shape)}"
+            problems.append(f"{shown(module)}: {shapes} do not fit")
             continue
         factors[module] = (a, b)
     return factors, problems
 
 
 def factor_problems(factors: Factors, scale: float) -> list[str]:
-    """Modules whose factors, or the update that they bound, exceed `MAX_NORM`."""
+    """The modules whose factors, or the bound of their update, exceed `MAX_NORM`."""
     problems = []
     for module, (a, b) in factors.items():
-        first, second = float(a.double().norm()), scale * float(b.double().norm())
-        largest = max(first, second, first * second)
-        if largest > MAX_NORM:
-            problems.append(f"{shown(module)}: norms of {first:.3g} and {second:.3g}, above the limit of {MAX_NORM:g}")
+        norm_a, norm_b = float(a.double().norm()), scale * float(b.double().norm())
+        if max(norm_a, norm_b, norm_a * norm_b) > MAX_NORM:
+            problems.append(
+                f"{shown(module)}: norms of {norm_a:.3g} and {norm_b:.3g}, above the limit of {MAX_NORM:g}"
+            )
     return problems
 
 
@@ -109,23 +117,21 @@ def read_config(path: Path) -> tuple[int, float]:
     config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
-    problems = [
-        f"{path}: {key} is {shown(repr(config.get(key)))}, expected a positive {told}"
-        for key, kind, told in (("r", int, "whole number"), ("lora_alpha", int | float, "number"))
-        if not isinstance(config.get(key), kind) or isinstance(config[key], bool) or not 0 < config[key] < 2**31
-    ]
-    unknown = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    problems += [f"{path}: {key} is set; only plain LoRA adapters can be merged" for key in unknown if config.get(key)]
-    if problems:
-        raise InputError.many(problems)
+    problems = [number_problem(config, "r", int), number_problem(config, "lora_alpha", int | float)]
+    problems += [f"{key} is set; only plain LoRA adapters can be merged" for key in PLAIN_LORA if config.get(key)]
+    if any(problems):
+        raise InputError.many([f"{path}: {problem}" for problem in problems if problem])
     rank = config["r"]
     return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
 
 
-def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Mapping | None = None) -> None:
-    """Write an adapter as a PEFT directory, the configuration last; `card` as card.json and README.md.
+# -- writing --------------------------------------------------------------------------------------------------------
 
-    The rank written is the factors' own, and lora_alpha is chosen so that PEFT's scale equals the adapter's.
+
+def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Mapping | None = None) -> None:
+    """Write an adapter as a PEFT directory, its configuration last; `card` becomes card.json and README.md.
+
+    The rank in the configuration is that of the factors, and lora_alpha makes PEFT's scale equal the adapter's.
     """
     folder = Path(folder)
     tensors = {}
@@ -161,7 +167,7 @@ def peft_config(adapter: Adapter, base_model: str) -> dict:
 
 
 def write_card(folder: Path, card: Mapping) -> None:
-    """card.json, written last, and the same as the README.md of a model: a table, and one more for each group."""
+    """Write the card as README.md (a table, and one more for each group of values), then as card.json."""
     write_text(folder / "README.md", _card_text(card))
     write_json(folder / "card.json", card)
 
@@ -170,8 +176,8 @@ def _card_text(card: Mapping) -> str:
     groups = {key: value for key, value in card.items() if isinstance(value, Mapping)}
     parts = [_table({key: value for key, value in card.items() if key not in groups})]
     parts += [f"## {name}\n\n{_table(group)}" for name, group in groups.items()]
-    front = {"library_name": "peft"} | ({"base_model": card["base_model"]} if "base_model" in card else {})
-    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
+    header = {"library_name": "peft"} | ({"base_model": card["base_model"]} if "base_model" in card else {})
+    lines = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in header.items())
     return f"---\n{lines}\n---\n# Personal adapter\n\n" + "\n".join(parts)
 
 
@@ -181,5 +187,5 @@ def _table(values: Mapping) -> str:
 
 
 def _quoted(value: object) -> str:
-    """A value as JSON that neither ends a Markdown cell or code span nor begins HTML: ids may come from anybody."""
+    """A value as JSON that can neither end a Markdown cell or code span nor begin HTML: ids may come from anybody."""
     return json.dumps(value, ensure_ascii=False).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in "`|<>&"})

@@ -1,8 +1,9 @@
 """Adapters and gates of the published code: `lora_ckpt.pt` and gate files, trained on Meta's layout of Llama.
 
 Keys are `layers.{i}.attention.lora_w{q,k,v,o}.lora_{down,up}.weight`, down = A `[r, in]`, up = B `[out, r]`. Rows of
-B for wq and wk are in Meta's rotary order and are permuted like the weights (`meta.rope_rows`); A and gates
-face a module's input and stay as they are. The files do not tell alpha; it is 8 as published, so the scale is 8 / r.
+B for wq and wk are in Meta's rotary order and are permuted like the weights (`meta.rope_rows`). A and the gates face a
+module's input, so they stay as they are. The files do not hold alpha; it was 8 in the published code, so the scale is
+8 / r.
 """
 
 import re
@@ -32,7 +33,7 @@ def open_adapter(path: str | Path, base: str) -> Adapter:
     """A PEFT directory, or a published `.pt` file (or a directory that holds only that).
 
     Args:
-        base: directory of the model it was trained on; a published file needs to know its heads.
+        base: directory of the model it was trained on, whose numbers of heads a published file is read by.
     """
     path = Path(path)
     inside = path / FILE
@@ -42,7 +43,7 @@ def open_adapter(path: str | Path, base: str) -> Adapter:
 
 
 def has_adapter(folder: Path) -> bool:
-    """A PEFT directory, or one with a published file in it."""
+    """Whether a folder is a PEFT directory, or holds a published file."""
     return any((folder / name).is_file() for name in ("adapter_config.json", FILE))
 
 
@@ -52,11 +53,11 @@ def heads_of(base: str) -> tuple[int, int]:
         params = read_params(base)
         return params.n_heads, params.n_kv_heads
     path = Path(base) / "config.json"
-    found = read_json(path)
-    heads = found.get("num_attention_heads") if isinstance(found, dict) else None
+    config = read_json(path)
+    heads = config.get("num_attention_heads") if isinstance(config, dict) else None
     if type(heads) is not int or heads < 1:
         raise InputError(f"{path}: num_attention_heads is missing; a published adapter needs a Llama")
-    kv_heads = found.get("num_key_value_heads") or heads
+    kv_heads = config.get("num_key_value_heads") or heads
     if type(kv_heads) is not int or not 1 <= kv_heads <= heads:
         raise InputError(f"{path}: num_key_value_heads is {shown(repr(kv_heads))}, expected 1 to {heads}")
     return heads, kv_heads
@@ -69,15 +70,14 @@ def load_published(path: Path, heads: int, kv_heads: int) -> Adapter:
         InputError: not a file of tensors; tensors unknown, unpaired or misshapen, values not finite, norms above
             `prime.checkpoints.peft.MAX_NORM`; names the file and every such tensor.
     """
-    halves, problems = named_halves(load_named(path), LORA_KEY, lambda found: (_module(found), found["side"]))
+    halves, problems = named_halves(load_named(path), LORA_KEY, lambda match: (_module(match), match["side"]))
     factors, unpaired = paired(dict(sorted(halves.items())), ("down", "up"))
     problems += unpaired
-    counts = {"q_proj": heads, "k_proj": kv_heads}
+    heads_of_kind = {"q_proj": heads, "k_proj": kv_heads}  # the others are not rotated
     for module, (a, b) in factors.items():
-        count = counts.get(module.rsplit(".", 1)[-1])
+        count = heads_of_kind.get(module.rsplit(".", 1)[-1])
         if count and b.shape[0] % (2 * count):
-            told = f"lora_up {tuple(b.shape)} cannot be parted into the model's {count} heads"
-            problems.append(f"{module}: {told}")
+            problems.append(f"{module}: lora_up {tuple(b.shape)} cannot be parted into the model's {count} heads")
         elif count:
             factors[module] = (a, rope_rows(b, count))
     ranks = {a.shape[0] for a, _ in factors.values()}
@@ -93,25 +93,26 @@ def load_published(path: Path, heads: int, kv_heads: int) -> Adapter:
 def load_published_gate(path: Path) -> dict[str, Tensor]:
     """Read a published gate file: module name -> gate `[in]`, for `prime.merging.gates`.
 
-    Any key of an attention layer with a part `gate` and a part q, k, v, o (wq, q_proj, ...) is taken, vectors `[in]`,
+    A key names an attention layer, `gate`, and one of q, k, v, o (as wq, q_proj, ...). Gates are vectors `[in]`,
     `[1, in]` or `[in, 1]`.
     """
     gates: dict[str, Tensor] = {}
     problems = []
     for key, tensor in load_named(path).items():
-        found = GATE_KEY.fullmatch(key)
-        if not found or tensor.numel() != max(tensor.shape, default=0):
+        match = GATE_KEY.fullmatch(key)
+        if not match or tensor.numel() != max(tensor.shape, default=0):
             problems.append(f"{path}: {shown(key)} {tuple(tensor.shape)} is no gate vector of a published file")
-        elif told := finite_problem(tensor):
-            problems.append(f"{path}: {shown(key)} {told}")
-        elif _module(found) in gates:
+        elif problem := finite_problem(tensor):
+            problems.append(f"{path}: {shown(key)} {problem}")
+        elif _module(match) in gates:
             problems.append(f"{path}: {shown(key)} is the second gate of its module")
         else:
-            gates[_module(found)] = tensor.flatten()
+            gates[_module(match)] = tensor.flatten()
     if problems:
         raise InputError.many(problems)
     return gates
 
 
-def _module(found: re.Match) -> str:
-    return f"model.layers.{found['layer']}.self_attn.{found['kind']}_proj"
+def _module(match: re.Match) -> str:
+    """Hugging Face's name of the module that a published key belongs to."""
+    return f"model.layers.{match['layer']}.self_attn.{match['kind']}_proj"

@@ -1,9 +1,9 @@
 """Files of tensors, read so that nothing in them runs and nothing in them grows: `.pt`, `.pth`, `.bin`, safetensors.
 
 A `.pt` file is a pickle, mostly inside a zip archive. It may come from anybody, so it is read by torch's restricted
-unpickler, which builds tensors, plain containers and numbers and nothing else. Before that the archive is checked
-(torch stores its parts uncompressed, so parts that claim more than the file holds are a bomb), and after it every
-tensor is (a view with stride 0 claims any shape over a storage of four bytes).
+unpickler, which builds tensors, plain containers and numbers and nothing else. The archive is checked before that:
+torch stores its parts uncompressed, so parts that claim more than the file holds are a bomb. Every tensor is checked
+after it: a view with stride 0 can claim any shape over a storage of four bytes.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from prime.errors import InputError
 from prime.runs.files import read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Two names may share one storage (tied embeddings), so tensors may claim the file's bytes twice.
-CLAIM = 2
+MAX_CLAIM = 2  # times the file's bytes: two names may share one storage (tied embeddings)
 MAX_LAYERS = 10_000
+
+# -- pickles --------------------------------------------------------------------------------------------------------
 
 
 def load_pickled(path: Path | str, extra: Sequence[Any] = (), mmap: bool = False) -> Any:
-    """What a file written by `torch.save` holds.
+    """The content of a file written by `torch.save`.
 
     Args:
         extra: further names the pickle may use, as for `torch.serialization.safe_globals`.
         mmap: leave tensors in the file until they are used; ignored for torch's old format, which cannot be mapped.
 
     Raises:
-        InputError: no such file, an archive that claims more bytes than it has, or a pickle of anything else than
-            tensors, containers and numbers.
+        InputError: no such file, an archive that claims more bytes than it has, or a pickle that holds anything else
+            than tensors, containers and numbers.
     """
     path = Path(path)
     check_pickled(path)
@@ -49,7 +50,7 @@ def load_pickled(path: Path | str, extra: Sequence[Any] = (), mmap: bool = False
 
 
 def check_pickled(path: Path) -> None:
-    """InputError unless `path` is a plain file that, if it is an archive, holds what it claims."""
+    """InputError unless `path` is a regular file that, if it is an archive, holds the bytes it claims."""
     check_file(path)
     if not zipfile.is_zipfile(path):
         return
@@ -66,50 +67,7 @@ def check_pickled(path: Path) -> None:
         raise InputError(f"{path}: claims {claimed:,} bytes inside a file of {size:,}")
 
 
-def check_hub_dir(folder: Path) -> None:
-    """InputError for a model directory that would have transformers read something else than its own files.
-
-    An adapter_config.json in it names another model to load instead; an index names files by path; a `.bin` is a
-    pickle in an archive. (Code beside the weights is never run: `trust_remote_code` is off everywhere.)
-    """
-    problems = []
-    if (folder / "adapter_config.json").is_file():
-        problems.append(f"{folder}: adapter_config.json is there; this is an adapter, not a model")
-    for index in sorted(folder.glob("*.index.json")):
-        found = read_json(index)
-        names = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            problems.append(f"{index}: no weight_map of tensors to files")
-            continue
-        problems += _shard_problems(index, names)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if not isinstance(config, dict):
-        problems.append(f"{folder / 'config.json'}: expected an object")
-    elif told := layers_problem(config, "num_hidden_layers"):
-        problems.append(f"{folder / 'config.json'}: {told}")
-    if problems:
-        raise InputError.many(problems)
-    for file in sorted(folder.glob("*.bin")):
-        check_pickled(file)
-
-
-def _shard_problems(index: Path, names: Mapping[str, str]) -> list[str]:
-    """Files that an index names and that are elsewhere, or not there at all."""
-    problems = []
-    for file in sorted(set(names.values())):
-        held = sorted(name for name, home in names.items() if home == file)
-        if Path(file).name != file or file in ("", ".."):
-            problems.append(f"{index}: {shown(repr(file))} is no file of this folder")
-        elif not (index.parent / file).is_file():
-            told = f"no such file; {index.name} names it for {len(held)} tensors, {shown(held[0])} for one"
-            problems.append(f"{index.parent / file}: {told}")
-    return problems
-
-
-def layers_problem(config: Mapping[str, Any], key: str) -> str:
-    """A model is built before its weights are found missing, so layers that nobody has would be built for hours."""
-    value = config.get(key, 1)
-    return f"{key} is {value}, above {MAX_LAYERS:,}" if isinstance(value, int | float) and value > MAX_LAYERS else ""
+# -- tensors --------------------------------------------------------------------------------------------------------
 
 
 def check_file(path: Path) -> None:
@@ -123,35 +81,35 @@ def check_file(path: Path) -> None:
 
 
 def load_named(path: Path | str, mmap: bool = False) -> dict[str, Tensor]:
-    """A file that is a dictionary of plain tensors, each within the file's size; all its problems in one InputError."""
-    found = load_pickled(path, mmap=mmap)
-    if not isinstance(found, dict) or not found or not all(isinstance(key, str) for key in found):
-        raise InputError(f"{path}: expected a dictionary of tensors, by name, found {kind_of(found)}")
-    check_plain(path, found)
-    return found
+    """A pickle that is a dictionary of plain tensors, by name; one InputError lists all its problems."""
+    tensors = load_pickled(path, mmap=mmap)
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(name, str) for name in tensors):
+        raise InputError(f"{path}: expected a dictionary of tensors, by name, found {shown_value(tensors)}")
+    check_plain(path, tensors)
+    return tensors
 
 
 def check_plain(path: Path | str, tensors: Mapping[str, Any]) -> None:
-    """InputError for values that are no plain tensors, or that claim more bytes than the file has."""
-    problems = [f"{path}: {shown(key)} {told}" for key, value in tensors.items() if (told := _not_plain(value))]
+    """InputError for values that are no plain tensors, or that claim more bytes than the file can hold."""
+    problems = [f"{path}: {shown(name)} {problem}" for name, value in tensors.items() if (problem := _problem(value))]
     if problems:
         raise InputError.many(problems)
-    claimed, size = sum(value.numel() * value.element_size() for value in tensors.values()), os.path.getsize(path)
-    if claimed > CLAIM * size:
+    claimed, size = sum(tensor.nbytes for tensor in tensors.values()), os.path.getsize(path)
+    if claimed > MAX_CLAIM * size:
         raise InputError(f"{path}: tensors that claim {claimed:,} bytes in a file of {size:,}")
 
 
-def _not_plain(value: Any) -> str:
-    """What keeps a value from being a dense tensor with a storage of its own; empty if nothing does."""
+def _problem(value: Any) -> str:
+    """What keeps a value from being a dense tensor with a storage of its own; "" if nothing does."""
     if type(value) not in (Tensor, torch.nn.Parameter) or value.__dict__:
-        return f"is {kind_of(value)}, expected a tensor"
+        return f"is {shown_value(value)}, expected a tensor"
     if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
         return "is a sparse, quantized, nested or empty-handed tensor"
     return ""
 
 
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, in the order of their names, as they are stored."""
+    """All tensors of a safetensors file as they are stored, in the order of their names."""
     path = Path(path)
     check_file(path)
     try:
@@ -162,10 +120,74 @@ def read_safetensors(path: Path | str) -> dict[str, Tensor]:
 
 
 def finite_problem(tensor: Tensor) -> str:
-    """What is wrong with the numbers of a tensor that has to be made of finite floats; empty if nothing is."""
+    """What is wrong with a tensor that has to consist of finite floats; "" if nothing is."""
     if tensor.dtype not in FLOATS:
         return f"is of type {str(tensor.dtype).removeprefix('torch.')}, expected floating point"
     return "" if torch.isfinite(tensor).all() else "holds values that are not finite"
+
+
+# -- model directories -----------------------------------------------------------------------------------------------
+
+
+def check_hub_dir(folder: Path) -> None:
+    """InputError for a model directory that would make transformers read something else than its own files.
+
+    An adapter_config.json in it names another model to load instead; an index names files by path; a `.bin` is a
+    pickle in an archive. (Code beside the weights is never run: `trust_remote_code` is off everywhere.)
+    """
+    problems = []
+    if (folder / "adapter_config.json").is_file():
+        problems.append(f"{folder}: adapter_config.json is there; this is an adapter, not a model")
+    for index in sorted(folder.glob("*.index.json")):
+        problems += _index_problems(index)
+    config = folder / "config.json"
+    if config.is_file() and (problem := _config_problem(read_json(config))):
+        problems.append(f"{config}: {problem}")
+    if problems:
+        raise InputError.many(problems)
+    for file in sorted(folder.glob("*.bin")):
+        check_pickled(file)
+
+
+def _index_problems(index: Path) -> list[str]:
+    """What is wrong with an index: files that are elsewhere, or not there at all."""
+    content = read_json(index)
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not all(isinstance(file, str) for file in file_of.values()):
+        return [f"{index}: no weight_map of tensors to files"]
+    problems = []
+    for file in sorted(set(file_of.values())):
+        tensors = sorted(tensor for tensor in file_of if file_of[tensor] == file)
+        if Path(file).name != file or file in ("", ".."):
+            problems.append(f"{index}: {shown(repr(file))} is no file of this folder")
+        elif not (index.parent / file).is_file():
+            reason = f"{index.name} names it for {len(tensors)} tensors, {shown(tensors[0])} for one"
+            problems.append(f"{index.parent / file}: no such file; {reason}")
+    return problems
+
+
+def _config_problem(config: Any) -> str:
+    return layers_problem(config, "num_hidden_layers") if isinstance(config, dict) else "expected an object"
+
+
+def layers_problem(config: Mapping[str, Any], key: str) -> str:
+    """What is wrong with a number of layers; "" if nothing is.
+
+    A model is built before its weights are found missing, so layers that no model has would be built for hours.
+    """
+    value = config.get(key, 1)
+    return f"{key} is {value}, above {MAX_LAYERS:,}" if isinstance(value, int | float) and value > MAX_LAYERS else ""
+
+
+def number_problem(config: Mapping[str, Any], key: str, kind: Any) -> str:
+    """What keeps a configuration's field from being a positive number (`kind` int: a whole one); "" if nothing does."""
+    value = config.get(key)
+    if isinstance(value, kind) and not isinstance(value, bool) and 0 < value < 2**31:
+        return ""
+    return f"{key} is {shown(repr(value))}, expected a positive {'whole number' if kind is int else 'number'}"
+
+
+# -- messages -------------------------------------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:
@@ -173,17 +195,17 @@ def first_line(error: BaseException) -> str:
 
 
 def shown_error(error: BaseException) -> str:
-    """An error of a library in a few lines; one without a text by its type."""
+    """A library's error in at most four lines; its type if it has no text."""
     return "\n".join(str(error).strip().splitlines()[:4]) or type(error).__name__
 
 
-def kind_of(value: Any) -> str:
-    """A value's type and shape, never its content: what comes from a pickle can be endless to print."""
+def shown_value(value: Any) -> str:
+    """A value's type and shape, never its content: what comes from a pickle can take for ever to print."""
     if type(value) in (Tensor, torch.nn.Parameter):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"a {type(value).__name__}"
 
 
 def shown(name: str) -> str:
-    """A name out of a file for a message: at most 80 characters."""
+    """A name from a file, for a message: at most 80 characters."""
     return name if len(name) <= 80 else f"{name[:77]}..."

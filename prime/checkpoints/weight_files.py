@@ -1,8 +1,9 @@
-"""The weight files of a Hugging Face directory, looked at before transformers reads them: what is wrong is named.
+"""The weight files of a Hugging Face directory: what transformers would read, and whether it found all it needs.
 
-One file or several with an index, safetensors or .bin (pickles of tensors; nothing else in them is run).
+There is one file, or several with an index: safetensors, or .bin (pickles, of which only tensors are read).
 """
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ from prime.checkpoints.tensors import first_line, load_named
 from prime.errors import InputError
 from prime.runs.files import read_json
 
-NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order that transformers looks for them
+NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
 def weight_files(folder: str | Path) -> dict[str, list[str]]:
-    """The files that hold the weights, by path, and the tensors in each; indices have been checked
-    (`prime.checkpoints.tensors.check_hub_dir`).
+    """The names of the tensors in each weight file, by the file's path.
+
+    The folder has to have passed `prime.checkpoints.tensors.check_hub_dir`.
 
     Raises:
-        InputError: no weights, a file that is cut short, or one that lacks tensors which the index looks for in it.
+        InputError: no weights, a file that is cut short, or one that lacks tensors which the index places in it.
     """
     folder = Path(folder)
     for name in NAMES:
@@ -34,21 +36,18 @@ def weight_files(folder: str | Path) -> dict[str, list[str]]:
 
 
 def _sharded(index: Path) -> dict[str, list[str]]:
-    named = read_json(index)["weight_map"]
-    files: dict[str, list[str]] = {}
-    for tensor, file in named.items():
-        files.setdefault(file, []).append(tensor)
-    problems = [problem for file, tensors in sorted(files.items()) for problem in _missing(index, file, tensors)]
+    """The same by an index of several files."""
+    tensors_of: dict[str, list[str]] = {}
+    for tensor, file in read_json(index)["weight_map"].items():
+        tensors_of.setdefault(str(index.parent / file), []).append(tensor)
+    problems = []
+    for path, tensors in sorted(tensors_of.items()):
+        missing = sorted(set(tensors) - set(tensor_names(Path(path))))
+        if missing:
+            problems.append(f"{path}: lacks {missing[0]} and {len(missing) - 1} other tensors that {index.name} names")
     if problems:
         raise InputError.many(problems)
-    return {str(index.parent / file): tensors for file, tensors in files.items()}
-
-
-def _missing(index: Path, file: str, tensors: list[str]) -> list[str]:
-    """What a shard lacks of the tensors that the index looks for in it."""
-    path = index.parent / file
-    absent = sorted(set(tensors) - set(tensor_names(path)))
-    return [f"{path}: lacks {absent[0]} and {len(absent) - 1} other tensors that {index.name} names"] if absent else []
+    return tensors_of
 
 
 def tensor_names(path: Path) -> Iterable[str]:
@@ -66,27 +65,30 @@ def check_loaded(path: str, files: dict[str, list[str]], info: dict[str, Any], l
     """InputError for tensors that transformers found missing, of another shape, or in layers that config.json lacks.
 
     Args:
-        files: of `weight_files`.
+        path: the model's directory.
+        files: as `weight_files` returned them.
         info: the loading information of `from_pretrained` with mismatched sizes ignored.
+        layers: of the model by config.json.
     """
-    home = {tensor: file for file, tensors in files.items() for tensor in tensors}
+    file_of: dict[str, str] = {}
+    for file, tensors in files.items():
+        file_of |= dict.fromkeys(tensors, file)
     problems = [
-        f"{home.get(name, path)}: {name} is {tuple(found)}, config.json makes it {tuple(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
+        f"{file_of.get(name, path)}: {name} is {tuple(shape)}, config.json makes it {tuple(expected)}"
+        for name, shape, expected in sorted(info["mismatched_keys"])
     ]
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         problems.append(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
     beyond = [name for name in sorted(info["unexpected_keys"]) if _layer(name) >= layers]
     if beyond:
-        told = f"{beyond[0]} is of a layer that config.json does not have (num_hidden_layers {layers})"
-        problems.append(f"{home.get(beyond[0], path)}: {told}")
+        problem = f"{beyond[0]} is of a layer that config.json does not have (num_hidden_layers {layers})"
+        problems.append(f"{file_of.get(beyond[0], path)}: {problem}")
     if problems:
         raise InputError.many(problems)
 
 
 def _layer(name: str) -> int:
-    """The number behind `layers` in a tensor's name, -1 without one."""
-    parts = name.split(".")
-    place = parts.index("layers") + 1 if "layers" in parts else len(parts)
-    return int(parts[place]) if place < len(parts) and parts[place].isdigit() else -1
+    """The number behind `layers` in a tensor's name; -1 without one."""
+    match = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else -1

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from prime.checkpoints.tensors import FLOATS, check_hub_dir, check_plain, kind_of, load_pickled, shown_error
+from prime.checkpoints.tensors import FLOATS, check_hub_dir, check_plain, load_pickled, shown_error, shown_value
 from prime.errors import InputError, harmless
 from prime.runs.files import write_bytes
 
@@ -224,10 +224,10 @@ def load_embeddings(path: str | Path, n_users: int) -> torch.Tensor:
     """
     value = _load(Path(path), mmap=True)
     if not isinstance(value, torch.Tensor) or value.ndim != 2:
-        raise InputError(f"{path}: expected a tensor [users, width], found {kind_of(value)}")
+        raise InputError(f"{path}: expected a tensor [users, width], found {shown_value(value)}")
     check_plain(path, {"the tensor": value})
     if value.dtype not in FLOATS or not value.shape[1]:
-        raise InputError(f"{path}: expected floating point numbers, found {kind_of(value)}")
+        raise InputError(f"{path}: expected floating point numbers, found {shown_value(value)}")
     if len(value) != n_users:
         raise InputError(f"{path}: holds {len(value)} users, the data {n_users}: run history_anchor.py again")
     wrong = [i * ROWS + row for i, part in enumerate(value.split(ROWS)) for row in _odd_rows(part)]
@@ -252,7 +252,7 @@ def load_anchor_idx(path: str | Path, n_candidates: int) -> list[int]:
         check_plain(path, {"the tensor": value})
     values = value.tolist() if isinstance(value, torch.Tensor) and value.ndim == 1 else value
     if not isinstance(values, list) or not values or not all(type(v) is int for v in values):
-        raise InputError(f"{path}: expected a list of user indices, found {kind_of(value)}")
+        raise InputError(f"{path}: expected a list of user indices, found {shown_value(value)}")
     problems = [] if len(set(values)) == len(values) else [f"{path}: an anchor is listed twice"]
     wrong = [v for v in values if not 0 <= v < n_candidates]
     if wrong:
