@@ -180,7 +180,7 @@ def test_other_settings_are_refused_with_every_differing_key(tmp_path: Path) -> 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
 
 
-COMPUTED = ["users/user_7/evaluations.jsonl", "working/user_7.jsonl", "adapter_config.json", "sharers/users/a/x.bin"]
+COMPUTED = ["users/user_7/evaluations.jsonl", "working/0123.jsonl", "adapter_config.json", "sharers/users/a/x.bin"]
 
 
 @pytest.mark.parametrize("name", COMPUTED)

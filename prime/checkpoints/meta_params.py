@@ -52,10 +52,10 @@ class Params:
         return 8192 if self.rope_theta >= 500_000 else 4096
 
 
-WHOLE_NUMBERS = ("dim", "n_layers", "n_heads", "multiple_of")
-NUMBERS = ("norm_eps", "rope_theta")
-OPTIONAL_NUMBERS = ("ffn_dim_multiplier", "rope_scaling_factor")
-DEFAULTS = {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1, "rope_theta": 10_000.0}
+WHOLE = ("dim", "n_layers", "n_heads", "multiple_of")
+REAL = ("norm_eps", "rope_theta")
+OPTIONAL_REAL = ("ffn_dim_multiplier", "rope_scaling_factor")
+PARAMS_DEFAULTS = {"multiple_of": 256, "norm_eps": 1e-5, "vocab_size": -1, "rope_theta": 10_000.0}
 
 
 def read_params(folder: str | Path) -> Params:
@@ -64,7 +64,7 @@ def read_params(folder: str | Path) -> Params:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected an object of numbers, found {type(content).__name__}")
-    fields: dict[str, Any] = DEFAULTS | content
+    fields: dict[str, Any] = PARAMS_DEFAULTS | content
     if problems := _params_problems(fields):
         raise InputError.many([f"{path}: {problem}" for problem in problems])
     dim, heads = fields["dim"], fields["n_heads"]
@@ -85,8 +85,8 @@ def read_params(folder: str | Path) -> Params:
 
 
 def _params_problems(fields: Mapping[str, Any]) -> list[str]:
-    wholes = [*WHOLE_NUMBERS, *(["n_kv_heads"] if fields.get("n_kv_heads") else [])]
-    numbers = [*NUMBERS, *(key for key in OPTIONAL_NUMBERS if fields.get(key))]
+    wholes = [*WHOLE, *(["n_kv_heads"] if fields.get("n_kv_heads") else [])]
+    numbers = [*REAL, *(key for key in OPTIONAL_REAL if fields.get(key))]
     problems = [number_problem(fields, key, int) for key in wholes]
     problems += [number_problem(fields, key, int | float) for key in numbers]
     vocab_size = fields["vocab_size"]

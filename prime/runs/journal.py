@@ -23,7 +23,7 @@ class Journal:
     the first call whose question is not the recorded one (the data have changed).
 
     The first line names the users whose results the computation leads to, `{"users": [...]}`. Each further line is
-    `{"asked": digest of the question, "seconds": what the answer took to compute, "answer": ...}`.
+    `{"question": digest of the question, "seconds": what the answer took to compute, "answer": ...}`.
 
     Args:
         path: of the file; the first call creates it.
@@ -45,22 +45,22 @@ class Journal:
 
         The question names everything that the answer depends on.
         """
-        asked = _digest(question)
+        digest = _digest(question)
         entry = self._next_entry()
-        if entry is not None and entry["asked"] == asked:
+        if entry is not None and entry["question"] == digest:
             self._advance()
             self.spared += entry["seconds"]
             return entry["answer"]
         del self._recorded[self._next :]
         started = time.perf_counter()
         answer = compute()
-        self._append({"asked": asked, "seconds": time.perf_counter() - started, "answer": answer})
+        self._append({"question": digest, "seconds": time.perf_counter() - started, "answer": answer})
         return answer
 
     def recorded(self, question: Any) -> Any | None:
         """The recorded answer to `question`, if it is what the next call would be answered with; else None."""
         entry = self._next_entry()
-        return entry["answer"] if entry is not None and entry["asked"] == _digest(question) else None
+        return entry["answer"] if entry is not None and entry["question"] == _digest(question) else None
 
     def drop(self) -> None:
         """Remove the file: what the computation led to is safe elsewhere."""
@@ -121,7 +121,7 @@ def _whole_entries(lines: Sequence[bytes]) -> list[bytes]:
             entry = json.loads(line)
         except ValueError:
             break
-        if not (line.endswith(b"\n") and isinstance(entry, dict) and entry.keys() == {"asked", "seconds", "answer"}):
+        if not (line.endswith(b"\n") and isinstance(entry, dict) and entry.keys() == {"question", "seconds", "answer"}):
             break
         whole.append(line)
     return whole

@@ -1,13 +1,10 @@
 """Progress bars of a stage: shown by the first process only, and only on a terminal."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 from tqdm import tqdm
 
-from prime.runs.workers import world
-
-User = TypeVar("User")
+from prime.runs.workers import U, world
 
 
 def bar(total: int, what: str, unit: str = "row") -> tqdm:
@@ -17,7 +14,7 @@ def bar(total: int, what: str, unit: str = "row") -> tqdm:
 
 
 def for_each(
-    users: Iterable[tuple[int, User]], total: int, work: Callable[[int, User, Callable[[int], object]], None]
+    users: Iterable[tuple[int, U]], total: int, work: Callable[[int, U, Callable[[int], object]], None]
 ) -> None:
     """Call `work(index, user, progress)` for each user, under a bar of users and one of answers.
 

@@ -24,7 +24,7 @@ class HasId(Protocol):
     def user_id(self) -> str: ...
 
 
-User = TypeVar("User", bound=HasId)
+U = TypeVar("U", bound=HasId)  # a user, an anchor, a subject of an attack
 Unit = TypeVar("Unit")
 
 
@@ -41,11 +41,8 @@ class World(NamedTuple):
 
 
 def world() -> World:
-    return World(_number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
-
-
-def _number(name: str, default: int) -> int:
-    return int(os.environ.get(name) or default)
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}  # with the values of a lone process
+    return World(*(int(os.environ.get(name) or alone) for name, alone in names.items()))
 
 
 def limit_threads() -> None:
@@ -157,12 +154,12 @@ def _tell_holders(run: Run, user_ids: Iterable[str]) -> None:
 # -- units of users -------------------------------------------------------------------------------------------------
 
 
-def open_users(users: Sequence[User], indices: Iterable[int], done: Callable[[str], bool]) -> list[tuple[int, User]]:
+def open_users(users: Sequence[U], indices: Iterable[int], done: Callable[[str], bool]) -> list[tuple[int, U]]:
     """(index, user) of the users at `indices` that are not finished."""
     return [(index, users[index]) for index in indices if not done(users[index].user_id)]
 
 
-def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -> list[Sequence[User]]:
+def open_groups(users: Sequence[U], size: int, done: Callable[[str], bool]) -> list[Sequence[U]]:
     """Users in groups of `size` (0: all in one group), without the groups whose users are all finished.
 
     The groups do not depend on what is finished, so an interrupted run ends with the same bytes as an unbroken one.
@@ -172,13 +169,13 @@ def open_groups(users: Sequence[User], size: int, done: Callable[[str], bool]) -
     return [group for group in groups if not all(map(done, ids_of(group)))]
 
 
-def ids_of(group: Iterable[User]) -> list[str]:
+def ids_of(group: Iterable[U]) -> list[str]:
     return [user.user_id for user in group]
 
 
 def share_users(
-    run: Run, todo: Sequence[tuple[int, User]], cost: Callable[[User], int], others: Sequence[Run] = ()
-) -> Iterator[tuple[int, User]]:
+    run: Run, todo: Sequence[tuple[int, U]], cost: Callable[[U], int], others: Sequence[Run] = ()
+) -> Iterator[tuple[int, U]]:
     """The (index, user) of `todo` that no other process works on, each claimed while the caller works on it.
 
     Args:
@@ -188,6 +185,6 @@ def share_users(
     return share(run, todo, lambda unit: [unit[1].user_id], lambda unit: cost(unit[1]), others)
 
 
-def share_groups(run: Run, groups: Sequence[Sequence[User]], cost: Callable[[User], int]) -> Iterator[Sequence[User]]:
+def share_groups(run: Run, groups: Sequence[Sequence[U]], cost: Callable[[U], int]) -> Iterator[Sequence[U]]:
     """The same for groups of users that are trained together; `cost` is that of one user."""
     return share(run, groups, ids_of, lambda group: sum(map(cost, group)))
