@@ -50,6 +50,7 @@ from prime.attack.subjects import (
 from prime.checkpoints import plan
 from prime.engine import load_engine
 from prime.errors import InputError
+from prime.merging.deploy import add_attacks
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.run import Run, read_settings
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     by_user, by_sharer = ([read_json(run.result_path(s.user_id)) for s in subjects] for run, subjects in attacks)
     with attacks[0][0].turn("the summary"):
         summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, args.seed)
+        add_attacks(exp_dir, summary["per_user"])
     print(attack_table(summary))
 
 

@@ -18,12 +18,16 @@ import argparse
 from pathlib import Path
 
 from prime import cli
-from prime.report import page
-from prime.report import table as report
 from prime.report.frontier import frontier_table, write_frontier
+from prime.report.page import write_pages
+from prime.report.predictions import check_golds, check_stage, check_users, gather
+from prime.report.scores import write_stage_files
+from prime.report.sections.content import Content
+from prime.report.summary import about_methods, build_summary
+from prime.report.summary_table import method_rows, notes, table_rows, write_summary
 from prime.report.tables import aligned
 from prime.runs.penalties import penalty_runs
-from prime.users.data import load_labels, load_users
+from prime.users.data import LABEL_FILE, TEST_FILE, load_labels, load_users
 from prime.users.tasks import get_task
 
 
@@ -36,29 +40,31 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     task, stage_dir = get_task(args.task_name), Path(args.output_dir)
-    runs = penalty_runs(stage_dir)
-    for run in runs or [stage_dir]:
-        report.check_stage(run, task)
-    test = cli.data_dir(args) / "test_100"
-    tested = load_users(test / "user_test_100.json", task)
-    users = [user.user_id for user in tested]
-    golds = load_labels(test / "user_test_100_label.json")
-    for folder in runs or [stage_dir]:
-        predictions, sources = report.gather(folder, task)
-        report.check_users(predictions, users, test / "user_test_100.json")
-        report.check_golds(predictions, golds, test / "user_test_100_label.json")
-        report.write_stage_files(folder, task, golds)
-    if runs:
+    penalties = penalty_runs(stage_dir)
+    runs = penalties or [stage_dir]
+    for run in runs:
+        check_stage(run, task)
+    users_path, labels_path = cli.data_dir(args) / TEST_FILE, cli.data_dir(args) / LABEL_FILE
+    users, golds = load_users(users_path, task), load_labels(labels_path)
+    user_ids = [user.user_id for user in users]
+    for run in runs:
+        predictions, sources = gather(run, task)
+        check_users(predictions, user_ids, users_path)
+        check_golds(predictions, golds, labels_path)
+        write_stage_files(run, task, golds)
+    if penalties:
         print(frontier_table(write_frontier(stage_dir, task, golds)))
         return
-    summary = report.summarise(task, predictions, golds, report.about_methods(sources), users)
+    summary = build_summary(task, predictions, golds, about_methods(sources), user_ids)
     root = stage_dir.resolve().parent
-    report.write_summary(root, summary)
-    inputs = {query.id: query.input for user in tested for query in user.queries}
-    written = page.write_pages(page.Content(root, task, summary, predictions, golds, sources, inputs))
-    print(aligned(report.table_rows(summary)))
-    print(f"\n{aligned(report.method_rows(summary))}\n\n{report.notes(summary)}\n")
-    print("\n".join(f"to read: {path}" for path in written))
+    write_summary(root, summary)
+    inputs: dict[str, str] = {}
+    for user in users:
+        inputs |= {query.id: query.input for query in user.queries}
+    pages = write_pages(Content(root, task, summary, predictions, golds, sources, inputs))
+    print(aligned(table_rows(summary)))
+    print(f"\n{aligned(method_rows(summary))}\n\n{notes(summary)}\n")
+    print("\n".join(f"to read: {path}" for path in pages))
 
 
 if __name__ == "__main__":

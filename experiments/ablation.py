@@ -46,7 +46,7 @@ from experiments import demo_runs, seeds
 from prime import cli
 from prime.merging.evolution import Evaluation, Population, evolve, key_of
 from prime.merging.objective import Answers, Objective
-from prime.report import table as report
+from prime.report.scores import metric_intervals, paired_comparison, stack, user_stats
 from prime.report.tables import markdown
 from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
@@ -306,15 +306,15 @@ def compare(task: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     golds = load_labels(ROOT / "data/demo" / task / "test_100" / "user_test_100_label.json")
     rows: dict[str, Any] = {}
     totals = {
-        name: seeds.pooled([report.user_stats(own, one["answers"][name], golds) for one in found])
+        name: seeds.pooled([user_stats(own, one["answers"][name], golds) for one in found])
         for name in ROWS if all(name in one["answers"] for one in found)
     }  # fmt: skip
-    reference = report.stack(totals[REFERENCE], list(totals[REFERENCE]))
+    reference = stack(totals[REFERENCE], list(totals[REFERENCE]))
     for name, total in totals.items():
-        stacked = report.stack(total, list(total))
+        stacked = stack(total, list(total))
         origins = sum((Counter(one["origins"][name]) for one in found), Counter[str]())
         rows[name] = {
-            "scores": report.scores(own, stacked), "to_prime": report.compare(own, stacked, reference),
+            "scores": metric_intervals(own, stacked), "to_prime": paired_comparison(own, stacked, reference),
             "origins": dict(origins),
         }  # fmt: skip
     return {"rows": rows, "same_choice": fmean(value for one in found for value in one["same"])}

@@ -30,7 +30,8 @@ import train_anchor_peft
 from experiments import demo_runs
 from prime import cli
 from prime.report import plots
-from prime.report.table import predictions_of, scores, setting_of, stack, user_stats
+from prime.report.predictions import predictions_of, setting_of
+from prime.report.scores import metric_intervals, stack, user_stats
 from prime.runs.files import read_json
 from prime.runs.run import read_results
 from prime.users.data import load_labels
@@ -93,7 +94,7 @@ def utility(task: Task, golds: dict[str, str], folder: Path, users: list[str] | 
         if setting_of(cell) == "k0":
             stats = user_stats(task, by_user, golds)
             chosen = [user for user in stats if users is None or user in users]
-            found[cell.method] = scores(task, stack(stats, chosen))[task.metrics[0]]
+            found[cell.method] = metric_intervals(task, stack(stats, chosen))[task.metrics[0]]
     return found
 
 

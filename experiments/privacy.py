@@ -33,12 +33,12 @@ import lora_composition_evo
 import mia
 from experiments import demo_runs
 from prime import cli
-from prime.attack import statistics
+from prime.attack.sets import set_summary
 from prime.report import plots
-from prime.report import table as report
-from prime.report.figures import frontier as frontier_figure
-from prime.report.table import Cell
-from prime.report.tables import markdown
+from prime.report.figures.trade import draw_frontier
+from prime.report.predictions import Cell, predictions_of
+from prime.report.scores import user_stats
+from prime.report.tables import interval_text, markdown
 from prime.runs.files import write_json
 from prime.runs.run import read_results
 from prime.users.data import load_labels
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace, task: str, seed: int, folder: Path, name: str)
 def users_of(task: Task, seed: int, own: Path, golds: Mapping[str, str]) -> list[dict[str, Any]]:
     """Of each user finished and attacked in a run: statistics of the metric, similarity, and the attack's scores."""
     cell = Cell("prime", 0, False)
-    predictions = report.predictions_of(read_results(own)).get(cell, {})
-    stats = report.user_stats(task, predictions, golds)
+    predictions = predictions_of(read_results(own)).get(cell, {})
+    stats = user_stats(task, predictions, golds)
     attacks = {result["user_id"]: result for result in read_results(own / "mia")}
     return [
         {
@@ -143,7 +143,7 @@ def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[
         return sign * (metric.finish(sums[..., :half]) - before) / before
 
     attacks = [one["attack"] for one in users]
-    sets = {name: statistics.set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
+    sets = {name: set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
     similarity = np.array([[one["similarity"], 1.0] for one in users])
     return {
         task.metrics[0]: named(bootstrap(own, metric.finish)),
@@ -181,9 +181,9 @@ def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
     body = [
         [
             name,
-            report.cell_text(row[metric]),
-            report.cell_text(row["relative_loss"], sign="+"),
-            *(report.cell_text(row[key]) for key in ("similarity", "published", "controlled")),
+            interval_text(row[metric]),
+            interval_text(row["relative_loss"], sign="+"),
+            *(interval_text(row[key]) for key in ("similarity", "published", "controlled")),
             f"{row['single_sharer']:.0%}",
             f"{len(row['seeds'])}, {row['users']} in all",
         ]
@@ -193,7 +193,7 @@ def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows as points of `prime.report.figures.frontier`: short labels, and the numbers of the penalties."""
+    """The rows as points of `prime.report.figures.trade`: short labels, and the numbers of the penalties."""
     metric = task.metrics[0]
     return [
         {
@@ -211,7 +211,7 @@ def show(task: Task, rows: Mapping[str, Mapping[str, Any]], folder: Path) -> str
     """Draw the rows; their table, and the figure in a sentence."""
     if not rows:
         return f"{task.name}: nothing finished"
-    made, sentence = frontier_figure(points(task, rows), task.metrics[0])
+    made, sentence = draw_frontier(points(task, rows), task.metrics[0])
     plots.save(made, folder / f"frontier-{task.name}")
     return f"{table(task, rows)}\n\n{sentence}"
 

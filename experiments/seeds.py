@@ -25,9 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prime import cli
-from prime.report import table as report
 from prime.report.methods import REFERENCE, place
-from prime.report.table import Cell, Stats
+from prime.report.predictions import Cell, gather, task_of
+from prime.report.scores import Stats, metric_intervals, paired_comparison, stack, user_stats
+from prime.report.tables import interval_text, markdown
 from prime.runs.files import read_json, write_json
 from prime.users.data import load_labels, load_users
 from prime.users.metrics import METRICS
@@ -60,12 +61,12 @@ def reproduce(task: str, seed: int, holdout: str, folder: Path) -> None:
 
 def stats_of(task: Task, folder: Path, users: Sequence[str], golds: Mapping[str, str]) -> dict[str, dict[str, Stats]]:
     """Of one seed, at k = 0 without profile: method -> user -> sufficient statistics of each metric."""
-    stages = sorted(path for path in folder.iterdir() if report.task_of(path) == task.name)
-    predictions, _ = report.gather(stages[0], task)
+    stages = sorted(path for path in folder.iterdir() if task_of(path) == task.name)
+    predictions, _ = gather(stages[0], task)
     at_zero = {cell.method: found for cell, found in predictions.items() if cell == Cell(cell.method, 0, False)}
     wanted = set(users)
     return {
-        method: {user: own for user, own in report.user_stats(task, found, golds).items() if user in wanted}
+        method: {user: own for user, own in user_stats(task, found, golds).items() if user in wanted}
         for method, found in at_zero.items()
     }
 
@@ -77,7 +78,7 @@ def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
 
 
 def attacked(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of one seed: method -> set of `prime.attack.scoring.SETS` -> its attacks, of all runs that were attacked."""
+    """Of one seed: method -> set of `prime.attack.sets.SETS` -> its attacks, of all runs that were attacked."""
     found = [read_json(path) for path in sorted(folder.glob("*/mia_summary.json"))]
     return {one["method"]: one["sets"] for one in found}
 
@@ -126,15 +127,15 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
         if not all(method in own for own in by_seed):
             continue
         total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
-        stacked = report.stack(total, list(total))
+        stacked = stack(total, list(total))
         found = {prefix: leakage(attacks, method, name) for prefix, name in EXPERIMENTS.items()}
         leaked = {prefix + key: value for prefix, own in found.items() for key, value in own.items()}
-        row: dict[str, Any] = {"method": method, **report.scores(task, stacked), **leaked}
+        row: dict[str, Any] = {"method": method, **metric_intervals(task, stacked), **leaked}
         row |= cost(summaries, method)
-        singles = [report.scores(task, report.stack(own[method], list(own[method]))) for own in by_seed]
+        singles = [metric_intervals(task, stack(own[method], list(own[method]))) for own in by_seed]
         row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
         if method != REFERENCE:
-            row["paired"] = report.compare(task, stacked, report.stack(reference, list(total)))
+            row["paired"] = paired_comparison(task, stacked, stack(reference, list(total)))
             row["verdict"] = verdict(task, row["paired"][task.metrics[0]])
         rows.append(row)
     return {"task": task.name, "metric": task.metrics[0], "seeds": list(folders), "rows": rows}
@@ -157,16 +158,16 @@ def table(found: Mapping[str, Any]) -> str:
         body.append(
             [
                 row["method"],
-                report.cell_text(row[metric]),
+                interval_text(row[metric]),
                 ", ".join(f"{value:.3f}" for value in row["seeds"]),
-                report.cell_text(pair[metric], sign="+") if pair else "-",
+                interval_text(pair[metric], sign="+") if pair else "-",
                 f"{pair['better']}/{pair['equal']}/{pair['worse']}" if pair else "-",
                 *("-" if row[key] is None else f"{row[key]:.3f}" for key in LEAKAGE),
                 row.get("verdict", "-").removeprefix("prime "),
             ]
         )
     title = f"**{found['task']}**, {metric}, {direction} is better; seeds {', '.join(map(str, found['seeds']))}"
-    return f"{title}\n\n{report.markdown([header, *body])}"
+    return f"{title}\n\n{markdown([header, *body])}"
 
 
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
@@ -210,7 +211,7 @@ def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
     """A row per method that any column has, in the order of the tables."""
     names = sorted({name for own in columns.values() for name in own}, key=place)
     rows = ([name, *(own.get(name, "-") for own in columns.values())] for name in names)
-    return report.markdown([["method", *columns], *rows])
+    return markdown([["method", *columns], *rows])
 
 
 def main(argv: list[str] | None = None) -> None:

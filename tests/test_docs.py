@@ -9,9 +9,9 @@ import pytest
 import world
 
 import postprocess
-from prime.attack import scoring, statistics
+from prime.attack import scoring, sets
 from prime.merging import optimizer as search
-from prime.report import page
+from prime.report.sections.leakage import leakage_table
 from prime.runs.files import read_json
 from prime.runs.run import Run
 from prime.users import prompts, tasks, templates
@@ -201,6 +201,6 @@ def test_an_attack_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         sides = scores(usual), scores(1.0)
         return {attack: {"member": sides[0][attack], "non_member": sides[1][attack]} for attack in sides[0]}
 
-    table = statistics.attack_table([{"scores": user(0.2), "blind": user(1.0)} for _ in range(3)], n=50)
+    table = sets.attack_summaries([{"scores": user(0.2), "blind": user(1.0)} for _ in range(3)], n=50)
     assert table[name]["auroc"]["mean"] > 0.9 and abs(table[name]["blind_auroc"]["mean"] - 0.5) < 0.15
-    assert ["prime", name] in [row[:2] for row in page.leakage_table({"prime": table})]
+    assert ["prime", name] in [row[:2] for row in leakage_table({"prime": table})]

@@ -29,10 +29,12 @@ from prime.checkpoints.published import load_published, load_published_gate
 from prime.errors import InputError
 from prime.merging.anchors import save_selection
 from prime.merging.gates import load_gate, save_gate
-from prime.report import figures, plots
-from prime.report import table as report
+from prime.report import plots
+from prime.report.figures.trade import draw_frontier
 from prime.report.frontier import read_frontier
 from prime.report.leakage import read_curves
+from prime.report.predictions import check_golds, check_stage, check_users, gather
+from prime.report.summary import about_methods
 from prime.runs.forms import EVALUATED_LOSS, read_form_lines
 from prime.runs.penalties import open_runs
 from prime.runs.run import Run, read_results, read_settings
@@ -131,24 +133,24 @@ def merge(folder: Path, _: Path) -> None:
 def table(folder: Path, _: Path) -> None:
     stage = folder / "output" / "evo"
     test = folder / "data" / TASK.name / "test_100"
-    report.check_stage(stage, TASK)
+    check_stage(stage, TASK)
     users = [user.user_id for user in load_users(test / "user_test_100.json", TASK)]
     golds = load_labels(test / "user_test_100_label.json")
-    predictions, sources = report.gather(stage, TASK)
-    report.check_users(predictions, users, test / "user_test_100.json")
-    report.check_golds(predictions, golds, test / "user_test_100_label.json")
-    report.about_methods(sources)
+    predictions, sources = gather(stage, TASK)
+    check_users(predictions, users, test / "user_test_100.json")
+    check_golds(predictions, golds, test / "user_test_100_label.json")
+    about_methods(sources)
 
 
 def curves(_: Path, path: Path) -> None:
     drawn = {curve["attack"]: (curve["fpr"], curve["tpr"]) for curve in read_curves(path)}
-    pyplot.close(plots.roc({"": drawn}))
+    pyplot.close(plots.roc_panels({"": drawn}))
 
 
 def frontier(_: Path, path: Path) -> None:
     found = read_frontier(path, TASK)
     if points := [one for one in found["points"] if one.get(found["metric"])]:
-        pyplot.close(figures.frontier(points, found["metric"])[0])
+        pyplot.close(draw_frontier(points, found["metric"])[0])
 
 
 def anchors_results(folder: Path, _: Path) -> None:

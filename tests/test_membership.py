@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from prime.attack import scoring, statistics
+from prime.attack import scoring, sets, statistics
 
 
 def pairs(members, non_members):
@@ -147,13 +147,13 @@ def test_roc_is_scikit_learns_and_thinning_keeps_its_corners(scores):
     members, non_members = scores
     truth = np.r_[np.ones(len(members)), np.zeros(len(non_members))]
     expected = set(zip(*roc_curve(truth, np.r_[members, non_members], drop_intermediate=False)[:2], strict=True))
-    fpr, tpr = statistics.roc(members, non_members)
+    fpr, tpr = statistics.roc_curve(members, non_members)
     assert {(x, y) for x, y in zip(fpr, tpr, strict=True)} <= expected
     assert (fpr[0], tpr[0], fpr[-1], tpr[-1]) == (0, 0, 1, 1)
     assert np.all(np.diff(fpr) >= 0) and np.all(np.diff(tpr) >= 0)
     rng = np.random.default_rng(0)
     many = rng.normal(1, 1, 5000), rng.normal(0, 1, 5000)
-    thin, whole = statistics.roc(*many), statistics.roc(*many, points=10**6)
+    thin, whole = statistics.roc_curve(*many), statistics.roc_curve(*many, points=10**6)
     assert len(thin[0]) <= 200 and set(zip(*thin, strict=True)) <= set(zip(*whole, strict=True))
     assert np.trapezoid(*whole[::-1]) == pytest.approx(statistics.auroc(*many), abs=1e-3)
 
@@ -203,25 +203,25 @@ def result_of(member, non_member, held_out=None, numbers=((1, 2), (1, 1))):
 
 
 def test_user_aurocs_are_scikit_learns() -> None:
-    found = statistics.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0]))
+    found = sets.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0]))
     truth = [1, 1, 1, 0, 0]
     expected = pytest.approx(roc_auc_score(truth, [3, 1, 2, 0.5, 2]))
     assert found == {"loss": {"auroc": expected, "blind": 0.5}}
-    controlled = statistics.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0]))["loss"]
+    controlled = sets.user_aurocs(result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0]))["loss"]
     assert controlled["controlled"] == pytest.approx(roc_auc_score(truth, [3, 1, 2, 2.5, 0]))
     assert controlled == {"auroc": expected, "blind": 0.5, "controlled_blind": 0.5} | controlled
 
 
 def test_sets_hold_records_of_others_of_the_same_and_whole_users():
     result = result_of([3.0, 1.0, 2.0], [0.5, 2.0], [2.5, 0.0])
-    told = {name: statistics.set_scores(result, "scores", "loss", name) for name in scoring.SETS}
+    told = {name: sets.set_scores(result, "scores", "loss", name) for name in sets.SETS}
     assert {name: [list(side) for side in sides] for name, sides in told.items()} == {
         "published": [[3.0, 1.0, 2.0], [0.5, 2.0]],
         "controlled": [[3.0, 1.0, 2.0], [2.5, 0.0]],
         "user": [[3.0, 1.5], [0.5, 2.0]],
     }
     without = result_of([3.0, 1.0, 2.0], [0.5, 2.0])
-    assert statistics.in_set([result, without], "controlled") == [result]
-    assert statistics.attack_table([without], "controlled") == {}
-    counts = statistics.set_summary([result, without], "user", n=10)
+    assert sets.in_set([result, without], "controlled") == [result]
+    assert sets.attack_summaries([without], "controlled") == {}
+    counts = sets.set_summary([result, without], "user", n=10)
     assert (counts["users"], counts["members"], counts["non_members"]) == (2, 4, 4)

@@ -13,8 +13,17 @@ from matplotlib.figure import Figure
 
 import postprocess
 from prime.errors import InputError
-from prime.report import across, figures, leakage, page
+from prime.report import across, leakage
+from prime.report.figures.leakage import draw_roc
+from prime.report.figures.parts import plain
+from prime.report.figures.search import best_so_far, draw_traces
+from prime.report.figures.trade import TRADED_TITLES, draw_frontier, draw_trade
+from prime.report.figures.utility import draw_scores, pair_sentence
 from prime.report.frontier import read_frontier
+from prime.report.sections.content import Content
+from prime.report.sections.leakage import strongest
+from prime.report.sections.search import no_single_sharer
+from prime.report.sections.words import EXAMPLES, base_won
 from prime.runs.files import read_json, read_lines
 from prime.runs.run import Run, machine, user_dirname
 from prime.users.tasks import TASKS
@@ -84,7 +93,7 @@ def write_attack(root: Path) -> None:
         | {f"{side}_{what}": [] for side in sizes for what in ("ids", "loss")} for user in HOSTILE
     ]  # fmt: skip
     folder = root / "LoRA-Composition-evo"
-    (folder / "mia_summary.json").write_text(json.dumps(leakage.summarise("prime", results, results[:2], 0)))
+    (folder / "mia_summary.json").write_text(json.dumps(leakage.summarise_attacks("prime", results, results[:2], 0)))
     leakage.write_roc(folder, "prime", results, results[:2])
 
 
@@ -204,7 +213,7 @@ def test_leakage_stands_beside_its_blind_baseline(written: Path) -> None:
 
 def test_the_frontier_tells_what_the_penalty_costs_and_buys(written: Path) -> None:
     text = " ".join(run_page(written).text.split())
-    told = f"accuracy 0.500 to 0.400 and {figures.TRADED['auroc']} 0.800 to 0.600"
+    told = f"accuracy 0.500 to 0.400 and {TRADED_TITLES['auroc']} 0.800 to 0.600"
     assert f"From penalty 0 to 1: {told}." in text
 
 
@@ -213,16 +222,16 @@ def test_the_strongest_attack_stands_beside_the_published_one() -> None:
         return {"auroc": {"mean": auroc}}
 
     both = {"loss": attack(0.6), "zlib": attack(0.5), "rmia": attack(0.7)}
-    chosen = page.strongest({"prime": both, "oppu": {"loss": attack(0.9), "zlib": attack(0.8)}})
+    chosen = strongest({"prime": both, "oppu": {"loss": attack(0.9), "zlib": attack(0.8)}})
     assert {who: list(by) for who, by in chosen.items()} == {"prime": ["loss", "rmia"], "oppu": ["loss"]}
 
 
 def test_ten_examples_evenly_spaced(written: Path) -> None:
     tags = run_page(written).tags
     shown = [attrs for tag, attrs in tags if tag == "td" and attrs.get("data-name") == "gold"]
-    assert len(shown) == page.EXAMPLES < len(HOSTILE)
+    assert len(shown) == EXAMPLES < len(HOSTILE)
     for method in RIGHT:
-        assert len([1 for tag, attrs in tags if attrs.get("data-name") == method]) == page.EXAMPLES
+        assert len([1 for tag, attrs in tags if attrs.get("data-name") == method]) == EXAMPLES
 
 
 def test_a_search_that_may_not_deploy_a_sharer_is_told_so() -> None:
@@ -232,7 +241,7 @@ def test_a_search_that_may_not_deploy_a_sharer_is_told_so() -> None:
         ({}, "a single sharer"), ({"search_only": False, "top_share": 1.0}, "a single sharer"),
         ({"search_only": True}, "a candidate of the search"), ({"top_share": 0.4}, "a candidate of the search"),
     ):  # fmt: skip
-        _, sentence = figures.traces([own], page.no_single_sharer(settings))
+        _, sentence = draw_traces([own], no_single_sharer(settings))
         assert f"{winner} for 1" in sentence
 
 
@@ -339,14 +348,14 @@ def test_a_damaged_file_is_one_clear_error(
 
 def test_users_who_merge_nothing_are_told(tmp_path: Path) -> None:
     run = Run(tmp_path / "evo", "lora_composition_evo", "prime", {})
-    content = page.Content(tmp_path, TASK, {}, {}, {}, {"prime": run.root}, {})
+    content = Content(tmp_path, TASK, {}, {}, {}, {"prime": run.root}, {})
     told = []
     for index, deployed in enumerate(("base", "merge")):
         run.finish(str(index), {"user_id": str(index), "index": index, "deployed": deployed})
-        told += page.base_won(content)
+        told += base_won(content)
     assert told[0].startswith("Nobody's adapters are merged: for all of 1 user the base won the search")
     assert told[1:] == ["For 1 of 2 users the base won the search: nothing is merged."]
-    assert page.base_won(content._replace(sources={})) == []
+    assert base_won(content._replace(sources={})) == []
 
 
 def test_penalties_that_deploy_alike_are_told_and_drawn_as_one() -> None:
@@ -354,7 +363,7 @@ def test_penalties_that_deploy_alike_are_told_and_drawn_as_one() -> None:
     same = {"mean": 0.5, "low": 0.4, "high": 0.6}
     points = [{"label": f"penalty {p}", "penalty": p, "accuracy": same, "similarity": same} for p in (0.0, 0.1, 0.5)]
     points.append({**points[0], "label": "best sharer (AUROC: of all sharers)", "penalty": None})
-    made, sentence = figures.frontier(points, "accuracy")
+    made, sentence = draw_frontier(points, "accuracy")
     assert sentence == "From penalty 0 to 0.5 nothing changes: accuracy 0.500 and similarity to the sharers 0.500."
     assert [text.get_text() for text in made.axes[0].texts] == ["0, 0.1, 0.5"]
     inside(made)
@@ -363,7 +372,7 @@ def test_penalties_that_deploy_alike_are_told_and_drawn_as_one() -> None:
 def test_the_legend_of_the_roc_lies_beside_its_curves() -> None:
     curves = {f"attack {i}": ([0.0, 0.5, 1.0], [0.0, 0.9, 1.0]) for i in range(7)}
     rates = {rate: {"mean": 0.5, "low": 0.4, "high": 0.6} for rate in ("0.1", "0.01")}
-    made, _ = figures.roc(curves, {**dict.fromkeys(curves, rates), "loss": rates}, "prime")
+    made, _ = draw_roc(curves, {**dict.fromkeys(curves, rates), "loss": rates}, "prime")
     inside(made)
 
 
@@ -378,26 +387,25 @@ def inside(made: Figure) -> None:
 
 def test_best_so_far_leaves_out_what_may_not_win() -> None:
     losses = [-1.0, -3.0, -0.5, -2.0]
-    assert figures.best_so_far(losses, [True] * 4).tolist() == [0, -2, -2, -2]
-    assert figures.best_so_far(losses, [True, False, True, True]).tolist() == [0, 0, 0, -1]
+    assert best_so_far(losses, [True] * 4).tolist() == [0, -2, -2, -2]
+    assert best_so_far(losses, [True, False, True, True]).tolist() == [0, 0, 0, -1]
 
 
 def test_rows_alike_are_told_as_such() -> None:
     """Where everybody deploys the base no row is best, none lies between, and no difference is minus nothing."""
-    from prime.report import figures
 
     score = {"mean": 0.5, "low": 0.25, "high": 0.75}
     rows = [{"method": name, "accuracy": score, "auroc": score} for name in ("base", "prime")]
-    assert figures.scores(rows, "accuracy", "prime")[1] == "All rows are alike: accuracy 0.500 [0.250, 0.750]."
-    assert figures.trade(rows, "accuracy", "prime")[1].startswith("All are alike: prime (")
+    assert draw_scores(rows, "accuracy", "prime")[1] == "All rows are alike: accuracy 0.500 [0.250, 0.750]."
+    assert draw_trade(rows, "accuracy", "prime")[1].startswith("All are alike: prime (")
     none = {"mean": 0.0, "low": 0.0, "high": 0.0}
     pair = {"method": "base", "accuracy": none, "better": 0, "equal": 3, "worse": 0}
-    assert "-0.000" not in figures.pair_sentence(pair, "accuracy", "prime")
+    assert "-0.000" not in pair_sentence(pair, "accuracy", "prime")
 
 
 def test_names_are_drawn_as_they_are() -> None:
-    assert figures.plain("a$b\nc") == r"a\$b c" and figures.plain("\U00020000x") == "?x"
-    assert figures.plain("abcdef", 4) == "abc…"
+    assert plain("a$b\nc") == r"a\$b c" and plain("\U00020000x") == "?x"
+    assert plain("abcdef", 4) == "abc…"
 
 
 # --- a real browser

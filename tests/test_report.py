@@ -7,7 +7,10 @@ import pytest
 
 import postprocess
 from prime.errors import InputError
-from prime.report import table as report
+from prime.report.predictions import Cell, check_golds, check_stage, gather
+from prime.report.scores import paired_comparison, write_stage_files
+from prime.report.summary import LEAKAGE, about_methods, build_summary, seconds_per_user
+from prime.report.summary_table import method_rows, notes, table_rows, write_summary
 from prime.report.tables import aligned
 from prime.runs.files import read_json
 from prime.runs.run import Run
@@ -53,8 +56,8 @@ def output(tmp_path):
 
 
 def summary_of(output, stage="LoRA-Composition-evo", expected=USERS):
-    predictions, source = report.gather(output / stage, TASK)
-    return report.summarise(TASK, predictions, golds_of(), report.about_methods(source), expected)
+    predictions, source = gather(output / stage, TASK)
+    return build_summary(TASK, predictions, golds_of(), about_methods(source), expected)
 
 
 def row(rows, method, k=0, profile=False):
@@ -75,7 +78,7 @@ def test_scores_carry_intervals(output):
     prime = row(rows, "prime")["accuracy"]
     assert prime["mean"] == pytest.approx((2 * 2 + 4 * 3) / 24)
     assert prime["low"] < prime["mean"] < prime["high"]
-    columns = {*report.LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient"}
+    columns = {*LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient"}
     assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1"} | columns
 
 
@@ -90,7 +93,7 @@ def test_lower_is_better_for_error_metrics():
     task = TASKS["product_rating"]
     good, bad = np.array([[1.0, 4.0]]), np.array([[8.0, 4.0]])
     stats = [{"MAE": s, "RMSE": s} for s in (good, bad)]
-    compared = report.compare(task, *stats)
+    compared = paired_comparison(task, *stats)
     assert (compared["better"], compared["worse"]) == (1, 0)
     assert compared["MAE"]["mean"] == -1.75 and not METRICS["MAE"].higher_is_better
 
@@ -102,8 +105,8 @@ def test_partial_runs_are_scored_and_told(output):
     assert summary["users"]["oppu"] == {"present": 2, "expected": 6}
     pair = row(summary["paired"], "oppu")
     assert pair["accuracy"]["mean"] == pytest.approx(0.5) and pair["better"] == 2
-    assert "oppu: partial, 2 of 6 users" in report.notes(summary)
-    assert "prime: partial" not in report.notes(summary)
+    assert "oppu: partial, 2 of 6 users" in notes(summary)
+    assert "prime: partial" not in notes(summary)
 
 
 def test_the_named_stage_wins_over_another_with_the_same_method(output):
@@ -120,13 +123,13 @@ def test_a_baselines_own_run_wins_over_the_search_it_comes_along_with(output):
     adapter = output / "Uniform" / "users" / "user_0" / "adapter" / "adapter_model.safetensors"
     adapter.parent.mkdir(parents=True, exist_ok=True)
     adapter.write_bytes(b"123456")
-    predictions, source = report.gather(output / "LoRA-Composition-evo", TASK)
+    predictions, source = gather(output / "LoRA-Composition-evo", TASK)
     assert {name: folder.name for name, folder in source.items()} == {
         "base": "task-base_LLM", "rag": "task-base_LLM", "task_lora": "task-base_LLM",
         "prime": "LoRA-Composition-evo", "uniform": "Uniform",
     }  # fmt: skip
-    assert predictions[report.Cell("uniform", 0, False)] == {user: answers(user, 1) for user in USERS}
-    assert report.about_methods(source)["uniform"]["bytes_per_user"] == 6 / len(USERS)
+    assert predictions[Cell("uniform", 0, False)] == {user: answers(user, 1) for user in USERS}
+    assert about_methods(source)["uniform"]["bytes_per_user"] == 6 / len(USERS)
 
 
 SUMMARY = {"sharers": {"users": 0, "attacks": {}}}  # of mia_summary.json
@@ -145,7 +148,7 @@ def test_auroc_of_the_published_attack_and_its_blind_baseline(output):
     assert row(summary["rows"], "uniform")["auroc"] is None
     assert summary["auroc_attack"].startswith("loss")
     assert row(summary["rows"], "prime")["controlled_auroc"] is None
-    assert "controlled" not in aligned(report.method_rows(summary)) + report.notes(summary)
+    assert "controlled" not in aligned(method_rows(summary)) + notes(summary)
 
 
 def test_auroc_of_the_controlled_attack_where_records_were_held_out(output):
@@ -158,10 +161,10 @@ def test_auroc_of_the_controlled_attack_where_records_were_held_out(output):
     summary = summary_of(output)
     assert row(summary["rows"], "prime")["controlled_auroc"] == held_out["auroc"]
     assert row(summary["rows"], "task_lora")["controlled_auroc"] == held_out["blind_auroc"]
-    header, *body = report.method_rows(summary)
+    header, *body = method_rows(summary)
     shown = dict(zip(header, next(cells for cells in body if cells[0] == "prime"), strict=True))
     assert shown["AUROC"].startswith("0.700") and shown["controlled AUROC"].startswith("0.550")
-    assert shown["controlled, blind"].startswith("0.480") and "held-out" in report.notes(summary)
+    assert shown["controlled, blind"].startswith("0.480") and "held-out" in notes(summary)
 
 
 METHOD_FOLDERS = {
@@ -211,19 +214,19 @@ def test_cost_of_a_user(tmp_path):
     assert cost["best_sharer"] == (1.5, None) and cost["uniform"] == (0.0, None)
     assert cost["oppu"] == (None, 0.0)  # a result without seconds tells none
     composed = {"compose": 2.0, "measure": 7.0, "predict": 1.0}
-    assert report.seconds_per_user("per_pcs", [{"seconds": composed}]) == 2.0
-    assert report.seconds_per_user("mta", [{"seconds": {"train": 0.5, "predict": 1.0}}]) == 0.5
-    assert report.seconds_per_user("base", [{"seconds": {"predict": 1.0}}]) == 0.0
+    assert seconds_per_user("per_pcs", [{"seconds": composed}]) == 2.0
+    assert seconds_per_user("mta", [{"seconds": {"train": 0.5, "predict": 1.0}}]) == 0.5
+    assert seconds_per_user("base", [{"seconds": {"predict": 1.0}}]) == 0.0
     old = {"search": 3.0, "predict": 1.0}
-    assert report.seconds_per_user("best_sharer", [{"seconds": old}]) is None
-    lines = aligned(report.method_rows(summary_of(tmp_path, "evo"))).splitlines()
+    assert seconds_per_user("best_sharer", [{"seconds": old}]) is None
+    lines = aligned(method_rows(summary_of(tmp_path, "evo"))).splitlines()
     assert lines[0].split()[:2] == ["method", "AUROC"] and "1,500" in next(x for x in lines if x.startswith("prime"))
     assert len(lines) == 2 + 4
 
 
 def test_published_files_of_the_stages_own_method(output):
     stage = output / "LoRA-Composition-evo"
-    written = report.write_stage_files(stage, TASK, golds_of())
+    written = write_stage_files(stage, TASK, golds_of())
     assert sorted(p.name for p in written) == [
         "eval-k0.json", "eval-k2-profile.json", "output-k0.json", "output-k2-profile.json",
     ]  # fmt: skip
@@ -234,39 +237,39 @@ def test_published_files_of_the_stages_own_method(output):
 
 
 def test_missing_golds_are_named(output):
-    predictions, _ = report.gather(output / "task-base_LLM", TASK)
+    predictions, _ = gather(output / "task-base_LLM", TASK)
     golds = golds_of()
     del golds["3-1"], golds["5-0"]
     with pytest.raises(InputError, match=r"labels.json: no gold for 2 .*: 3-1, 5-0"):
-        report.check_golds(predictions, golds, output / "labels.json")
+        check_golds(predictions, golds, output / "labels.json")
 
 
 def test_a_folder_without_results_names_the_stage_to_run(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="run the stage .*lora_composition_evo.py"):
-            report.check_stage(folder, TASK)
+            check_stage(folder, TASK)
     Run(tmp_path, "train_anchor_peft", "anchors", {}).finish("1", {"user_id": "1", "index": 0})
     with pytest.raises(InputError, match="run the stage"):
-        report.check_stage(tmp_path, TASK)
+        check_stage(tmp_path, TASK)
 
 
 def test_stages_of_another_task_are_refused_or_left_out(output):
     other = TASKS["news_categorize"]
     with pytest.raises(InputError, match="made for task movie_tagging, not news_categorize"):
-        report.check_stage(output / "LoRA-Composition-evo", other)
+        check_stage(output / "LoRA-Composition-evo", other)
     Run(output / "a-other", "oppu", "oppu", {"task_name": other.name}).finish(
         "0", {"user_id": "0", "index": 0, "predictions": {"oppu": {"k0": answers("0", 4)}}}
     )
-    assert "oppu" not in report.gather(output / "LoRA-Composition-evo", TASK)[1]
+    assert "oppu" not in gather(output / "LoRA-Composition-evo", TASK)[1]
 
 
 def test_table_and_files(output):
     summary = summary_of(output)
-    lines = aligned(report.table_rows(summary)).splitlines()
+    lines = aligned(table_rows(summary)).splitlines()
     assert lines[0].split()[:5] == ["method", "k", "profile", "accuracy", "f1"]
     assert len(lines) == 2 + len(summary["rows"]) and max(map(len, lines)) <= 130
     assert lines[0].index("accuracy") == lines[2].index("0.250")
-    report.write_summary(output, summary)
+    write_summary(output, summary)
     assert read_json(output / "summary.json") == json.loads(json.dumps(summary))
     written = (output / "summary.md").read_text()
     assert "| prime | 0 | no | 0.667 [" in written and "| method | AUROC | AUROC, blind |" in written

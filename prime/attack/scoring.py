@@ -1,10 +1,9 @@
-"""Membership inference: attack scores over per-token log-probabilities, and how well they tell members apart.
+"""Membership inference: the attacks, each a score of a record from its tokens' log-probabilities.
 
 Everything here is a pure function of numpy arrays and texts, so an attack can be tried on any model whose token
-log-probabilities are at hand. Direction, everywhere: *a higher score means "more likely a member"*.
+log-probabilities are at hand. In all of them a higher score means "more likely a member".
 
-Letters: `t` target tokens of a record (EOS included), `m` reference models, `z` records of the population, `u` users
-(or sharers: the unit that is resampled), `s` resamples, `k` thresholds.
+Letters: `t` target tokens of a record (EOS included), `m` reference models, `z` records of the population.
 """
 
 from __future__ import annotations
@@ -128,21 +127,9 @@ NEEDS_REFERENCES = ("rmia",)
 
 def record_scores(evidence: Sequence[Evidence]) -> dict[str, list[float]]:
     """Every attack's score of every record; without reference models or a population, no RMIA."""
-    related = all(len(e.references) and len(e.population) for e in evidence)
-    names = [name for name in ATTACKS if related or name not in NEEDS_REFERENCES]
-    return {name: [ATTACKS[name](e) for e in evidence] for name in names}
-
-
-# -- how well scores tell members apart -----------------------------------------------------------------------------
-
-
-# -- member and non-member sets -------------------------------------------------------------------------------------
-
-# name -> what is told apart; "user": an anchor's score is the mean of its records'.
-SETS: dict[str, tuple[str, str]] = {
-    "published": ("member", "non_member"),  # sharers' records, and those of all other anchors
-    "controlled": ("member", "held_out"),  # sharers' records, and records of the same sharers that were held out
-    "user": ("member", "non_member"),  # sharers, and all other anchors
-}
-
-
+    with_references = all(len(e.references) and len(e.population) for e in evidence)
+    scores = {}
+    for name, attack in ATTACKS.items():
+        if with_references or name not in NEEDS_REFERENCES:
+            scores[name] = [attack(e) for e in evidence]
+    return scores

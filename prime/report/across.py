@@ -6,73 +6,91 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prime.attack import scoring
-from prime.report import figures
-from prime.report import table as report
+from prime.attack.scoring import PUBLISHED_ATTACK
+from prime.report.figures.leakage import draw_leakage
+from prime.report.figures.parts import direction
+from prime.report.figures.utility import draw_tasks
 from prime.report.methods import REFERENCE, SHORTEST_LIST, place
-from prime.report.table import Cell, leading
+from prime.report.predictions import Cell
+from prime.report.summary import leading, metric_names, partial_methods
+from prime.report.tables import interval_text
 from prime.report.web import Shown, render, show
 from prime.runs.files import read_json, write_text
-from prime.users import metrics
 
-OURS = REFERENCE
+Summaries = Mapping[str, Mapping[str, Any]]  # task -> content of its summary.json
 
 
 def task_summaries(output: Path) -> dict[str, dict[str, Any]]:
     """summary.json of every folder in `output` that is named after its task, by name."""
-    found = {}
+    summaries = {}
     for path in sorted(output.glob("*/summary.json")):
         summary = read_json(path)
         if isinstance(summary, dict) and summary.get("task") == path.parent.name and summary.get("rows"):
-            found[path.parent.name] = summary
-    return found
+            summaries[path.parent.name] = summary
+    return summaries
 
 
-def task_rows(summaries: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def rows_by_method(summary: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The rows at k = 0 without profile."""
+    return {row["method"]: row for row in leading(summary)}
+
+
+def task_rows(summaries: Summaries) -> list[list[str]]:
     """Tasks by methods: the first metric at k = 0 without profile, then PriME's leakage."""
-    present = {row["method"] for summary in summaries.values() for row in leading(summary)}
-    methods = sorted(present, key=place)
-    rows = [["task", "metric", *methods, f"AUROC of {OURS}", "blind baseline"]]
-    for task, summary in summaries.items():
-        own = {row["method"]: row for row in leading(summary)}
-        name = report.metric_names(summary)[0]
-        better = "higher" if metrics.METRICS[name].higher_is_better else "lower"
-        cells = [report.cell_text(own[m][name]) if m in own else "-" for m in methods]
-        ours = own.get(OURS, {})
-        leaked = [report.cell_text(ours.get(key)) for key in ("auroc", "blind_auroc")]
-        rows.append([task, f"{name} ({better} is better)", *cells, *leaked])
-    return rows
+    by_task = {task: rows_by_method(summary) for task, summary in summaries.items()}
+    methods = sorted(set().union(*by_task.values()), key=place)
+    table = [["task", "metric", *methods, f"AUROC of {REFERENCE}", "blind baseline"]]
+    for task, rows in by_task.items():
+        metric = metric_names(summaries[task])[0]
+        values = [interval_text(rows[method][metric]) if method in rows else "-" for method in methods]
+        reference = rows.get(REFERENCE, {})
+        leakage = [interval_text(reference.get(key)) for key in ("auroc", "blind_auroc")]
+        table.append([task, f"{metric} ({direction(metric)})", *values, *leakage])
+    return table
 
 
-def tasks_figures(summaries: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Shown]:
+def tasks_figures(summaries: Summaries, folder: Path) -> list[Shown]:
     shown = []
     for baseline in SHORTEST_LIST:
-        wanted = Cell(baseline, 0, False)
-        found = {task: pair for task, summary in summaries.items() for pair in summary["paired"]
-                 if Cell(pair["method"], pair["k"], pair["profile"]) == wanted}  # fmt: skip
-        if found:
-            drawn = figures.tasks_paired(found, baseline, OURS)
-            shown.append(show(folder, f"tasks-{baseline}", f"{OURS} against {baseline}, by task", drawn))
-    attacked = [
-        (task, row["auroc"], row["blind_auroc"]) for task, summary in summaries.items() for row in leading(summary)
-        if row["method"] == OURS and row["auroc"] and row["blind_auroc"]
-    ]  # fmt: skip
+        if pairs := pairs_with(summaries, baseline):
+            drawn = draw_tasks(pairs, baseline, REFERENCE)
+            shown.append(show(folder, f"tasks-{baseline}", f"{REFERENCE} against {baseline}, by task", drawn))
+    attacked = []
+    for task, summary in summaries.items():
+        reference = rows_by_method(summary).get(REFERENCE)
+        if reference and reference["auroc"] and reference["blind_auroc"]:
+            attacked.append((task, reference["auroc"], reference["blind_auroc"]))
     if attacked:
-        drawn = figures.leakage(attacked, scoring.PUBLISHED_ATTACK)
-        shown.append(show(folder, "tasks-leakage", f"Leakage of {OURS}, by task", drawn))
+        drawn = draw_leakage(attacked, PUBLISHED_ATTACK)
+        shown.append(show(folder, "tasks-leakage", f"Leakage of {REFERENCE}, by task", drawn))
     return shown
+
+
+def pairs_with(summaries: Summaries, baseline: str) -> dict[str, Mapping[str, Any]]:
+    """The comparison with a baseline at k = 0 without profile, of the tasks that have it."""
+    wanted = Cell(baseline, 0, False)
+    pairs = {}
+    for task, summary in summaries.items():
+        for pair in summary["paired"]:
+            if Cell(pair["method"], pair["k"], pair["profile"]) == wanted:
+                pairs[task] = pair
+    return pairs
 
 
 def write_tasks_page(output: Path) -> Path:
     """<output>/report.html from the summaries of the tasks in it."""
     summaries = task_summaries(output)
+    partial_tasks = []
+    for task, summary in summaries.items():
+        for method, (present, expected) in partial_methods(summary).items():
+            partial_tasks.append(f"{task}: {method} has {present} of {expected} users.")
+    page = render(
+        "tasks.html",
+        table_rows=task_rows(summaries),
+        figures=tasks_figures(summaries, output / "figures"),
+        partial=partial_tasks,
+        links=[task for task in summaries if (output / task / "report.html").is_file()],
+    )
     path = output / "report.html"
-    partial_tasks = [
-        f"{task}: {method} has {n['present']} of {n['expected']} users." for task, summary in summaries.items()
-        for method, n in summary["users"].items() if n["present"] < n["expected"]
-    ]  # fmt: skip
-    write_text(path, render(
-        "tasks.html", table_rows=task_rows(summaries), figures=tasks_figures(summaries, output / "figures"),
-        partial=partial_tasks, links=[task for task in summaries if (output / task / "report.html").is_file()],
-    ))  # fmt: skip
+    write_text(path, page)
     return path

@@ -1,99 +1,120 @@
 """What the attacks found, as files and a table: mia_results.json, mia_summary.json, mia_roc.json and its figure."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from prime.attack import scoring, statistics
+from prime.attack.scoring import PUBLISHED_ATTACK
+from prime.attack.sets import SETS, attacks_on, in_set, scores_by_user, set_summary, user_aurocs
+from prime.attack.statistics import roc_curve
 from prime.errors import InputError
-from prime.merging.deploy import add_attacks
 from prime.report import plots
-from prime.report.table import cell_text
-from prime.report.tables import aligned
+from prime.report.tables import Estimate, aligned, interval_text
 from prime.runs.files import write_json
 from prime.runs.forms import MIA_SUMMARY, PAGE_SUMMARY, ROC_CURVES, form_problems, read_form
 
-PUBLISHED_LOSSES = [f"{side}_{what}" for what in ("ids", "num_samples", "loss") for side in ("member", "non_member")]
+PUBLISHED_LOSSES = (
+    "member_ids", "non_member_ids", "member_num_samples", "non_member_num_samples", "member_loss", "non_member_loss",
+)  # fmt: skip
 SET_TITLES = {
     "published": "published: records of sharers and of others",
     "controlled": "controlled: trained and held-out records",
     "user": "user: sharers and others",
 }
-RATES = {0.1: "10 %", 0.01: "1 %", 0.001: "0.1 %"}
+FPR_TEXTS = {"0.1": "10 %", "0.01": "1 %", "0.001": "0.1 %"}  # keys of a summary's rates, as a reader sees them
 
 
 def write_attacks(
     exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int
 ) -> dict[str, Any]:
-    """mia_results.json in the published shape, keyed "{user_id}-{index}", mia_summary.json and the ROC; the summary.
+    """Write mia_results.json in the published shape (keyed "{user_id}-{index}"), mia_summary.json and the ROC.
 
-    `sharers` is empty where their own adapters were left out. Each user's own part also goes into the cards of the
-    user's adapters.
+    `sharers` is empty where their own adapters were left out. Returns the content of mia_summary.json.
     """
-    losses = {f"{u['user_id']}-{u['index']}": {key: u[key] for key in PUBLISHED_LOSSES} for u in users}
+    losses = {}
+    for user in users:
+        losses[f"{user['user_id']}-{user['index']}"] = {key: user[key] for key in PUBLISHED_LOSSES}
     write_json(exp_dir / "mia_results.json", losses)
-    summary = summarise(method, users, sharers, seed)
+    summary = summarise_attacks(method, users, sharers, seed)
     write_json(exp_dir / "mia_summary.json", summary)
     write_roc(exp_dir, method, users, sharers)
-    add_attacks(exp_dir, summary["per_user"])
     return summary
 
 
-def summarise(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int) -> dict[str, Any]:
+def summarise_attacks(method: str, users: Sequence[Mapping], sharers: Sequence[Mapping], seed: int) -> dict[str, Any]:
     """The content of mia_summary.json. `attacks` are those of the published set; a set that nobody has is left out."""
-    parts = [
-        {name: found for name in scoring.SETS if (found := statistics.set_summary(part, name, seed=seed))["users"]}
-        for part in (users, sharers)
-    ]
-    of_users, of_sharers = ({"attacks": sets.get("published", {}).get("attacks", {}), "sets": sets} for sets in parts)
     return {
         "method": method,
         "users": len(users),
         "on_base": sum(user["on_base"] for user in users),
-        **of_users,
-        "per_user": {user["user_id"]: statistics.user_aurocs(user) for user in users},
-        "sharers": {"users": len(sharers), **of_sharers},
+        **_sets(users, seed),
+        "per_user": {user["user_id"]: user_aurocs(user) for user in users},
+        "sharers": {"users": len(sharers), **_sets(sharers, seed)},
     }
 
 
+def _sets(results: Sequence[Mapping], seed: int) -> dict[str, Any]:
+    summaries = {name: set_summary(results, name, seed=seed) for name in SETS}
+    sets = {name: summary for name, summary in summaries.items() if summary["users"]}
+    return {"attacks": sets.get("published", {}).get("attacks", {}), "sets": sets}
+
+
 def read_attacks(path: Path) -> dict[str, Any]:
-    """mia_summary.json, with all that a report shows of it."""
+    """mia_summary.json with all that a report shows of it.
+
+    Raises:
+        InputError: naming everything that the file lacks.
+    """
     summary = read_form(path, MIA_SUMMARY)
     problems = form_problems(summary, PAGE_SUMMARY, f"{path}: the file")
-    published = scoring.PUBLISHED_ATTACK
     if not problems:
         sets = [*summary.get("sets", {}).values(), *summary["sharers"].get("sets", {}).values()]
-        problems = [f"{path}: a set without the attack {published}" for one in sets if published not in one["attacks"]]
+        without = [found for found in sets if PUBLISHED_ATTACK not in found["attacks"]]
+        problems = [f"{path}: a set without the attack {PUBLISHED_ATTACK}"] * len(without)
     if problems:
         raise InputError.many(problems)
     return summary
 
 
-# -- the ROC --------------------------------------------------------------------------------------------------------
+# --- the ROC ---------------------------------------------------------------------------------------
 
 
 def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Sequence[Mapping]) -> None:
-    """mia_roc.json, and mia_roc.png and .svg: every attack on the deployed adapters, a panel for each set."""
-    models = (("deployed", users, "scores"), ("base", users, "blind"), ("sharers", sharers, "scores"))
-    curves: list[dict[str, Any]] = [
-        {"attack": attack, "set": name, "model": model, "fpr": rounded(fpr), "tpr": rounded(tpr)}
-        for model, results, key in models
-        for name in scoring.SETS
-        for attack, (fpr, tpr) in pooled_rocs(results, key, name).items()
-    ]
+    """mia_roc.json of every attack, and mia_roc.png and .svg of those on the deployed adapters, a panel per set."""
+    curves = [
+        *_curves("deployed", users, "scores"), *_curves("base", users, "blind"), *_curves("sharers", sharers, "scores")
+    ]  # fmt: skip
     write_json(exp_dir / "mia_roc.json", {"method": method, "curves": curves})
-    deployed = [curve for curve in curves if curve["model"] == "deployed"]
-    panels = {
-        SET_TITLES[name]: {c["attack"]: (c["fpr"], c["tpr"]) for c in deployed if c["set"] == name}
-        for name in scoring.SETS
-    }
-    plots.save(plots.roc({title: lines for title, lines in panels.items() if lines}), exp_dir / "mia_roc")
+    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[float]]]] = {}
+    for curve in curves:
+        if curve["model"] == "deployed":
+            panels.setdefault(SET_TITLES[curve["set"]], {})[curve["attack"]] = (curve["fpr"], curve["tpr"])
+    plots.save(plots.roc_panels(panels), exp_dir / "mia_roc")
+
+
+def _curves(model: str, results: Sequence[Mapping], key: str) -> list[dict[str, Any]]:
+    """For each set and attack the ROC of all users' records together; none where nobody has the set."""
+    curves = []
+    for name in SETS:
+        users = in_set(results, name)
+        for attack in attacks_on(users):
+            members, non_members = scores_by_user(users, key, attack, name)
+            fpr, tpr = roc_curve(np.concatenate(members), np.concatenate(non_members))
+            rates = {"fpr": _rounded(fpr), "tpr": _rounded(tpr)}
+            curves.append({"attack": attack, "set": name, "model": model, **rates})
+    return curves
+
+
+def _rounded(rates: np.ndarray) -> list[float]:
+    return [round(float(rate), 6) for rate in rates]
 
 
 def read_curves(path: Path) -> list[dict[str, Any]]:
-    """The curves of mia_roc.json."""
+    """The curves of mia_roc.json. Raises InputError where a curve has not as many true as false positive rates."""
     curves = read_form(path, ROC_CURVES)["curves"]
     uneven = [i for i, curve in enumerate(curves) if len(curve["fpr"]) != len(curve["tpr"])]
     if uneven:
@@ -101,59 +122,32 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
     return curves
 
 
-def pooled_rocs(results: Sequence[Mapping], key: str, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By attack the ROC of all users' records together; empty where nobody has the set."""
-    users = statistics.in_set(results, name)
-    found = {}
-    for attack in statistics.attacks_on(users) if users else ():
-        pairs = [statistics.set_scores(user, key, attack, name) for user in users]
-        members, others = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-        found[attack] = statistics.roc(members, others)
-    return found
-
-
-def rounded(rates: np.ndarray) -> list[float]:
-    return [round(float(rate), 6) for rate in rates]
-
-
-# -- the table ------------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------
 
 
 def attack_table(summary: Mapping[str, Any]) -> str:
-    """A table per set and attacked adapters, a line per attack; every figure beside its blind baseline."""
-    parts = {summary["method"]: summary["sets"], "sharers, unmerged": summary["sharers"]["sets"]}
-    tables = [
-        f"{SET_TITLES[name]} | attacked: {attacked} ({told(sets[name])})\n{aligned(set_rows(sets[name]))}"
-        for name in scoring.SETS
-        for attacked, sets in parts.items()
-        if name in sets
-    ]
+    """A table for each set and attacked adapters, a line per attack, every figure beside its blind baseline."""
+    tables = []
+    for name, title in SET_TITLES.items():
+        for attacked, sets in ((summary["method"], summary["sets"]), ("sharers, unmerged", summary["sharers"]["sets"])):
+            if name in sets:
+                counts = "{members} members, {non_members} non-members of {users} users".format(**sets[name])
+                tables.append(f"{title} | attacked: {attacked} ({counts})\n{aligned(set_rows(sets[name]))}")
     return "\n\n".join([*tables, notes(summary)])
 
 
-def told(found: Mapping[str, Any]) -> str:
-    return f"{found['members']} members, {found['non_members']} non-members of {found['users']} users"
-
-
-def set_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """Header and body of one set: AUROC and true positive rates of each attack, with its blind baseline behind them."""
-    rows = [["attack", "AUROC", "blind", *(f"TPR at {rate} / blind" for rate in RATES.values())]]
-    for attack, own in found["attacks"].items():
-        rates = [rate_text(own["tpr_at_fpr"][str(fpr)], own["blind_tpr_at_fpr"][str(fpr)]) for fpr in RATES]
-        rows.append([attack, cell_text(own["auroc"]), cell_text(own["blind_auroc"]), *rates])
+def set_rows(set_summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and body of one set: AUROC and true positive rates of each attack, each followed by its blind baseline."""
+    rows = [["attack", "AUROC", "blind", *(f"TPR at {rate} / blind" for rate in FPR_TEXTS.values())]]
+    for attack, found in set_summary["attacks"].items():
+        rates = [_rate_text(found["tpr_at_fpr"][fpr], found["blind_tpr_at_fpr"][fpr]) for fpr in FPR_TEXTS]
+        rows.append([attack, interval_text(found["auroc"]), interval_text(found["blind_auroc"]), *rates])
     return rows
 
 
-def figures(found: Mapping[str, Any]) -> list[str]:
-    """AUROC and true positive rates of an attack, each with its blind baseline and both intervals behind it."""
-    pairs = [(found["auroc"], found["blind_auroc"])]
-    pairs += [(found["tpr_at_fpr"][str(fpr)], found["blind_tpr_at_fpr"][str(fpr)]) for fpr in RATES]
-    return [cell for own, blind in pairs for cell in ("n/a" if one is None else cell_text(one) for one in (own, blind))]
-
-
-def rate_text(own: Mapping[str, float] | None, blind: Mapping[str, float] | None) -> str:
+def _rate_text(attacked: Estimate | None, blind: Estimate | None) -> str:
     """A rate with its interval, and the blind one without."""
-    return "n/a" if own is None or blind is None else f"{cell_text(own)} / {blind['mean']:.3f}"
+    return "n/a" if attacked is None or blind is None else f"{interval_text(attacked)} / {blind['mean']:.3f}"
 
 
 def notes(summary: Mapping[str, Any]) -> str:

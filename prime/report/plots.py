@@ -20,6 +20,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 STYLE: Any = {"svg.hashsalt": "prime", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 plt.rcParams.update(STYLE)
 
+Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> false and true positive rates
+
 
 def figure(width: float = 5.0, height: float = 3.4) -> tuple[Figure, Axes]:
     """A figure of one pair of axes, sizes in inches."""
@@ -47,25 +49,36 @@ def save(made: Figure, stem: Path) -> list[Path]:
     return paths
 
 
-def roc(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], lowest: float = 1e-3) -> Figure:
-    """ROC curves on log scales, a panel for each title: {title: {label: (fpr, tpr)}}; dotted: guessing.
+def shared_legend(made: Figure, axes: Sequence[Axes], fontsize: int, ncols: int) -> None:
+    """One legend below all panels; a label that several of them have stands in it once."""
+    handles = {}
+    for panel in axes:
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles[label] = line
+    made.legend(
+        handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=fontsize, ncols=ncols
+    )
+
+
+def roc_panels(panels: Mapping[str, Curves], lowest: float = 1e-3) -> Figure:
+    """ROC curves on log scales, a panel for each title; dotted: guessing.
 
     `lowest` is where the axes begin: the lowest false positive rate of interest.
     """
     made, axes = side_by_side(len(panels))
-    labels = list(dict.fromkeys(label for curves in panels.values() for label in curves))
+    places: dict[str, int] = {}  # of a label, the same in all panels
+    for curves in panels.values():
+        for label in curves:
+            places.setdefault(label, len(places))
     for panel, (title, curves) in zip(axes, panels.items(), strict=True):
         panel.plot([lowest, 1], [lowest, 1], color="#999999", linestyle=":", linewidth=1)
         for label, (fpr, tpr) in curves.items():
-            place = labels.index(label)
+            place = places[label]
             marks: Any = {"marker": MARKERS[place % 8], "markersize": 3.5, "markevery": (0.02 * (place % 8), 0.16)}
             panel.plot(fpr, tpr, COLOURS[place % 7], linestyle=LINES[place % 4], linewidth=1.2, label=label, **marks)
         panel.set(xscale="log", yscale="log", xlim=(lowest, 1), ylim=(lowest, 1))
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("false positive rate")
     axes[0].set_ylabel("true positive rate")
-    handles = {label: line for panel in axes for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    made.legend(
-        handles.values(), handles.keys(), loc="outside lower center", frameon=False, fontsize=7, ncols=3 * len(axes)
-    )
+    shared_legend(made, axes, fontsize=7, ncols=3 * len(axes))
     return made

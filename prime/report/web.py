@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from prime.report import figures, plots
+from prime.report import plots
+from prime.report.figures.parts import Drawn
 
 
 class Shown(NamedTuple):
@@ -20,17 +21,20 @@ class Shown(NamedTuple):
     data: str
 
 
-def show(folder: Path, stem: str, title: str, drawn: figures.Drawn) -> Shown:
+def show(folder: Path, stem: str, title: str, drawn: Drawn) -> Shown:
     """Write a figure's two files, and hold it for the page."""
-    made, sentence = drawn
-    png, svg = plots.save(made, folder / stem)
+    drawing, sentence = drawn
+    _, svg = plots.save(drawing, folder / stem)
     return Shown(stem, title, sentence, base64.b64encode(svg.read_bytes()).decode("ascii"))
 
 
 def render(template: str, **values: Any) -> str:
     """A page from a template; every value is escaped, and one that is missing is an error."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return environment.get_template(template).render(**values)

@@ -1,0 +1,105 @@
+"""Sets of members and non-members, and what the attacks' results say about each.
+
+A result is what `prime.attack.subjects` stores for one user (or sharer): {key: {attack: {side: scores}}}, and for each
+side its numbers of records by anchor as `<side>_num_samples`. The key is "scores" for what was deployed, "blind" for
+the same attack on the base; the scores are those of the side's records, anchor after anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from prime.attack.scoring import ATTACKS, PUBLISHED_ATTACK
+from prime.attack.statistics import attack_summary, auroc
+
+# name -> the sides that an attack has to tell apart, members first
+SETS: dict[str, tuple[str, str]] = {
+    "published": ("member", "non_member"),  # sharers' records, and those of all other anchors
+    "controlled": ("member", "held_out"),  # sharers' records, and records of the same sharers that were held out
+    "user": ("member", "non_member"),  # sharers, and all other anchors: an anchor's score is its records' mean
+}
+# Names of one user's AUROCs, those of the attack and of its blind baseline, by set.
+USER_AUROCS = {"published": ("auroc", "blind"), "controlled": ("controlled", "controlled_blind")}
+
+
+def set_scores(result: Mapping, key: str, attack: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Members' and non-members' scores of one user in the named set."""
+    members, non_members = (np.array(result[key][attack].get(side, ()), dtype=float) for side in SETS[name])
+    if name != "user":
+        return members, non_members
+    return (
+        _anchor_means(members, result["member_num_samples"]),
+        _anchor_means(non_members, result["non_member_num_samples"]),
+    )
+
+
+def _anchor_means(scores: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Mean score of each anchor that has records."""
+    parts = np.split(scores, np.cumsum(sizes)[:-1])
+    return np.array([part.mean() for part in parts if len(part)])
+
+
+def scores_by_user(
+    results: Sequence[Mapping], key: str, attack: str, name: str
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Members' and non-members' scores in the named set, one array per user in each."""
+    pairs = [set_scores(result, key, attack, name) for result in results]
+    return [members for members, _ in pairs], [non_members for _, non_members in pairs]
+
+
+def in_set(results: Sequence[Mapping], name: str) -> list[Mapping]:
+    """The users who have members and non-members in the named set."""
+    return [result for result in results if _has_both_sides(result, name)]
+
+
+def _has_both_sides(result: Mapping, name: str) -> bool:
+    members, non_members = set_scores(result, "scores", PUBLISHED_ATTACK, name)
+    return len(members) > 0 and len(non_members) > 0
+
+
+def attacks_on(results: Sequence[Mapping]) -> list[str]:
+    """The attacks that all of these results hold; none without results."""
+    if not results:
+        return []
+    return [attack for attack in ATTACKS if all(attack in result["scores"] for result in results)]
+
+
+def attack_summaries(
+    results: Sequence[Mapping], name: str = "published", *, n: int = 2000, seed: int = 0
+) -> dict[str, dict[str, object]]:
+    """`attack_summary` of every attack in the results, for the named set; empty where nobody has it."""
+    users = in_set(results, name)
+    summaries = {}
+    for attack in attacks_on(users):
+        attacked = scores_by_user(users, "scores", attack, name)
+        blind = scores_by_user(users, "blind", attack, name)
+        summaries[attack] = attack_summary(*attacked, *blind, n=n, seed=seed)
+    return summaries
+
+
+def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: int = 0) -> dict[str, object]:
+    """The named set's numbers of users, members and non-members, and its `attack_summaries`."""
+    users = in_set(results, name)
+    members, non_members = scores_by_user(users, "scores", PUBLISHED_ATTACK, name)
+    return {
+        "users": len(users),
+        "members": sum(map(len, members)),
+        "non_members": sum(map(len, non_members)),
+        "attacks": attack_summaries(users, name, n=n, seed=seed),
+    }
+
+
+def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:
+    """AUROC of every attack on one user, and of the same attack on the base (`blind`).
+
+    Where records were held out, also `controlled` and `controlled_blind`.
+    """
+    aurocs: dict[str, dict[str, float]] = {}
+    for name, (attacked, blind) in USER_AUROCS.items():
+        for attack in attacks_on(in_set([result], name)):
+            own = aurocs.setdefault(attack, {})
+            own[attacked] = auroc(*set_scores(result, "scores", attack, name))
+            own[blind] = auroc(*set_scores(result, "blind", attack, name))
+    return aurocs
