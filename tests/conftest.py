@@ -20,6 +20,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]  # plain `pytest` finds 
 
 
 @pytest.fixture
+def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the test module's own fixture `here`, as the current directory."""
+    monkeypatch.chdir(here)
+    return here
+
+
+@pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, Any], Path]:
     """write(name, value) -> path of a new JSON file (a str is written as it is)."""
 

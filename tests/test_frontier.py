@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import world
 from torch import Tensor
 
 import lora_composition_evo
@@ -72,11 +73,6 @@ def run(hills: Hills, penalties: Sequence[float], folder: Path, seed: int = 3, t
     return evolve(hills, objectives(penalties, task), seed, logs)
 
 
-def lines(path: Path) -> list[dict]:
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in one.items() if key != "seconds"} for one in found]
-
-
 @pytest.mark.parametrize("layers", [0, 4])
 @pytest.mark.parametrize("opt_type", ["cma", "OnePlusOne"])
 @pytest.mark.parametrize("task", [MOVIE, RATING], ids=lambda task: task.name)
@@ -85,7 +81,7 @@ def test_each_penalty_finds_what_it_finds_alone(tmp_path: Path, layers: int, opt
     for penalty, found in zip(PENALTIES, together, strict=True):
         (alone,) = run(Hills(layers=layers, opt_type=opt_type), [penalty], tmp_path / "alone", task=task)
         name = f"{penalty:g}.jsonl"
-        assert lines(tmp_path / "together" / name) == lines(tmp_path / "alone" / name)
+        assert world.entries(tmp_path / "together" / name) == world.entries(tmp_path / "alone" / name)
         assert all(torch.equal(one.weights, own.weights) for one, own in zip(found, alone, strict=True))
 
 
@@ -133,7 +129,7 @@ def test_pareto_is_one_search_whose_deployed_points_nobody_dominates(tmp_path: P
         assert [one.weights.tolist() for one in found] == [one.weights.tolist() for one in together[0]]
         assert all(one.loss == pytest.approx(one.unpenalised + penalty * one.cost) for one in found)
         best = chosen(options(), found, 3)
-        assert best.loss == min(one["loss"] for one in lines(tmp_path / f"{penalty:g}.jsonl"))
+        assert best.loss == min(one["loss"] for one in world.entries(tmp_path / f"{penalty:g}.jsonl"))
         assert penalty == 0 or not dominated(best, found)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import world
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
@@ -37,17 +37,9 @@ from tests import tiny
 SETTINGS = TrainSettings(lr=2e-2, weight_decay=0.0, clip=0.3, batch_size=3, epochs=3, dropout=0.0)
 
 
-def records(count: int, seed: int) -> list[EncodedRecord]:
-    """Prompts of 3 to 12 tokens, targets of 1 to 4 and EOS."""
-    return [
-        EncodedRecord(f"r{i}", tiny.text_ids(100 * seed + i, 3, 12), (*tiny.text_ids(50 * seed + i, 1, 4)[1:], 2))
-        for i in range(count)
-    ]
-
-
 BASE = tiny.model()
 ADAPTERS = [tiny.adapter(BASE, seed, scale=2.0) for seed in range(3)]
-LEARNERS = [Learner(place, f"anchor {place}", 10 + place, records(n, place)) for place, n in enumerate((5, 9, 2))]
+LEARNERS = [Learner(place, f"anchor {place}", 10 + place, tiny.records(n, place)) for place, n in enumerate((5, 9, 2))]
 
 
 def loaded(adapters: Sequence[Adapter]) -> AdapterBank:
@@ -95,19 +87,6 @@ def gated_peft(own: Adapter) -> tuple[nn.Module, dict[str, nn.Parameter]]:
     return model, vectors
 
 
-def textbook_loss(model: nn.Module, batch: Sequence[EncodedRecord]) -> Tensor:
-    """Pad right, mask attention, labels -100 on prompt and padding, mean over the batch's target tokens."""
-    whole = [[*record.ids, *record.target] for record in batch]
-    width = max(map(len, whole))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in whole])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole])
-    labels = torch.full_like(ids, -100)
-    for row, record in enumerate(batch):
-        labels[row, len(record.ids) : len(whole[row])] = torch.tensor(record.target)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-
-
 def test_gates_train_as_they_do_in_front_of_peft() -> None:
     learner, own = LEARNERS[1], ADAPTERS[1]
     model, vectors = gated_peft(own)
@@ -117,13 +96,13 @@ def test_gates_train_as_they_do_in_front_of_peft() -> None:
     expected, clipped = [], 0
     for batch in plan:
         optimizer.zero_grad()
-        loss = textbook_loss(model, batch)
+        loss = tiny.textbook_loss(model, batch)
         loss.backward()
         clipped += float(torch.nn.utils.clip_grad_norm_(vectors.values(), SETTINGS.clip)) > SETTINGS.clip
         optimizer.step()
         schedule.step()
         expected.append(float(loss.detach()))
-    gates, (found,) = trained([Learner(0, learner.name, learner.seed, learner.records)], [own])
+    gates, (found,) = trained([replace(learner, place=0)], [own])
     assert len(found) == 9 and clipped > 0
     assert found == pytest.approx(expected, abs=1e-4)
     assert abs(found[0] - found[3]) > 1e-3
@@ -136,28 +115,21 @@ def test_first_gradients_are_those_in_front_of_peft() -> None:
     """Checked directly: Adam would hide a wrong scale of them."""
     batch, own = LEARNERS[1].records[:4], ADAPTERS[1]
     model, vectors = gated_peft(own)
-    textbook_loss(model, batch).backward()
-    seen: list[list[Tensor]] = []
-
-    def keep(parameters: list[Tensor], limit: float) -> Tensor:
-        seen.append([p.grad.clone() for p in parameters])
-        return torch.zeros(1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prime.bank.train.clip_by_adapter", keep)
+    tiny.textbook_loss(model, batch).backward()
+    with tiny.noted_gradients() as noted:
         trained([Learner(0, "a", 1, batch)], [own], TrainSettings(batch_size=4, epochs=1, dropout=0.0))
-    assert len(seen[0]) == len(vectors) == 8
-    for ours, vector in zip(seen[0], vectors.values(), strict=True):
+    assert len(noted[0]) == len(vectors) == 8
+    for ours, vector in zip(noted[0], vectors.values(), strict=True):
         assert vector.grad.abs().max() > 1e-4
         torch.testing.assert_close(ours[0], vector.grad[:, 0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gates_trained_together_are_gates_trained_alone(dropout: float) -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"dropout": dropout}))
+    settings = replace(SETTINGS, dropout=dropout)
     together, losses = trained(LEARNERS, ADAPTERS, settings)
     for learner, own in zip(LEARNERS, ADAPTERS, strict=True):
-        gates, (alone,) = trained([Learner(0, learner.name, learner.seed, learner.records)], [own], settings)
+        gates, (alone,) = trained([replace(learner, place=0)], [own], settings)
         assert losses[learner.place] == pytest.approx(alone, abs=1e-4)
         for name, vector in gates.gate(0).items():
             torch.testing.assert_close(together.gate(learner.place)[name], vector, atol=1e-3, rtol=0)
@@ -167,7 +139,7 @@ def test_only_gates_are_trained_for_at_most_max_step_steps() -> None:
     bank = loaded(ADAPTERS)
     before = [tensor.clone() for tensor in bank.parameters()]
     gates = Gates.zeros(bank)
-    settings = TrainSettings(**(vars(SETTINGS) | {"max_step": 2}))
+    settings = replace(SETTINGS, max_step=2)
     losses = train(bank, LEARNERS, settings, stacks=gates.stacks, scalers=gates.scaler)
     assert [len(own) for own in losses] == [2, 2, 2]
     assert all(torch.equal(one, other) for one, other in zip(before, bank.parameters(), strict=True))
@@ -331,7 +303,7 @@ def test_scores_look_at_target_positions_only_and_weigh_records_alike() -> None:
 
 
 def test_history_batches_hold_every_record_once() -> None:
-    listed = records(7, 3)
+    listed = tiny.records(7, 3)
     batches = history_batches(listed, 3, seed=5)
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert sorted(r.id for batch in batches for r in batch) == sorted(r.id for r in listed)
@@ -413,20 +385,9 @@ def here(tmp_path_factory: pytest.TempPathFactory):
         yield folder
 
 
-@pytest.fixture
-def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(here)
-    return here
-
-
-def results(folder: str | Path) -> dict[str, dict]:
-    found = [world.read(path) for path in sorted(Path(folder).glob("users/*/result.json"))]
-    return {result["user_id"]: {k: v for k, v in result.items() if k != "seconds"} for result in found}
-
-
 @pytest.mark.slow
 def test_the_stages_write_what_the_attack_and_the_table_read(inside: Path) -> None:
-    for user_id, result in results(COMPOSED).items():
+    for user_id, result in world.results(COMPOSED).items():
         assert result["deployed"] == "merge" and result["rule"] == "factor" and len(result["sharers"]) == 3
         assert sum(result["weights"]) == pytest.approx(1, abs=1e-4)
         assert set(result["predictions"]["per_pcs"]) == {"k0", "k0-profile", "k1", "k1-profile"}
@@ -441,7 +402,7 @@ def test_the_stages_write_what_the_attack_and_the_table_read(inside: Path) -> No
             torch.testing.assert_close(a, sum(w * p[0] for w, p in zip(piece["weights"], parts, strict=True)))
             torch.testing.assert_close(b, sum(w * p[1] for w, p in zip(piece["weights"], parts, strict=True)))
     assert set(world.read(Path(COMPOSED, "mia_results.json"))) == {
-        f"{result['user_id']}-{result['index']}" for result in results(COMPOSED).values()
+        f"{result['user_id']}-{result['index']}" for result in world.results(COMPOSED).values()
     }
     assert world.read(Path(COMPOSED, "mia_summary.json"))["method"] == "per_pcs"
     rows = world.read(Path(OUT, "summary.json"))["rows"]
@@ -454,12 +415,12 @@ def test_gates_come_back_the_same_when_one_is_lost(inside: Path) -> None:
     folder = Path(OUT, "Anchor_PEFT", "gate")
     lost, kept = sorted(folder.glob("users/*/result.json"))[:2]
     gate = lost.with_name("gate.safetensors")
-    before, stamp, told = load_file(gate), kept.stat().st_mtime_ns, results(folder)
+    before, stamp, told = load_file(gate), kept.stat().st_mtime_ns, world.results(folder)
     lost.unlink()
     gate.unlink()
     world.run([*GATE, "--max_step", "3"])
     after = load_file(gate)
-    assert results(folder) == told and kept.stat().st_mtime_ns == stamp
+    assert world.results(folder) == told and kept.stat().st_mtime_ns == stamp
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(len(result["losses"]) == 3 for result in told.values())
 
@@ -467,7 +428,7 @@ def test_gates_come_back_the_same_when_one_is_lost(inside: Path) -> None:
 @pytest.mark.slow
 def test_users_in_parts_and_another_token_budget_give_the_same(inside: Path) -> None:
     world.run([*COMPOSE, "--output_dir", "./output/part", "--user_idxs", "1-3", "--max_batch_tokens", "300"])
-    whole, part = results(COMPOSED), results("./output/part")
+    whole, part = world.results(COMPOSED), world.results("./output/part")
     assert len(part) == 2 and all(part[user] == whole[user] for user in part)
 
 
@@ -476,12 +437,12 @@ def test_fewer_share_and_the_most_similar_of_them_are_chosen(inside: Path) -> No
     words = [*COMPOSE, "--output_dir", "./output/few", "--shared_ratio", "0.5", "--n_sim", "0", "--topk", "2"]
     world.run(words)
     world.run([*COMPOSE, "--output_dir", "./output/all", "--n_sim", "0", "--user_idxs", "0-1"])
-    few, everyone = results("./output/few"), results("./output/all")
+    few, everyone = world.results("./output/few"), world.results("./output/all")
     assert len({frozenset(result["sharers"]) for result in few.values()}) == 1  # the same anchors share with everybody
     for user, result in everyone.items():
         assert len(result["sharers"]) == 6 and len(few[user]["sharers"]) == 3
         assert few[user]["sharers"] == [name for name in result["sharers"] if name in few[user]["sharers"]]
-        assert results(COMPOSED)[user]["sharers"] == result["sharers"][:3]
+        assert world.results(COMPOSED)[user]["sharers"] == result["sharers"][:3]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import world
 
 from prime.runs.journal import Journal, users_of
 
@@ -23,11 +24,6 @@ def compute(journal: Journal, counted: list[int], calls: int = 5, shift: int = 0
     return found
 
 
-def without_seconds(path: Path) -> list[dict]:
-    _, *entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in entries]
-
-
 def test_cut_off_at_any_byte_it_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     expected = compute(Journal(whole), [])
@@ -39,7 +35,7 @@ def test_cut_off_at_any_byte_it_goes_on_as_if_never_stopped(tmp_path: Path) -> N
         counted: list[int] = []
         assert compute(Journal(path), counted) == expected  # exact floats
         assert counted == list(range(sum(end <= size for end in ends[1:]), 5))
-        assert without_seconds(path) == without_seconds(whole)
+        assert world.entries(path)[1:] == world.entries(whole)[1:]
 
 
 def test_a_whole_journal_answers_everything_and_tells_the_seconds_it_spared(tmp_path: Path) -> None:
@@ -56,7 +52,7 @@ def test_other_questions_are_computed_and_replace_what_was_recorded(tmp_path: Pa
     counted: list[int] = []
     expected = compute(Journal(tmp_path / "other.jsonl"), [], shift=1)
     assert compute(Journal(path), counted, shift=1) == expected and counted == [0, 1, 2, 3, 4]
-    assert without_seconds(path) == without_seconds(tmp_path / "other.jsonl")
+    assert world.entries(path)[1:] == world.entries(tmp_path / "other.jsonl")[1:]
 
 
 @pytest.mark.parametrize("spoil", [lambda line: line[:-9] + b"\n", lambda line: b"[]\n", lambda line: b"\xff\xfe\n"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import lamp_world
 import pytest
 from lamp_world import Files, asked, item, time_split, user_split
+from world import read
 
 import prepare_data
 from benchmarks import lamp_memory
@@ -27,10 +28,6 @@ from prime.users.tasks import TASKS, extract
 
 EVERY = pytest.mark.parametrize("task", list(TASKS))
 SMALL = ["--test_users", "3"]
-
-
-def read(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def convert(made: Files, folder: Path, *words: str, apart: bool = False) -> Path:

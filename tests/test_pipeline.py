@@ -77,17 +77,6 @@ def here(tmp_path_factory: pytest.TempPathFactory):
         yield folder
 
 
-@pytest.fixture
-def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(here)
-    return here
-
-
-def results(folder: str | Path) -> dict[str, dict]:
-    found = [world.read(path) for path in sorted(Path(folder).glob("users/*/result.json"))]
-    return {result["user_id"]: {k: v for k, v in result.items() if k != "seconds"} for result in found}
-
-
 def test_every_published_file_is_there(inside: Path) -> None:
     users = [user["user_id"] for user in world.read(inside / f"data/{TASK}/test_100/user_test_100.json")]
     for name in ("output-k0", "output-k0-profile", "output-k1", "output-k1-profile"):
@@ -112,7 +101,7 @@ def test_summary_has_every_method_and_mia_has_its_blind_baseline(inside: Path) -
 
 
 def test_result_reports_the_best_evaluated_candidate(inside: Path) -> None:
-    for user_id, result in results(EVO).items():
+    for user_id, result in world.results(EVO).items():
         lines = (inside / EVO / "users" / user_dirname(user_id) / "evaluations.jsonl").read_text().splitlines()
         evaluated = [json.loads(line) for line in lines]
         assert [one["origin"] for one in evaluated] == ["base"] + ["sharer"] * 3 + ["start"] + ["search"] * 10
@@ -131,7 +120,7 @@ def origins(folder: str, user_id: str) -> list[str]:
 def test_the_published_start_is_the_base_and_the_uniform_one_is_evaluated(inside: Path) -> None:
     for start, counted in (("zero", 0), ("uniform", 1)):
         world.run(evo(f"./output/start-{start}", "--user_idxs", "0-1", "--start", start, "--step", "1"))
-        ((user_id, _),) = results(f"./output/start-{start}").items()
+        ((user_id, _),) = world.results(f"./output/start-{start}").items()
         found = origins(f"./output/start-{start}", user_id)
         assert found == ["base"] + ["sharer"] * 3 + ["start"] * counted + ["search"] * 10
 
@@ -141,7 +130,7 @@ def test_fitness_by_queries_finds_the_same_where_history_and_test_ask_the_same(i
     for fitness in ("query", "history"):
         words = ["--user_idxs", "0-2", "--fitness", fitness, "--recent_k", "1", "--temperature", "0"]
         world.run(evo(f"./output/{fitness}", *words))
-    assert results("./output/query") == results("./output/history")
+    assert world.results("./output/query") == world.results("./output/history")
 
 
 def test_fitness_by_queries_counts_records_and_metrics_of_the_test() -> None:
@@ -156,7 +145,7 @@ def test_fitness_by_queries_counts_records_and_metrics_of_the_test() -> None:
 
 
 def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> None:
-    for user_id, result in results(EVO).items():
+    for user_id, result in world.results(EVO).items():
         if result["deployed"] == "base":
             continue
         shared = [load_adapter(adapter_folder(ANCHORS, sharer)) for sharer in result["sharers"]]
@@ -170,15 +159,15 @@ def test_deployed_adapter_is_the_merge_of_the_named_sharers(inside: Path) -> Non
 def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_members(inside: Path) -> None:
     anchors, gates, search = ("./output/held-out/" + name for name in ("anchors", "gates", "search"))
     world.run([*command("train_anchor_peft.py"), "--holdout", "0.25", "--output_dir", anchors])
-    whole, words = results(ANCHORS), command("train_anchor_gate.py")
+    whole, words = world.results(ANCHORS), command("train_anchor_gate.py")
     words[words.index("--anchor_path") + 1] = anchors
     world.run([*words, "--output_dir", gates])
-    found = results(anchors)
+    found = world.results(anchors)
     for user_id, own in found.items():
         out = [name for name in whole[user_id]["record_ids"] if name.split("-")[1] in own["held_out_ids"]]
         assert len(own["held_out_ids"]) == 3 and not {name.split("-")[1] for name in own["record_ids"]} & set(out)
         assert set(own["record_ids"]) <= set(whole[user_id]["record_ids"]) - set(out)
-        assert results(gates)[user_id]["record_ids"] == own["record_ids"]
+        assert world.results(gates)[user_id]["record_ids"] == own["record_ids"]
         assert world.read(adapter_folder(anchors, user_id) / "card.json")["held_out_ids"] == own["held_out_ids"]
     words = evo(search, "--user_idxs", "0-3")
     words[words.index("--anchor_dir") + 1] = anchors
@@ -187,7 +176,7 @@ def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_
     attack[attack.index("--exp_dir") + 1], attack[attack.index("--anchor_dir") + 1] = search, anchors
     world.run([*attack, "--skip_sharers"])
     summary = world.read(Path(search) / "mia_summary.json")
-    trained = [len(found[name]["record_ids"]) for own in results(search).values() for name in own["sharers"]]
+    trained = [len(found[name]["record_ids"]) for own in world.results(search).values() for name in own["sharers"]]
     controlled = summary["sets"]["controlled"]
     assert controlled["members"] == summary["sets"]["published"]["members"] <= sum(trained)
     assert set(controlled["attacks"]) == set(summary["attacks"]) and controlled["non_members"] > 0
@@ -201,7 +190,7 @@ def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_
 
 def test_users_in_parts_give_the_files_that_all_at_once_give(inside: Path) -> None:
     world.run(evo("./output/part", "--user_idxs", "3-6"))
-    whole, part = results(EVO), results("./output/part")
+    whole, part = world.results(EVO), world.results("./output/part")
     assert len(part) == 3
     assert all(part[user] == whole[user] for user in part)
     for user in part:
@@ -212,15 +201,15 @@ def test_users_in_parts_give_the_files_that_all_at_once_give(inside: Path) -> No
 def test_settings_of_a_search_matter_only_where_they_should(inside: Path) -> None:
     """Another token budget changes nothing."""
     world.run(evo("./output/tokens", "--user_idxs", "0-2", "--max_batch_tokens", "300"))
-    whole, part = results(EVO), results("./output/tokens")
+    whole, part = world.results(EVO), world.results("./output/tokens")
     assert all(part[user] == whole[user] for user in part) and len(part) == 2
 
 
 def test_resuming_under_other_settings_is_refused_by_name(inside: Path) -> None:
-    before = results(EVO)
+    before = world.results(EVO)
     with pytest.raises(InputError, match=r"sim_penalty: there 0\.1, now 0\.7"):
         world.run([*command("lora_composition_evo.py"), "--sim_penalty", "0.7"])
-    assert results(EVO) == before
+    assert world.results(EVO) == before
 
 
 class Computes(Exception):
@@ -262,9 +251,9 @@ def test_runs_made_before_an_option_came_resume_without_it(inside: Path) -> None
 
 def test_full_adapters_are_exported_of_finished_users_and_cards_hold_the_attack(inside: Path) -> None:
     """As a second step: nothing is searched again."""
-    before = results(EVO)
+    before = world.results(EVO)
     world.run([*command("lora_composition_evo.py"), "--export_full"])
-    assert results(EVO) == before
+    assert world.results(EVO) == before
     task = load_adapter(f"./output/{TASK}/task-base_LLM")
     for user_id, result in before.items():
         folder = inside / EVO / "users" / user_dirname(user_id)
@@ -279,10 +268,10 @@ def test_full_adapters_are_exported_of_finished_users_and_cards_hold_the_attack(
 
 def test_finished_users_are_left_alone_and_lost_ones_come_back_the_same(inside: Path) -> None:
     paths = sorted(Path(EVO).glob("users/*/result.json"))
-    kept, before = paths[0].stat().st_mtime_ns, results(EVO)
+    kept, before = paths[0].stat().st_mtime_ns, world.results(EVO)
     paths[1].unlink()
     world.run(command("lora_composition_evo.py"))
-    assert paths[0].stat().st_mtime_ns == kept and results(EVO) == before
+    assert paths[0].stat().st_mtime_ns == kept and world.results(EVO) == before
 
 
 def test_poisoned_golds_change_nothing_in_the_search(inside: Path) -> None:
@@ -297,7 +286,7 @@ def test_poisoned_golds_change_nothing_in_the_search(inside: Path) -> None:
         world.run(evo("./output/poisoned", "--user_idxs", "0-3"))
     finally:
         path.write_bytes(before)
-    whole, poisoned = results(EVO), results("./output/poisoned")
+    whole, poisoned = world.results(EVO), world.results("./output/poisoned")
     assert len(poisoned) == 3 and all(poisoned[user] == whole[user] for user in poisoned)
 
 
@@ -305,7 +294,7 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     """Sharers that answer garbage lose to the base; so does every mixture of them."""
     good, bad = Path(ANCHORS), Path("./output/garbage")
     stream = torch.Generator().manual_seed(0)
-    for result in results(good).values():
+    for result in world.results(good).values():
         name = user_dirname(result["user_id"])
         own = load_adapter(good / "users" / name / "adapter").factors
         noise = {
@@ -318,10 +307,10 @@ def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside:
     words = evo("./output/base-wins", "--user_idxs", "0-1", "--sim_penalty", "0")
     words[words.index("--anchor_dir") + 1] = str(bad)
     world.run(words)
-    (result,) = results("./output/base-wins").values()
+    (result,) = world.results("./output/base-wins").values()
     assert result["deployed"] == "base" and result["weights"] == [0.0, 0.0, 0.0]
     assert not list(Path("./output/base-wins").glob("users/*/adapter"))
-    untouched = results(f"./output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
+    untouched = world.results(f"./output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
     assert result["predictions"]["prime"] == untouched
     attack = next(words for words in world.announcement() if words[0] == "mia.py" and words[-1] == EVO)
     attack[attack.index("--exp_dir") + 1] = "./output/base-wins"
@@ -344,7 +333,7 @@ def test_a_user_without_history_gets_the_base(
         world.run(evo(f"./output/no-history-{name}", "--user_idxs", "0-1", "--objective", objective))
     finally:
         path.write_bytes(before)
-    (result,) = results(f"./output/no-history-{name}").values()
+    (result,) = world.results(f"./output/no-history-{name}").values()
     assert result["deployed"] == "base" and len(result["predictions"][name]["k0"]) == 3
     assert f"user {users[0]['user_id']}: an empty history" in capsys.readouterr().err
 
@@ -390,7 +379,7 @@ def test_lorahubs_losses_are_cross_entropies_of_each_record(inside: Path, rule: 
     """Against a plain model that carries each candidate in its weights, one record at a time."""
     words = evo(f"./output/lorahub-{rule}", "--objective", "nll", "--user_idxs", "0-1", "--merge_rule", rule)
     world.run(words)
-    (result,) = results(f"./output/lorahub-{rule}").values()
+    (result,) = world.results(f"./output/lorahub-{rule}").values()
     assert set(result["predictions"]) == {"lorahub"} and result["similarity"] == 0
     settings = world.read(inside / f"output/lorahub-{rule}/settings.json")
     assert settings["method"] == "lorahub" and settings["settings"]["sim_penalty"] == 0
@@ -422,7 +411,7 @@ def test_lorahubs_losses_are_cross_entropies_of_each_record(inside: Path, rule: 
 def test_a_named_row_comes_without_the_baselines(inside: Path) -> None:
     """The published settings beside ours: the same search, chosen and told otherwise."""
     world.run(evo("./output/named", "--user_idxs", "0-1", "--search_only", "--name", "prime_published"))
-    (result,) = results("./output/named").values()
+    (result,) = world.results("./output/named").values()
     assert set(result["predictions"]) == {"prime_published"} and result["origin"] in ("base", "search")
     assert world.read(inside / "output/named/settings.json")["method"] == "prime_published"
     with pytest.raises(InputError, match="name: there 'prime_published', now 'prime'"):
@@ -437,8 +426,8 @@ def test_a_baseline_is_deployed_as_a_run_that_can_be_attacked(inside: Path, name
     """It answers as the row that comes with PriME, and the attack's members are the sharers that are in it."""
     folder = inside / f"output/{name}"
     world.run(evo(f"./output/{name}", "--baseline", name))
-    beside = results(EVO)
-    for user_id, result in results(folder).items():
+    beside = world.results(EVO)
+    for user_id, result in world.results(folder).items():
         assert result["predictions"] == {name: beside[user_id]["predictions"][name]}
         weights = {sharer: float(sharer == result["best_sharer"]) for sharer in result["sharers"]}
         weights = weights if name == "best_sharer" else dict.fromkeys(weights, pytest.approx(1 / 3))
@@ -454,8 +443,11 @@ def test_a_baseline_is_deployed_as_a_run_that_can_be_attacked(inside: Path, name
     world.run([*words, "--skip_sharers"])
     attacked = world.read(folder / "mia_summary.json")
     assert attacked["method"] == name and attacked["on_base"] == 0
-    merged = {u: [s for s, w in zip(r["sharers"], r["weights"], strict=True) if w] for u, r in results(folder).items()}
-    assert {u: r["member_ids"] for u, r in results(folder / "mia").items()} == merged
+    attacked = world.results(folder / "mia")
+    for user_id, result in world.results(folder).items():
+        merged = [sharer for sharer, weight in zip(result["sharers"], result["weights"], strict=True) if weight]
+        assert attacked.pop(user_id)["member_ids"] == merged
+    assert attacked == {}
 
 
 @pytest.mark.slow
@@ -477,16 +469,15 @@ def test_several_penalties_in_one_run_are_lone_runs_bit_for_bit(inside: Path) ->
     words[words.index("--output_dir") + 1] = f"./output/{TASK}/Frontier"
     world.run(words)
     own = Path(f"./output/{TASK}/Frontier/penalty-0.1")
-    assert results(own) == results(EVO)
+    assert world.results(own) == world.results(EVO)
     settings = {"penalty-0": 0.0, "penalty-0.1": 0.1, "penalty-1": 1.0}
     assert sorted(path.name for path in own.parent.iterdir()) == sorted(settings)
     assert world.read(own / "settings.json") == world.read(Path(EVO) / "settings.json")
     for name, penalty in settings.items():
         assert world.read(own.parent / name / "settings.json")["settings"]["sim_penalty"] == penalty
-    for user_id in results(EVO):
+    for user_id in world.results(EVO):
         folder = Path("users") / user_dirname(user_id)
-        logs = [(root / folder / "evaluations.jsonl").read_text().splitlines() for root in (own, Path(EVO))]
-        one, other = ([{**json.loads(line), "seconds": 0} for line in log] for log in logs)
+        one, other = (world.entries(root / folder / "evaluations.jsonl") for root in (own, Path(EVO)))
         assert one == other
         adapters = [root / folder / "adapter" / "adapter_model.safetensors" for root in (own, Path(EVO))]
         assert [a.read_bytes() if a.exists() else b"" for a in adapters[:1]] == [
@@ -549,7 +540,7 @@ def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(
     for place, (name, more) in enumerate(options.items()):
         words[words.index("--output_dir") + 1] = f"./output/arm-{place}"
         world.run([*words, *more])
-        ((user_id, result),) = results(f"./output/arm-{place}").items()
+        ((user_id, result),) = world.results(f"./output/arm-{place}").items()
         assert found["answers"][name] == {user_id: result["predictions"]["prime"]["k0"]}, name
         assert found["origins"][name] == {result["origin"]: 1}, name
     asked = [sample["id"] for sample in found["answers"]["prime"][users[0].user_id]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import world
 from scipy.stats import kstest, norm
-from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for, records
+from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for
 from torch import Tensor
 
 from prime.bank.bank import AdapterBank
@@ -143,25 +143,17 @@ def test_what_is_summed_is_clipped_item_by_item() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_item_more_moves_the_sum_by_the_clip_norm_at_most(
-    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_item_more_moves_the_sum_by_the_clip_norm_at_most(checkpointing: bool) -> None:
     """What the accountant counts on, with dropout, padding and micro-batches; the longest item is the one more."""
-    seen: list[list[Tensor]] = []
-
-    def keep(parameters: list[Tensor], limit: float) -> Tensor:
-        seen.append([parameter.grad.clone() for parameter in parameters])
-        return torch.zeros(1)
-
-    monkeypatch.setattr("prime.bank.train.clip_by_adapter", keep)
     settings = replace(SETTINGS, dropout=0.3, gradient_checkpointing=checkpointing)
-    items = sorted(records(7, 4), key=lambda record: len(record.ids) + len(record.target))
+    items = sorted(tiny.records(7, 4), key=lambda record: len(record.ids) + len(record.target))
     limit = 0.02  # below every item's norm, so that each weighs it
-    for given in (items, items[:-1]):
-        learner = private(replace(LEARNERS[0], records=given), max_norm=limit, steps=1)
-        train(trained_bank(), [learner], settings, max_batch_tokens=40)
-    sums = [[grad * n for grad in grads] for grads, n in zip(seen, (7, 6), strict=True)]
-    difference = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(*sums, strict=True)))
+    with tiny.noted_gradients() as means:
+        for given in (items, items[:-1]):
+            learner = private(replace(LEARNERS[0], records=given), max_norm=limit, steps=1)
+            train(trained_bank(), [learner], settings, max_batch_tokens=40)
+    squares = [float((7 * of_7 - 6 * of_6).square().sum()) for of_7, of_6 in zip(*means, strict=True)]
+    difference = math.sqrt(sum(squares))
     assert difference == pytest.approx(limit, rel=1e-3)
 
 
@@ -184,7 +176,7 @@ def test_without_quoting_an_item_is_in_its_own_record_only() -> None:
 def test_without_noise_and_clipping_full_batches_are_plain_training() -> None:
     """Compared: the same batches (all items each step), targets of one length (else the means over tokens differ)."""
     learner = Learner(0, "user", 3, ONE_LENGTH)
-    settings = TrainSettings(**(vars(SETTINGS) | {"batch_size": 6, "epochs": 4, "clip": 1e9}))
+    settings = replace(SETTINGS, batch_size=6, epochs=4, clip=1e9)
     plain, losses = alone(learner, settings)
     found, own = alone(private(learner, steps=4), settings)
     assert own == pytest.approx(losses, abs=1e-4) and len(own) == 4 and losses[0] - losses[-1] > 0.05
@@ -193,7 +185,7 @@ def test_without_noise_and_clipping_full_batches_are_plain_training() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 def test_private_training_together_is_private_training_alone(sigma: float) -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1, "lr": 1e-3}))
+    settings = replace(SETTINGS, dropout=0.1, lr=1e-3)
     learners = [private(one, sigma=sigma, max_norm=0.5, rate=0.4, steps=4) for one in LEARNERS]
     bank = bank_for(learners)
     together = train(bank, learners, settings, max_batch_tokens=50)
@@ -211,7 +203,7 @@ def alone_private(learner: Learner, settings: TrainSettings) -> tuple[AdapterBan
 
 
 def test_gates_train_privately_together_as_alone() -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"lr": 1e-2}))
+    settings = replace(SETTINGS, lr=1e-2)
     learners = [private(one, sigma=0.5, max_norm=0.5, rate=0.5, steps=3) for one in LEARNERS]
     bank, gates = gated()
     train(bank, learners, settings, 50, None, gates.stacks, gates.scaler)
@@ -223,21 +215,15 @@ def test_gates_train_privately_together_as_alone() -> None:
         assert (ours[1] - first[1]).abs().max() > 1e-3
 
 
-def test_a_step_without_items_is_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_without_items_is_noise_alone() -> None:
     learner = private(LEARNERS[0], sigma=2.0, max_norm=0.5, rate=1e-9, steps=2)
     chosen = learner.mechanism
     assert chosen.batches(learner.records) == [[], []]
-    seen: list[list[Tensor]] = []
-
-    def keep(parameters: list[Tensor], limit: float) -> Tensor:
-        seen.append([parameter.grad.clone() for parameter in parameters])
-        return torch.zeros(1)
-
-    monkeypatch.setattr("prime.bank.train.clip_by_adapter", keep)
     bank = bank_for([learner])
     before = bank.adapter(0)
-    assert train(bank, [learner], SETTINGS) == [[None, None]]
-    for step, grads in enumerate(seen):
+    with tiny.noted_gradients() as noted:
+        assert train(bank, [learner], SETTINGS) == [[None, None]]
+    for step, grads in enumerate(noted):
         for number, grad in enumerate(grads):
             expected = chosen.noise(step, number, grad.shape[1:]) / (1e-9 * len(learner.records))
             assert torch.equal(grad[0], expected) and grad.abs().max() > 0
@@ -259,7 +245,7 @@ def test_an_items_dropout_does_not_depend_on_who_else_is_in_the_step(monkeypatch
         return _accumulate_clipped(passes, own, mechanisms)
 
     monkeypatch.setattr("prime.bank.train._accumulate_clipped", keep)
-    for given in (records(5, 0), records(5, 0)[1:]):
+    for given in (tiny.records(5, 0), tiny.records(5, 0)[1:]):
         train(bank_for(LEARNERS[:1]), [private(replace(LEARNERS[0], records=given), steps=1)], SETTINGS)
     assert len(rows) == 9 and len({(row.record.id, row.noise) for row in rows}) == 5
 
@@ -367,20 +353,20 @@ def test_sigma_keeps_to_epsilon_and_spends_it(epsilon: float, rate: float, steps
 
 def test_terms_make_the_mechanism_and_its_report(tmp_path: Path) -> None:
     asked = terms(tmp_path, epsilon=0.7, sigma=None)
-    chosen = asked.mechanism("anchor 7", 1, records(20, 1), 6, 3)
+    chosen = asked.mechanism("anchor 7", 1, tiny.records(20, 1), 6, 3)
     assert (chosen.n, chosen.rate, chosen.steps) == (20, 0.3, 10) and chosen.size == pytest.approx(6)
     report = asked.report(chosen)
     assert 0.69 <= report["epsilon"] <= 0.7 and report["sigma"] == chosen.sigma
     assert report["unit"] == "history item, added or removed"
     asked = terms(tmp_path)
-    assert asked.mechanism("u", 1, records(20, 1), 6, 3, max_step=4).steps == 4
-    few = asked.mechanism("u", 1, records(4, 1), 6, 3)
+    assert asked.mechanism("u", 1, tiny.records(20, 1), 6, 3, max_step=4).steps == 4
+    few = asked.mechanism("u", 1, tiny.records(4, 1), 6, 3)
     assert (few.rate, few.steps) == (1.0, 3)
 
 
 def test_two_trainings_on_the_same_items_spend_more_than_one_and_no_more_than_their_sum(tmp_path: Path) -> None:
     asked = terms(tmp_path, sigma=2.0)
-    chosen = asked.mechanism("u", 1, records(20, 1), 6, 3)
+    chosen = asked.mechanism("u", 1, tiny.records(20, 1), 6, 3)
     alone_, both = asked.report(chosen), asked.together(chosen, asked.report(chosen))
     assert alone_["epsilon"] < both["epsilon_with_adapter"] < 2 * alone_["epsilon"]
     assert asked.together(chosen, None) == {"epsilon_with_adapter": None}
@@ -388,9 +374,9 @@ def test_two_trainings_on_the_same_items_spend_more_than_one_and_no_more_than_th
 
 def test_impossible_terms_name_the_learner(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"anchor 7: --delta 0.1 is no guarantee for 20 items"):
-        terms(tmp_path, delta=0.1).mechanism("anchor 7", 1, records(20, 1), 6, 3)
+        terms(tmp_path, delta=0.1).mechanism("anchor 7", 1, tiny.records(20, 1), 6, 3)
     with pytest.raises(InputError, match=r"anchor 7: no noise keeps to --epsilon 0.01 .*--accountant rdp"):
-        terms(tmp_path, epsilon=0.01, sigma=None).mechanism("anchor 7", 1, records(20, 1), 6, 3)
+        terms(tmp_path, epsilon=0.01, sigma=None).mechanism("anchor 7", 1, tiny.records(20, 1), 6, 3)
 
 
 def test_a_budget_that_would_not_fit_into_memory_is_refused() -> None:

@@ -1,10 +1,10 @@
 """Joint training against PEFT with torch's own AdamW, clipping and schedule; neighbours change nothing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
@@ -15,15 +15,7 @@ from tests import tiny
 SETTINGS = TrainSettings(lr=5e-3, clip=0.3, batch_size=3, epochs=2, dropout=0.0)
 
 
-def records(count: int, seed: int) -> list[EncodedRecord]:
-    """Prompts of 3 to 12 tokens, targets of 1 to 4 and EOS."""
-    return [
-        EncodedRecord(f"r{i}", tiny.text_ids(100 * seed + i, 3, 12), (*tiny.text_ids(50 * seed + i, 1, 4)[1:], 2))
-        for i in range(count)
-    ]
-
-
-LEARNERS = [Learner(place, f"user {place}", 10 + place, records(n, place)) for place, n in enumerate((5, 9, 2))]
+LEARNERS = [Learner(place, f"user {place}", 10 + place, tiny.records(n, place)) for place, n in enumerate((5, 9, 2))]
 
 
 def bank_for(learners: list[Learner]) -> AdapterBank:
@@ -34,7 +26,7 @@ def bank_for(learners: list[Learner]) -> AdapterBank:
 
 def alone(learner: Learner, settings: TrainSettings) -> tuple[AdapterBank, list[float]]:
     bank = bank_for([learner])
-    return bank, train(bank, [Learner(0, learner.name, learner.seed, learner.records)], settings)[0]
+    return bank, train(bank, [replace(learner, place=0)], settings)[0]
 
 
 def assert_close(one: dict, other: dict, atol: float) -> None:
@@ -45,32 +37,18 @@ def assert_close(one: dict, other: dict, atol: float) -> None:
 # -- PEFT -----------------------------------------------------------------------------------------------------------
 
 
-def peft_loss(model: torch.nn.Module, batch: list[EncodedRecord]) -> torch.Tensor:
-    """The textbook way: pad right, mask attention, labels -100 on prompt and padding, mean over the batch."""
-    whole = [[*record.ids, *record.target] for record in batch]
-    width = max(map(len, whole))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in whole])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole])
-    labels = torch.full_like(ids, -100)
-    for row, record in enumerate(batch):
-        labels[row, len(record.ids) : len(whole[row])] = torch.tensor(record.target)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-
-
 def peft_training(start: AdapterBank, learner: Learner, settings: TrainSettings) -> tuple[list, list, torch.nn.Module]:
     """Losses and gradient norms of each step, and the trained model, from the bank's own initial A."""
     model = tiny.peft_model(tiny.model(), start.adapter(0))
-    own = [p for name, p in model.named_parameters() if "lora_" in name]
-    for parameter in model.parameters():
-        parameter.requires_grad_(any(parameter is p for p in own))
+    model.requires_grad_(False)
+    own = [p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name]
     plan = learner.batches(settings)
     optimizer = torch.optim.AdamW(own, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(plan), eta_min=settings.min_lr)
     losses, norms = [], []
     for batch in plan:
         optimizer.zero_grad()
-        loss = peft_loss(model, batch)
+        loss = tiny.textbook_loss(model, batch)
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(own, settings.clip)))
         optimizer.step()
@@ -81,7 +59,7 @@ def peft_training(start: AdapterBank, learner: Learner, settings: TrainSettings)
 
 @pytest.mark.parametrize("changes", [{}, {"min_lr": 1e-3, "weight_decay": 0.2, "clip": 1.0}, {"clip": 1e9}])
 def test_it_trains_as_peft_does(changes: dict) -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | changes))
+    settings = replace(SETTINGS, **changes)
     learner = LEARNERS[1]
     expected, norms, model = peft_training(bank_for([learner]), learner, settings)
     bank, found = alone(learner, settings)
@@ -105,20 +83,13 @@ def test_first_gradients_are_pefts() -> None:
         b.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))  # so that A has a gradient, too
     model = tiny.peft_model(tiny.model(), bank.adapter(0))
     lora = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
-    peft_loss(model, batch).backward()
-    seen: list[list[torch.Tensor]] = []
-
-    def keep(parameters: list[torch.Tensor], limit: float) -> torch.Tensor:
-        seen.append([p.grad.clone() for p in parameters])
-        return clip_by_adapter(parameters, limit)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prime.bank.train.clip_by_adapter", keep)
+    tiny.textbook_loss(model, batch).backward()
+    with tiny.noted_gradients() as noted:
         settings = TrainSettings(lr=1e-3, batch_size=4, epochs=1, dropout=0.0)
         train(bank, [Learner(0, "u", 1, batch)], settings, max_batch_tokens=20)
     theirs = list(lora.values())
-    assert len(theirs) == len(seen[0]) == 16
-    for ours, parameter in zip(seen[0], theirs, strict=True):
+    assert len(theirs) == len(noted[0]) == 16
+    for ours, parameter in zip(noted[0], theirs, strict=True):
         assert parameter.grad.abs().max() > 1e-4
         assert torch.allclose(ours[0], parameter.grad, atol=1e-5)
 
@@ -128,7 +99,7 @@ def test_first_gradients_are_pefts() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_training_together_is_training_alone(dropout: float) -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"dropout": dropout}))
+    settings = replace(SETTINGS, dropout=dropout)
     bank = bank_for(LEARNERS)
     together = train(bank, LEARNERS, settings)
     assert [len(losses) for losses in together] == [4, 6, 2]
@@ -152,7 +123,7 @@ def test_a_finished_learner_rests() -> None:
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 def test_micro_batches_change_nothing(budget: int) -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1}))
+    settings = replace(SETTINGS, dropout=0.1)
     reference, bank = bank_for(LEARNERS), bank_for(LEARNERS)
     expected = train(reference, LEARNERS, settings)
     found = train(bank, LEARNERS, settings, max_batch_tokens=budget)
@@ -171,7 +142,7 @@ def test_the_place_in_the_bank_is_free_and_progress_counts_batches() -> None:
 
 
 def test_the_same_again_and_other_seeds() -> None:
-    settings = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1}))
+    settings = replace(SETTINGS, dropout=0.1)
     torch.manual_seed(1)
     first = alone(LEARNERS[0], settings)[1]
     bank = bank_for([LEARNERS[0]])
@@ -212,7 +183,7 @@ def test_checkpointing_changes_nothing_but_memory(family: str) -> None:
     for wanted in (False, True):
         bank = AdapterBank(tiny.model(family, attention_dropout=0.5))
         bank.allocate([learner.seed for learner in LEARNERS], rank=4, alpha=8)
-        settings = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1, "gradient_checkpointing": wanted}))
+        settings = replace(SETTINGS, dropout=0.1, gradient_checkpointing=wanted)
         found.append(kept_bytes(bank, settings))
         assert [m for m in bank.model.modules() if m.training] == [*bank.wrappers.values()]
     (losses, gradients, kept), (again, recomputed, less) = found
@@ -286,14 +257,14 @@ def test_dropout_belongs_to_the_row_and_the_module() -> None:
 
 
 def test_dropout_takes_part_in_training() -> None:
-    dry = alone(LEARNERS[0], TrainSettings(**(vars(SETTINGS) | {"dropout": 0.5})))[1]
+    dry = alone(LEARNERS[0], replace(SETTINGS, dropout=0.5))[1]
     plain = alone(LEARNERS[0], SETTINGS)[1]
     assert dry[0] == plain[0]  # B is zero at the start, so dropout cannot show
     assert dry[-1] != pytest.approx(plain[-1], abs=1e-4)
 
 
 def test_training_learns() -> None:
-    learner = Learner(0, "user", 0, records(6, 3))
+    learner = Learner(0, "user", 0, tiny.records(6, 3))
     losses = alone(learner, TrainSettings(lr=2e-2, clip=1.0, batch_size=6, epochs=15, dropout=0.0))[1]
     assert losses[-1] < 0.7 * losses[0]
 

@@ -1,19 +1,20 @@
 """OPPU and merge-then-adapt: training against PEFT, what is frozen stays, what is saved is what was trained."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import world
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_train import LEARNERS, SETTINGS, assert_close, peft_loss, peft_training
+from test_train import LEARNERS, SETTINGS, assert_close, peft_training
 from transformers import AutoModelForCausalLM
 
 from prime import cli
 from prime.bank.bank import AdapterBank
 from prime.bank.lora import merge
-from prime.bank.train import Learner, TrainSettings, train, train_settings
+from prime.bank.train import Learner, train, train_settings
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
@@ -23,7 +24,7 @@ from tests import tiny
 
 # -- training on top of a frozen adapter ----------------------------------------------------------------------------
 
-DROPOUT = TrainSettings(**(vars(SETTINGS) | {"dropout": 0.1}))
+DROPOUT = replace(SETTINGS, dropout=0.1)
 MERGED = [
     merge([tiny.adapter(tiny.model(), 2 * i), tiny.adapter(tiny.model(), 2 * i + 1)], torch.full((2,), 0.5), "delta")
     for i in range(len(LEARNERS))
@@ -53,7 +54,7 @@ def test_training_on_top_leaves_the_frozen_part_bit_for_bit() -> None:
     """With weight decay and clipping that a frozen part would show."""
     bank = stacked_bank([0, 1, 2])
     before = [part.clone() for part in frozen_parts(bank)]
-    train(bank, LEARNERS, TrainSettings(**(vars(DROPOUT) | {"weight_decay": 0.5})))
+    train(bank, LEARNERS, replace(DROPOUT, weight_decay=0.5))
     assert all(torch.equal(part, old) for part, old in zip(frozen_parts(bank), before, strict=True))
     assert not any(part.requires_grad for part in frozen_parts(bank))
     assert len(bank.parameters()) == 2 * len(bank.wrappers)
@@ -88,14 +89,14 @@ def test_training_on_top_together_is_training_alone() -> None:
     together = train(bank, LEARNERS, DROPOUT)
     for learner in LEARNERS:
         own = stacked_bank([learner.place])
-        losses = train(own, [Learner(0, learner.name, learner.seed, learner.records)], DROPOUT)[0]
+        losses = train(own, [replace(learner, place=0)], DROPOUT)[0]
         assert together[learner.place] == pytest.approx(losses, abs=1e-4)
         assert_close(bank.adapter(learner.place).factors, own.adapter(0).factors, atol=5e-4)
 
 
 def test_what_is_saved_is_the_merge_and_the_trained_part(tmp_path: Path) -> None:
     bank = stacked_bank([0, 1])
-    train(bank, LEARNERS[:2], TrainSettings(**(vars(SETTINGS) | {"lr": 2e-2})))
+    train(bank, LEARNERS[:2], replace(SETTINGS, lr=2e-2))
     ids = tiny.ids(2, 9)
     with bank.routed([1, 1]):
         trained = tiny.logits(bank.model, ids)
@@ -140,21 +141,10 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(autouse=True)
-def inside(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "here" in request.fixturenames:
-        monkeypatch.chdir(request.getfixturevalue("here"))
-
-
-def results(folder: str) -> dict[str, dict]:
-    found = {result["user_id"]: result for result in read_results(folder)}
-    return {user: {key: value for key, value in own.items() if key != "seconds"} for user, own in found.items()}
-
-
 FOLDERS = {"oppu": f"output/{TASK}/OPPU", "mta": f"output/{TASK}/Merge-then-adapt"}
 
 
-def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(here: Path) -> None:
+def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(inside: Path) -> None:
     words = ["--method", "oppu", *ADAPTED, *QUICK]
     args = world.script("train_user_peft.py").build_parser().parse_args(words)
     args.lora_r = args.lora_alpha = 8
@@ -176,70 +166,71 @@ def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(here: Path) ->
     expected = []
     for batch in plan[:5]:
         adamw.zero_grad()
-        loss = peft_loss(model, batch)
+        loss = tiny.textbook_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(own, settings.clip)
         adamw.step()
         cosine.step()
         expected.append(float(loss.detach()))
-    result = results(FOLDERS["oppu"])[user.user_id]
+    result = world.results(FOLDERS["oppu"])[user.user_id]
     assert len(result["losses"]) == len(plan) and result["losses"][:5] == pytest.approx(expected, abs=1e-4)
     records = history_records(user, texts.task, texts.templates, texts.profiles[user.user_id], args.recent_k)
     assert result["record_ids"] == [record.id for record in records]
 
 
 @pytest.mark.parametrize("method", ["oppu", "mta"])
-def test_a_result_has_predictions_of_every_setting_seconds_and_an_adapter(here: Path, method: str) -> None:
+def test_a_result_has_predictions_of_every_setting_seconds_and_an_adapter(inside: Path, method: str) -> None:
     found = read_results(FOLDERS[method])
     assert len(found) == 3
     for result in found:
         assert set(result["predictions"]) == {method}
         assert set(result["predictions"][method]) == {"k0", "k0-profile", "k1", "k1-profile"}
         assert set(result["seconds"]) == {"train", "predict"}
-        own = load_adapter(here / FOLDERS[method] / "users" / user_dirname(result["user_id"]) / "adapter")
+        own = load_adapter(inside / FOLDERS[method] / "users" / user_dirname(result["user_id"]) / "adapter")
         assert own.rank == (8 if method == "oppu" else 8 + 8 + 4) and own.card["records"] == len(result["record_ids"])
         assert ("sharers" in result) == (method == "mta")
 
 
-def test_merge_then_adapt_stands_on_the_mean_of_the_two_nearest_sharers(here: Path) -> None:
-    for user, result in results(FOLDERS["mta"]).items():
-        folders = [here / f"output/{TASK}/Anchor_PEFT/LoRA/users" / user_dirname(s) for s in result["sharers"]]
+def test_merge_then_adapt_stands_on_the_mean_of_the_two_nearest_sharers(inside: Path) -> None:
+    for user, result in world.results(FOLDERS["mta"]).items():
+        folders = [inside / f"output/{TASK}/Anchor_PEFT/LoRA/users" / user_dirname(s) for s in result["sharers"]]
         mean = merge([load_adapter(folder / "adapter") for folder in folders], torch.tensor([0.5, 0.5]), "delta")
-        own = load_adapter(here / FOLDERS["mta"] / "users" / user_dirname(user) / "adapter")
+        own = load_adapter(inside / FOLDERS["mta"] / "users" / user_dirname(user) / "adapter")
         for name, (a, b) in own.factors.items():
             assert torch.equal(a[:16], mean.factors[name][0]) and torch.equal(b[:, :16], mean.factors[name][1])
             assert b[:, 16:].abs().max() > 0
 
 
 @pytest.mark.parametrize("method", ["oppu", "mta"])
-def test_users_alone_come_out_as_users_together(here: Path, method: str) -> None:
+def test_users_alone_come_out_as_users_together(inside: Path, method: str) -> None:
     stage(method, "--users_per_batch", "1", "--user_idxs", "1-3", "--output_dir", f"alone/{method}")
-    together, alone = results(FOLDERS[method]), results(f"alone/{method}")
+    together, alone = world.results(FOLDERS[method]), world.results(f"alone/{method}")
     assert len(alone) == 2
     for user, own in alone.items():
         assert own["losses"] == pytest.approx(together[user]["losses"], abs=1e-4)
         assert own["record_ids"] == together[user]["record_ids"] and own["deployed"] == together[user]["deployed"]
 
 
-def test_a_lost_user_comes_back_byte_for_byte_and_others_are_left_alone(here: Path) -> None:
-    before = results(FOLDERS["mta"])
-    lost, *kept = (here / FOLDERS["mta"] / "users" / user_dirname(user) for user in before)
+def test_a_lost_user_comes_back_byte_for_byte_and_others_are_left_alone(inside: Path) -> None:
+    before = world.results(FOLDERS["mta"])
+    lost, *kept = (inside / FOLDERS["mta"] / "users" / user_dirname(user) for user in before)
     weights, times = (lost / "adapter/adapter_model.safetensors").read_bytes(), [p.stat().st_mtime_ns for p in kept]
     (lost / "result.json").unlink()
     stage("mta")
-    assert results(FOLDERS["mta"]) == before and (lost / "adapter/adapter_model.safetensors").read_bytes() == weights
+    assert world.results(FOLDERS["mta"]) == before
+    assert (lost / "adapter/adapter_model.safetensors").read_bytes() == weights
     assert [p.stat().st_mtime_ns for p in kept] == times
 
 
-def test_other_settings_are_refused_by_name(here: Path) -> None:
+def test_other_settings_are_refused_by_name(inside: Path) -> None:
     with pytest.raises(InputError, match="lr: there 0.005, now 0.5"):
         stage("oppu", "--lr", "0.5")
     with pytest.raises(InputError, match="method: there 'oppu', now 'mta'"):
         stage("mta", "--output_dir", FOLDERS["oppu"])
 
 
-def test_a_user_without_history_keeps_the_base_or_the_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = here / f"data/{TASK}/test_100/user_test_100.json"
+def test_a_user_without_history_keeps_the_base_or_the_merge(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = inside / f"data/{TASK}/test_100/user_test_100.json"
     before, users = path.read_bytes(), world.read(path)
     users[0]["profile"] = []
     try:
@@ -249,33 +240,33 @@ def test_a_user_without_history_keeps_the_base_or_the_merge(here: Path, capsys: 
     finally:
         path.write_bytes(before)
     assert f"user {users[0]['user_id']}: an empty history" in capsys.readouterr().err
-    (result,) = results("empty/oppu").values()
-    base = results(f"output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
+    (result,) = world.results("empty/oppu").values()
+    base = world.results(f"output/{TASK}/task-base_LLM")[result["user_id"]]["predictions"]["task_lora"]
     assert result["losses"] == [] and result["predictions"]["oppu"]["k0"] == base["k0"]
 
 
-def test_mta_is_attacked_by_its_sharers(here: Path) -> None:
+def test_mta_is_attacked_by_its_sharers(inside: Path) -> None:
     attack = ["mia.py", *ADAPTED, "--anchor_dir", f"output/{TASK}/Anchor_PEFT/LoRA", "--max_records", "2", "--exp_dir"]
     world.run([*attack, FOLDERS["mta"], "--skip_sharers"])
-    short = world.read(here / FOLDERS["mta"] / "mia_summary.json")
+    short = world.read(inside / FOLDERS["mta"] / "mia_summary.json")
     assert short["method"] == "mta" and short["sharers"] == {"users": 0, "attacks": {}, "sets": {}}
     world.run([*attack, FOLDERS["mta"]])  # the sharers may come later
-    whole = world.read(here / FOLDERS["mta"] / "mia_summary.json")
+    whole = world.read(inside / FOLDERS["mta"] / "mia_summary.json")
     assert whole["sharers"]["users"] == 6 and whole["attacks"] == short["attacks"]
-    for key, entry in world.read(here / FOLDERS["mta"] / "mia_results.json").items():
-        assert entry["member_ids"] == results(FOLDERS["mta"])[key.rpartition("-")[0]]["sharers"]
+    for key, entry in world.read(inside / FOLDERS["mta"] / "mia_results.json").items():
+        assert entry["member_ids"] == world.results(FOLDERS["mta"])[key.rpartition("-")[0]]["sharers"]
         assert len(entry["non_member_ids"]) == 4
 
 
-def test_oppus_members_are_the_users_own_records(here: Path) -> None:
+def test_oppus_members_are_the_users_own_records(inside: Path) -> None:
     stage("oppu", "--holdout", "0.4", "--output_dir", "held-out/oppu")
     world.run(["mia.py", *ADAPTED, "--anchor_dir", "not-read", "--exp_dir", "held-out/oppu"])
-    found = results("held-out/oppu")
+    found = world.results("held-out/oppu")
     assert all(len(own["held_out_ids"]) == 2 for own in found.values())
-    summary = world.read(here / "held-out/oppu/mia_summary.json")
+    summary = world.read(inside / "held-out/oppu/mia_summary.json")
     assert (summary["method"], summary["users"], summary["sharers"]["users"]) == ("oppu", 3, 0)
     assert set(summary["sets"]) == {"published", "controlled", "user"}
-    for key, entry in world.read(here / "held-out/oppu/mia_results.json").items():
+    for key, entry in world.read(inside / "held-out/oppu/mia_results.json").items():
         user = key.rpartition("-")[0]
         assert entry["member_ids"] == [user] and set(entry["non_member_ids"]) == set(found) - {user}
         assert entry["member_num_samples"] == [len(found[user]["record_ids"])]

@@ -6,12 +6,15 @@ rounding stays near 1e-6: a tolerance of 1e-5 then tells a wrong product from a 
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     GemmaConfig,
@@ -21,7 +24,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
+from prime.bank.train import clip_by_adapter
 
 VOCAB = 97
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -35,7 +40,7 @@ FAMILIES: dict[str, tuple[Callable, dict]] = {
 
 def model(family: str = "llama", seed: int = 0, **changes: object) -> nn.Module:
     """A frozen-in-time causal LM: hidden 64, 2 layers, 4 heads over 2 key-value heads, vocabulary 97, fp32."""
-    make, own = FAMILIES[family]
+    make, of_family = FAMILIES[family]
     settings = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
@@ -43,14 +48,14 @@ def model(family: str = "llama", seed: int = 0, **changes: object) -> nn.Module:
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        found = AutoModel.from_config(make(**(settings | own | changes)), dtype=torch.float32).eval()
-        for name, parameter in found.named_parameters():
+        causal_lm = AutoModel.from_config(make(**(settings | of_family | changes)), dtype=torch.float32).eval()
+        for name, parameter in causal_lm.named_parameters():
             if parameter.dim() == 2:
                 parameter.data.mul_(4.0)
             elif name.endswith("bias"):
                 parameter.data.normal_(0, 0.1)
-    found.generation_config.pad_token_id = 0
-    return found
+    causal_lm.generation_config.pad_token_id = 0
+    return causal_lm
 
 
 def targets_of(base: nn.Module, targets: Sequence[str] = TARGETS) -> dict[str, nn.Linear]:
@@ -61,42 +66,38 @@ def targets_of(base: nn.Module, targets: Sequence[str] = TARGETS) -> dict[str, n
 def adapter(base: nn.Module, seed: int, rank: int = 4, scale: float = 1.0, size: float = 0.15) -> Adapter:
     """A random adapter on q, k, v, o of every layer."""
     stream = torch.Generator().manual_seed(1000 + seed)
-    return Adapter(
-        {
-            name: (
-                torch.randn(rank, module.in_features, generator=stream) * size,
-                torch.randn(module.out_features, rank, generator=stream) * size,
-            )
-            for name, module in targets_of(base).items()
-        },
-        scale,
-    )
+    factors = {}
+    for name, module in targets_of(base).items():
+        a = torch.randn(rank, module.in_features, generator=stream) * size
+        b = torch.randn(module.out_features, rank, generator=stream) * size
+        factors[name] = (a, b)
+    return Adapter(factors, scale)
 
 
-def peft_model(base: nn.Module, own: Adapter, dropout: float = 0.0) -> nn.Module:
+def peft_model(base: nn.Module, lora: Adapter, dropout: float = 0.0) -> nn.Module:
     """PEFT's own model with this adapter's numbers copied in by hand; base is not touched."""
-    rank = own.rank
-    config = LoraConfig(r=rank, lora_alpha=own.scale * rank, lora_dropout=dropout, target_modules=list(TARGETS))
-    found = get_peft_model(copy.deepcopy(base), config)
-    for name, (a, b) in own.factors.items():
-        module = found.base_model.model.get_submodule(name)
+    alpha = lora.scale * lora.rank
+    config = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(TARGETS))
+    wrapped = get_peft_model(copy.deepcopy(base), config)
+    for name, (a, b) in lora.factors.items():
+        module = wrapped.base_model.model.get_submodule(name)
         module.lora_A["default"].weight.data.copy_(a)
         module.lora_B["default"].weight.data.copy_(b)
-    return found.eval()
+    return wrapped.eval()
 
 
-def dense_updates(own: Adapter) -> dict[str, Tensor]:
+def dense_updates(lora: Adapter) -> dict[str, Tensor]:
     """scale * B @ A of every module, in fp64."""
-    return {name: own.scale * (b.double() @ a.double()) for name, (a, b) in own.factors.items()}
+    return {name: lora.scale * (b.double() @ a.double()) for name, (a, b) in lora.factors.items()}
 
 
 def with_updates(base: nn.Module, updates: dict[str, Tensor]) -> nn.Module:
     """A copy of the base whose weights carry dense updates: an oracle without any low-rank arithmetic."""
-    found = copy.deepcopy(base)
+    changed = copy.deepcopy(base)
     for name, update in updates.items():
-        weight = found.get_submodule(name).weight
+        weight = changed.get_submodule(name).weight
         weight.data = (weight.data.double() + update).float()
-    return found
+    return changed
 
 
 @torch.inference_mode()
@@ -115,15 +116,50 @@ def text_ids(seed: int, low: int, high: int) -> tuple[int, ...]:
     return (1, *(rng.randrange(3, VOCAB) for _ in range(rng.randint(low, high))))
 
 
+def records(count: int, seed: int) -> list[EncodedRecord]:
+    """Prompts of 3 to 12 tokens, targets of 1 to 4 and EOS."""
+    made = []
+    for i in range(count):
+        target = (*text_ids(50 * seed + i, 1, 4)[1:], 2)
+        made.append(EncodedRecord(f"r{i}", text_ids(100 * seed + i, 3, 12), target))
+    return made
+
+
+def textbook_loss(owner: nn.Module, batch: Sequence[EncodedRecord]) -> Tensor:
+    """Pad right, mask attention, labels -100 on prompt and padding, mean over the batch's target tokens."""
+    rows = [[*record.ids, *record.target] for record in batch]
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    labels = torch.full_like(padded, -100)
+    for row, record in enumerate(batch):
+        labels[row, len(record.ids) : len(rows[row])] = torch.tensor(record.target)
+    predicted = owner(input_ids=padded, attention_mask=mask, use_cache=False).logits
+    return cross_entropy(predicted[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+@contextmanager
+def noted_gradients() -> Iterator[list[list[Tensor]]]:
+    """Copies of what training clips, by step and trained tensor."""
+    noted: list[list[Tensor]] = []
+
+    def note(parameters: list[Tensor], limit: float) -> Tensor:
+        noted.append([parameter.grad.clone() for parameter in parameters])
+        return clip_by_adapter(parameters, limit)
+
+    with patch("prime.bank.train.clip_by_adapter", note):
+        yield noted
+
+
 @torch.inference_mode()
 def naive_answer(
     owner: nn.Module, prompt: Sequence[int], limit: int, choose: Callable[[Tensor, int], int]
 ) -> tuple[int, ...]:
     """One row, one token at a time, no cache; `choose(logits [v], position) -> token`; EOS is not looked at."""
-    found = list(prompt)
+    tokens = list(prompt)
     for position in range(limit):
-        found.append(choose(owner(input_ids=torch.tensor([found]), use_cache=False).logits[0, -1], position))
-    return tuple(found[len(prompt) :])
+        tokens.append(choose(logits(owner, torch.tensor([tokens]))[0, -1], position))
+    return tuple(tokens[len(prompt) :])
 
 
 def until(answer: Sequence[int], eos: Sequence[int]) -> tuple[int, ...]:

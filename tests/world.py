@@ -20,6 +20,21 @@ def write(path: Path, value) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
+def entries(path: Path) -> list[dict]:
+    """The lines of a .jsonl file, but for the seconds they took."""
+    return [without_seconds(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def results(folder: str | Path) -> dict[str, dict]:
+    """A run's results by user id, but for the seconds they took."""
+    found = map(read, sorted(Path(folder).glob("users/*/result.json")))
+    return {result["user_id"]: without_seconds(result) for result in found}
+
+
+def without_seconds(entry: dict) -> dict:
+    return {key: value for key, value in entry.items() if key != "seconds"}
+
+
 def build(folder: Path, task: str = "movie_tagging", test_users: int = 6, anchors: int = 6) -> Path:
     """data/<task> with few users and short histories, and the demo model under the announcement's path."""
     source, target = DEMO / task, folder / "data" / task
