@@ -19,6 +19,9 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from itertools import chain, product
+from operator import itemgetter, ne
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +83,12 @@ class Published(Timed):
 
     def answers(self, weights: Tensor) -> list[Answers]:
         self.asked.append((time.perf_counter(), len(weights)))
-        found = [[self.one(own)] for own in weights]
-        self.given += found
-        return found
+        answers = [[self.answers_of(candidate)] for candidate in weights]
+        self.given += answers
+        return answers
 
-    def one(self, weights: Tensor) -> list[str]:
-        merged = merge(self.adapters, weights, "factor")
-        for name, (a, b) in merged.factors.items():
-            module = self.model.base_model.model.get_submodule(name)
-            module.lora_A["0"].weight.data.copy_(a)
-            module.lora_B["0"].weight.data.copy_(b)
+    def answers_of(self, weights: Tensor) -> list[str]:
+        contenders.copy_factors(self.model, "0", merge(self.adapters, weights, "factor"))
         rows: list[list[int]] = []
         for start in range(0, len(self.prompts), contenders.BATCH):
             rows += self.generate(self.prompts[start : start + contenders.BATCH])
@@ -135,8 +134,11 @@ def held_out(start: Start, user: User, weights: list[Tensor], rule: str) -> list
     """Answers to the user's queries (k = 0) by each of several candidates."""
     start.engine.bank.combine(torch.stack(weights), rule)
     methods = {str(row): row for row in range(len(weights))}
-    found = predict(start.engine, start.texts, user, methods, Sampler(0.0), (), start.args.max_gen_len)
-    return [[(one["output"], start.golds[one["id"]]) for one in found[name]["k0"]] for name in methods]
+    predicted = predict(start.engine, start.texts, user, methods, Sampler(0.0), (), start.args.max_gen_len)
+    held = []
+    for by_setting in predicted.values():
+        held.append([(sample["output"], start.golds[sample["id"]]) for sample in by_setting["k0"]])
+    return held
 
 
 def run_published(start: Start, user: User, index: int, model: Any, budget: int, seed: int) -> dict[str, Any]:
@@ -152,12 +154,10 @@ def run_published(start: Start, user: User, index: int, model: Any, budget: int,
     best = min(eligible, key=lambda one: one.loss)
     held = held_out(start, user, [best.weights], "factor")[0]
     rows = len(found) * len(population.prompts)
-    return {"seconds": phases[-1][1], "held": held, "differing": differing(population.given, bank), "rows": rows}
-
-
-def differing(one: list[Answers], other: list[Answers]) -> int:
-    pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a[0], b[0], strict=True)]
-    return sum(a != b for a, b in pairs)
+    differing = 0
+    for (theirs,), (ours,) in zip(population.given, bank, strict=True):  # a candidate's answers, drawn once
+        differing += sum(map(ne, theirs, ours))
+    return {"seconds": phases[-1][1], "held": held, "differing": differing, "rows": rows}
 
 
 def run_ours(start: Start, user: User, index: int, budget: int, seed: int) -> dict[str, Any]:
@@ -187,11 +187,11 @@ def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     start.engine.bank = type(bank)(bank.model)
     published, ours = [], []
     for index, user in enumerate(start.users[: args.users]):
-        own = derive_seed(seed, user.user_id)
-        published.append(run_published(start, user, index, model, args.budget, own))
-        ours.append(run_ours(start, user, index, args.budget, own))
-        told = f"{published[-1]['seconds']:.1f} s published, {ours[-1]['seconds'][-1]:.1f} s ours"
-        print(f"{task}, seed {seed}, user {user.user_id}: {told}", file=sys.stderr, flush=True)
+        user_seed = derive_seed(seed, user.user_id)
+        published.append(run_published(start, user, index, model, args.budget, user_seed))
+        ours.append(run_ours(start, user, index, args.budget, user_seed))
+        seconds = f"{published[-1]['seconds']:.1f} s published, {ours[-1]['seconds'][-1]:.1f} s ours"
+        print(f"{task}, seed {seed}, user {user.user_id}: {seconds}", file=sys.stderr, flush=True)
     return summary(start, published, ours)
 
 
@@ -201,45 +201,44 @@ def summary(start: Start, published: list[dict], ours: list[dict]) -> dict[str, 
     metric = task.metrics[0]
     sign = 1 if METRICS[metric].higher_is_better else -1
 
-    def value(held: list[Held]) -> float:
-        answers, golds = zip(*(pair for own in held for pair in own), strict=True)
+    def score_of(held: Iterable[Held]) -> float:
+        answers, golds = zip(*chain.from_iterable(held), strict=True)
         return round(score(task.metrics, answers, golds, task.labels)[metric], 4)
 
-    end = value([own["held"] for own in published])
-    phases = range(len(ours[0]["seconds"]))
-    scores = [value([own["held"][phase] for own in ours]) for phase in phases]
-    seconds = [round(sum(own["seconds"][phase] for own in ours), 3) for phase in phases]
-    reached = next((phase for phase in phases if sign * (scores[phase] - end) >= 0), None)
-    total = sum(own["seconds"] for own in published)
-    rows = sum(own["rows"] for own in ours)
+    end = score_of(user["held"] for user in published)
+    scores = list(map(score_of, zip(*map(itemgetter("held"), ours), strict=True)))  # by phase, over users
+    seconds = list(map(sum, zip(*map(itemgetter("seconds"), ours), strict=True)))
+    reached = next((phase for phase, mean in enumerate(scores) if sign * (mean - end) >= 0), None)
+    total = sum(user["seconds"] for user in published)
     return {
         "metric": metric,
-        "published": {"seconds": round(total, 3), "score": end},
+        "published": {"seconds": total, "score": end},
         "ours": {"seconds_by_phase": seconds, "score_by_phase": scores, "phase_reached": reached},
-        "speedup_to_quality": None if reached is None else round(total / seconds[reached], 2),
-        "speedup_whole_search": round(total / seconds[-1], 2),
-        "answers_from_drafts": round(sum(own["from_draft"] for own in ours) / rows, 4),
-        "answers_compared": sum(own["rows"] for own in published),
-        "answers_differing": sum(own["differing"] for own in published),
+        "speedup_to_quality": None if reached is None else total / seconds[reached],
+        "speedup_whole_search": total / seconds[-1],
+        "answers_from_drafts": sum(user["from_draft"] for user in ours) / sum(user["rows"] for user in ours),
+        "answers_compared": sum(user["rows"] for user in published),
+        "answers_differing": sum(user["differing"] for user in published),
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     measuring.set_threads(args.threads)
-    found = {(task, seed): run_one(task, seed, args) for task in args.tasks.split(",") for seed in args.seeds}
-    keys = ("published", "ours", "speedup_to_quality", "answers_from_drafts")
-    rows = [[task, seed, *(one[key] for key in keys)] for (task, seed), one in found.items()]
-    print(measuring.table(rows, ("task", "seed", *keys)))
-    speedups = [one["speedup_to_quality"] for one in found.values()]
+    runs = []
+    for task, seed in product(args.tasks.split(","), args.seeds):
+        runs.append({"task": task, "seed": seed} | run_one(task, seed, args))
+    columns = ("task", "seed", "published", "ours", "speedup_to_quality", "answers_from_drafts")
+    print(measuring.table(list(map(itemgetter(*columns), runs)), columns))
+    speedups = [run["speedup_to_quality"] for run in runs]
     measuring.report(
         {
             "benchmark": "time_to_quality",
             "speedup_over_published": None if None in speedups else min(speedups),
             "speedup_over_peft_loop": None,  # merge.py measures it
             "time_over_forward_limit": None,
-            "outputs_equal": all(one["answers_differing"] == 0 for one in found.values()),
-            "runs": [{"task": task, "seed": seed} | one for (task, seed), one in found.items()],
+            "outputs_equal": all(run["answers_differing"] == 0 for run in runs),
+            "runs": runs,
             "settings": vars(args),
             "environment": measuring.environment(torch.device("cpu"), torch.float32),
         }
