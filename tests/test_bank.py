@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import prime.bank.bank
+import prime.bank.linear
 from prime.bank.bank import AdapterBank
 from prime.bank.lora import RULES, Adapter, merge
 from prime.errors import InputError
@@ -15,10 +15,10 @@ IDS = tiny.ids(4, 11)
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
 
-@pytest.fixture(autouse=True, params=[0, prime.bank.bank.SPREAD], ids=["copied", "spread"])
+@pytest.fixture(autouse=True, params=[0, prime.bank.linear.SPREAD], ids=["copied", "spread"])
 def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether each row group's factors are copied, or few tokens multiplied by those of all adapters."""
-    monkeypatch.setattr(prime.bank.bank, "SPREAD", request.param)
+    monkeypatch.setattr(prime.bank.linear, "SPREAD", request.param)
 
 
 @pytest.fixture

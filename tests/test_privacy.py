@@ -19,7 +19,8 @@ from prime.bank.bank import AdapterBank
 from prime.bank.dp import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
 from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
-from prime.bank.train import Learner, TrainSettings, _accumulate_clipped, _Passes, _Row, row_losses, train
+from prime.bank.passes import Passes, TrainRow, row_losses
+from prime.bank.train import Learner, TrainSettings, _accumulate_clipped, train
 from prime.checkpoints.loading import load_model
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.errors import InputError
@@ -67,16 +68,16 @@ def gated() -> tuple[AdapterBank, Gates]:
     return bank, gates
 
 
-def some_rows() -> list[_Row]:
+def some_rows() -> list[TrainRow]:
     """Records of all learners, neighbours of different length."""
     return [
-        _Row(i, learner.place, number, 7 + number, record)
+        TrainRow(i, learner.place, number, 7 + number, record)
         for i, learner in enumerate(LEARNERS)
         for number, record in enumerate(learner.records[:4])
     ]
 
 
-def one_at_a_time(passes: _Passes, rows: Sequence[_Row]) -> list[list[Tensor]]:
+def one_at_a_time(passes: Passes, rows: Sequence[TrainRow]) -> list[list[Tensor]]:
     """Each row's gradient of its mean token loss in a pass of its own: [rows][tensors]."""
     found = []
     for row in rows:
@@ -88,7 +89,7 @@ def one_at_a_time(passes: _Passes, rows: Sequence[_Row]) -> list[list[Tensor]]:
     return found
 
 
-def gathered(passes: _Passes, rows: list[_Row], monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
+def gathered(passes: Passes, rows: list[TrainRow], monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """Each row's gradient as the joint pass has it before clipping, in the order of the rows."""
     seen: list[list[Tensor]] = []
 
@@ -108,10 +109,10 @@ def test_per_item_gradients_are_those_of_one_item_at_a_time(
 ) -> None:
     if what == "factors":
         bank = trained_bank()
-        passes = _Passes(bank, 0.2, budget, None, bank.parameters())
+        passes = Passes(bank, 0.2, budget, None, bank.parameters())
     else:
         bank, gates = gated()
-        passes = _Passes(bank, 0.2, budget, gates.scaler, gates.stacks)
+        passes = Passes(bank, 0.2, budget, gates.scaler, gates.stacks)
     before = [stack.detach().clone() for stack in bank.stacks()]
     rows = some_rows()
     expected = one_at_a_time(passes, rows)
@@ -128,7 +129,7 @@ def test_per_item_gradients_are_those_of_one_item_at_a_time(
 
 def test_what_is_summed_is_clipped_item_by_item() -> None:
     bank = trained_bank()
-    passes = _Passes(bank, 0.0, 60, None, bank.parameters())
+    passes = Passes(bank, 0.0, 60, None, bank.parameters())
     rows = some_rows()
     own = one_at_a_time(passes, rows)
     norms = [math.sqrt(sum(float(grad.square().sum()) for grad in grads)) for grads in own]
@@ -238,9 +239,9 @@ def test_private_and_plain_learners_do_not_mix() -> None:
 
 def test_an_items_dropout_does_not_depend_on_who_else_is_in_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one item more would change the others' gradients, beyond what clipping bounds."""
-    rows: list[_Row] = []
+    rows: list[TrainRow] = []
 
-    def keep(passes: _Passes, own: list[_Row], mechanisms: list[Mechanism]) -> list[float]:
+    def keep(passes: Passes, own: list[TrainRow], mechanisms: list[Mechanism]) -> list[float]:
         rows.extend(own)
         return _accumulate_clipped(passes, own, mechanisms)
 

@@ -8,7 +8,8 @@ import torch
 
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
-from prime.bank.train import Learner, TrainSettings, _Row, clip_by_adapter, cosine_lr, dropout_scaler, train
+from prime.bank.passes import TrainRow, dropout_scaler
+from prime.bank.train import Learner, TrainSettings, clip_by_adapter, cosine_lr, train
 from prime.errors import InputError
 from tests import tiny
 
@@ -237,8 +238,8 @@ def test_clipping_is_clip_grad_norm_for_each_adapter() -> None:
             assert torch.allclose(stack.grad[place], parameter.grad, atol=1e-7)
 
 
-def row(noise: int, length: int) -> _Row:
-    return _Row(0, 0, 0, noise, EncodedRecord("r", (1,) * length, (2,)))
+def row(noise: int, length: int) -> TrainRow:
+    return TrainRow(0, 0, 0, noise, EncodedRecord("r", (1,) * length, (2,)))
 
 
 def test_dropout_has_its_rate_and_keeps_the_mean() -> None:

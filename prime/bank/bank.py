@@ -9,7 +9,7 @@ adapter may stand on a frozen one, a second pair of factors that no gradient rea
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,105 +18,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.bank.cpu import place_of, quicken, restore, round_up
+from prime.bank.linear import BankLinear, InputScaler, Route
 from prime.bank.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
 from prime.errors import InputError
 from prime.seeds import derive_seed
 
-# Adapters times tokens of a row group up to which one product with the factors of all adapters takes less than to
-# copy each group's own.
-SPREAD = 64
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-# Multiplies the input of one module, x [g, m*t, in], given the module's number.
-InputScaler = Callable[[int, Tensor], Tensor]
-
-
-class Route:
-    """Which adapter each row of the next forward pass uses; shared by all wrappers of a bank."""
-
-    def __init__(self) -> None:
-        self.groups: Tensor | None = None  # [g] adapter of each group of b / g consecutive rows; None: the base
-        self.on_base: Tensor | None = None  # [g, 1, 1] True where a group has no adapter, None if all have one
-        self.scaler: InputScaler | None = None  # dropout or gates in front of the factor pair
-
-
-class BankLinear(nn.Module):
-    """A frozen `nn.Linear` plus the routed low-rank update of stacked factors A `[n, r, in]`, B `[n, out, r]`."""
-
-    def __init__(self, base: nn.Linear, number: int, route: Route):
-        super().__init__()
-        self.base = base
-        self.number = number
-        self.route = route
-        self.place = place_of(base)
-        self.scale = 1.0
-        self.A: Tensor | None = None
-        self.B: Tensor | None = None
-        self.under: tuple[Tensor, Tensor] | None = None  # frozen A, B that trainable ones stand on; scale 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        groups = self.route.groups
-        if groups is None or self.A is None or self.B is None:
-            return y
-        if x.shape[0] % len(groups):
-            raise ValueError(f"{x.shape[0]} rows cannot be parted into {len(groups)} equal groups")
-        groups = groups.to(x.device)
-        if self.under is not None:
-            y = self._add(y, x, groups, *self.under, 1.0, None)
-        return self._add(y, x, groups, self.A, self.B, self.scale, self.route.scaler)
-
-    def _add(
-        self, y: Tensor, x: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor, scale: float,
-        scaler: InputScaler | None,
-    ) -> Tensor:  # fmt: skip
-        """y plus the routed update of one pair of stacks; only `scaler` stands in front of that pair."""
-        rows = x.reshape(len(groups), -1, x.shape[-1]).to(stacked_a.dtype)
-        if scaler is not None:
-            rows = scaler(self.number, rows)
-        training = torch.is_grad_enabled()
-        if not training and rows.shape[1] * len(stacked_b) <= SPREAD:
-            low, b = self._spread(rows, groups, stacked_a, stacked_b)
-        else:
-            low, b = _low(rows, groups, stacked_a), _selected(stacked_b, groups).mT
-            if self.route.on_base is not None:
-                low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
-        out = y.view(len(low), -1, y.shape[-1])
-        if out.dtype != b.dtype:
-            return (out + torch.bmm(low, b).mul_(scale).to(out.dtype)).view_as(y)
-        add = torch.baddbmm if training else Tensor.baddbmm_
-        return add(out, low, b, alpha=scale).view_as(y)
-
-    def _spread(self, rows: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> tuple[Tensor, Tensor]:
-        """The update as one product: each row's `x A^T` in the place of its own adapter among zeros, `[1, g*m*t, n*r]`,
-        and the B of all adapters, `[1, n*r, out]`. Not for training, where one that diverges would reach the others.
-        """
-        n, _, r = stacked_b.shape
-        places = torch.arange(n, device=groups.device)
-        others = groups[:, None] != places  # [g, n]
-        if self.route.on_base is not None:
-            others |= self.route.on_base.to(groups.device)[..., 0]
-        distinct = stacked_a[:1] if _shared(stacked_a) else stacked_a
-        low = rows @ distinct.flatten(0, 1).T  # [g, m*t, r or n*r]
-        placed = low.unflatten(-1, (-1, r)).masked_fill(others[:, None, :, None], 0.0)  # [g, m*t, n, r]
-        return placed.view(1, -1, n * r), stacked_b.mT.reshape(1, n * r, -1)
-
-
-def _low(rows: Tensor, groups: Tensor, stacked_a: Tensor) -> Tensor:
-    """x A_i^T of rows `[g, m*t, in]`, i the adapter of their group: `[g, m*t, r]`."""
-    if _shared(stacked_a):
-        return rows @ stacked_a[0].T
-    return torch.bmm(rows, _selected(stacked_a, groups).mT)
-
-
-def _selected(stack: Tensor, groups: Tensor) -> Tensor:
-    """The stack's members by group, in the order that each has in memory, so that it is copied in one piece."""
-    return stack.index_select(0, groups) if stack.is_contiguous() else stack.mT.index_select(0, groups).mT
-
-
-def _shared(stack: Tensor) -> bool:
-    """Whether all members of a stack are the same memory."""
-    return stack.stride(0) == 0
 
 
 class AdapterBank:
@@ -135,8 +42,8 @@ class AdapterBank:
     def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config
-        whole: Any = model
-        self.device = place_of(whole.get_input_embeddings())  # of ids and logits; each layer has its own
+        causal_lm: Any = model  # nn.Module does not declare get_input_embeddings
+        self.device = place_of(causal_lm.get_input_embeddings())  # of ids and logits; each layer has its own
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
         self.columns = quicken(self.model)
@@ -144,12 +51,12 @@ class AdapterBank:
         self._stored: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _wrap(self, targets: tuple[str, ...]) -> dict[str, BankLinear]:
-        found = {name: module for name, module in self.model.named_modules() if name.rsplit(".", 1)[-1] in targets}
-        missing = set(targets) - {name.rsplit(".", 1)[-1] for name in found}
+        targeted = {name: module for name, module in self.model.named_modules() if name.rsplit(".", 1)[-1] in targets}
+        missing = set(targets) - {name.rsplit(".", 1)[-1] for name in targeted}
         if missing:
             raise InputError(f"the model has no module named {', '.join(sorted(missing))} (--target_modules)")
         wrappers = {}
-        for number, (name, module) in enumerate(found.items()):
+        for number, (name, module) in enumerate(targeted.items()):
             if not isinstance(module, nn.Linear):
                 raise InputError(f"{name} is a {type(module).__name__}, not an nn.Linear; it cannot carry an adapter")
             parent, _, leaf = name.rpartition(".")
@@ -190,9 +97,9 @@ class AdapterBank:
     def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
         """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
         rank = max(part.rank for part in parts)
+        place = self.wrappers[name].place
         pairs = [pad_rank(*part.factors[name], rank) for part in parts]
-        a, b = (torch.stack([part.to(self.wrappers[name].place) for part in side]) for side in zip(*pairs, strict=True))
-        return a, b
+        return torch.stack([a.to(place) for a, _ in pairs]), torch.stack([b.to(place) for _, b in pairs])
 
     def _check_fits(self, adapter: Adapter) -> None:
         odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
@@ -218,8 +125,9 @@ class AdapterBank:
         """
         for name, wrapper in self.wrappers.items():
             a, b = self._stored[name]
-            own = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
-            pair = _combine_factor(own, a, b) if rule == "factor" else _combine_delta(own, a, b)
+            layer_weights = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
+            combine = _combine_factor if rule == "factor" else _combine_delta
+            pair = combine(layer_weights, a, b)
             wrapper.A, wrapper.B = truncate(*pair, keep_rank) if keep_rank else pair
 
     def allocate(self, seeds: Sequence[int], rank: int, alpha: float, under: Sequence[Adapter] = ()) -> None:
@@ -245,17 +153,23 @@ class AdapterBank:
     def adapter(self, index: int) -> Adapter:
         """A copy of one adapter (or candidate) now in the bank, together with the frozen one it stands on."""
         scale = next(iter(self.wrappers.values())).scale
-        own = Adapter({name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}, scale)
+        top = Adapter({name: (_part(w.A, index), _part(w.B, index)) for name, w in self.wrappers.items()}, scale)
         under = {n: (_part(w.under[0], index), _part(w.under[1], index)) for n, w in self.wrappers.items() if w.under}
-        return merge([Adapter(under), own], torch.ones(2), "delta") if under else own
+        return merge([Adapter(under), top], torch.ones(2), "delta") if under else top
 
     def parameters(self) -> list[Tensor]:
         """The stacked factors, A and B of each module in turn."""
-        return [tensor for w in self.wrappers.values() for tensor in (w.A, w.B) if tensor is not None]
+        factors: list[Tensor] = []
+        for wrapper in self.wrappers.values():
+            factors += [stack for stack in (wrapper.A, wrapper.B) if stack is not None]
+        return factors
 
     def stacks(self) -> list[Tensor]:
         """All that rows are routed through: the factors, and the frozen ones they stand on."""
-        return self.parameters() + [tensor for w in self.wrappers.values() if w.under for tensor in w.under]
+        stacks = self.parameters()
+        for wrapper in self.wrappers.values():
+            stacks += wrapper.under or ()
+        return stacks
 
     # -- using the bank -----------------------------------------------------------------------------------------
 
@@ -292,8 +206,8 @@ class AdapterBank:
         if wanted and not layers:
             raise InputError(f"{type(model).__name__} cannot recompute its layers (--gradient_checkpointing)")
         if layers:
-            own = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._recomputing}
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs=own)
+            options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._recomputing}
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         try:
             for layer in layers:
                 layer.training = True
@@ -339,5 +253,5 @@ def _part(stack: Tensor | None, index: int) -> Tensor:
 
 
 def _generator(seed: int, name: str) -> torch.Generator:
-    """A random stream of its own for each (adapter, module), so that neighbours in the bank change nothing."""
+    """A random stream for each (adapter, module), so that neighbours in the bank change nothing."""
     return torch.Generator().manual_seed(derive_seed(seed, name))

@@ -46,9 +46,9 @@ class RoomyLayer(DynamicLayer):
         for parts in zip(*pairs, strict=True):
             _, h, _, d = parts[0].shape
             buffers.append(parts[0].new_empty(rows, h, tokens + room, d))
-            for place, own, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
-                place[:, :, : tokens - own.shape[2]] = 0  # masked, but 0 times what memory holds need not be 0
-                _copy_rows(own, picked, place[:, :, tokens - own.shape[2] : tokens], range(len(picked)))
+            for place, part, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
+                place[:, :, : tokens - part.shape[2]] = 0  # masked, but 0 times what memory holds need not be 0
+                _copy_rows(part, picked, place[:, :, tokens - part.shape[2] : tokens], range(len(picked)))
         self.buffers = tuple(buffers)
         self._show(rows, tokens)
 
@@ -67,9 +67,9 @@ class RoomyLayer(DynamicLayer):
 
     def _allocate(self, held: Pair, room: int) -> None:
         b, h, t, d = held[0].shape
-        self.buffers = tuple(own.new_empty(b, h, t + room, own.shape[3]) for own in held)
-        for buffer, own in zip(self.buffers, held, strict=True):
-            buffer[:, :, :t] = own
+        self.buffers = tuple(states.new_empty(b, h, t + room, states.shape[3]) for states in held)
+        for buffer, states in zip(self.buffers, held, strict=True):
+            buffer[:, :, :t] = states
         self._show(b, t)
 
     def _show(self, rows: int, tokens: int) -> None:

@@ -55,8 +55,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     wanted = padded_rows(rows)
     if wanted == rows:
         return _onednn(x, weight, bias)
-    own = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, wanted - rows))
-    return _onednn(own, weight, bias)[:rows].view(*x.shape[:-1], len(weight))
+    padded = pad(x.reshape(rows, x.shape[-1]), (0, 0, 0, wanted - rows))
+    return _onednn(padded, weight, bias)[:rows].view(*x.shape[:-1], len(weight))
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

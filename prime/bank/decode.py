@@ -110,7 +110,7 @@ class _Decoder:
             yield from self._advance(batch, [row.text for row in batch.rows], self.drafts.first)
             if batch.rows:
                 waiting.append(batch)
-            if sum(one.cached_tokens() for one in waiting) > self.waiting_budget:
+            if sum(other.cached_tokens() for other in waiting) > self.waiting_budget:
                 yield from self._finish(waiting)
         yield from self._finish(waiting, last=True)
 

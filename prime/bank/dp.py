@@ -69,11 +69,11 @@ class Mechanism:
 
     def batches(self, items: Sequence[T]) -> list[list[T]]:
         """The items of every step; a step may have none."""
-        found = []
+        batches = []
         for step in range(self.steps):
             draws = uniform(self.key, len(items), "sample", step)
-            found.append([item for item, draw in zip(items, draws, strict=True) if draw < self.rate])
-        return found
+            batches.append([item for item, draw in zip(items, draws, strict=True) if draw < self.rate])
+        return batches
 
     def noise(self, step: int, tensor: int, shape: Sequence[int]) -> Tensor:
         """Gaussian noise for the sum of a step's clipped gradients in one tensor, on the CPU."""
@@ -117,8 +117,8 @@ class Terms:
         try:
             sigma = self.sigma or sigma_for(self.epsilon or 0.0, self.delta, size / items, steps, self.accountant)
         except ValueError as error:
-            told = f"no noise keeps to --epsilon {self.epsilon:g} at --delta {self.delta:g} in {steps} steps"
-            raise InputError(f"{name}: {told} (--accountant {self.accountant}: {error})") from None
+            failure = f"no noise keeps to --epsilon {self.epsilon:g} at --delta {self.delta:g} in {steps} steps"
+            raise InputError(f"{name}: {failure} (--accountant {self.accountant}: {error})") from None
         # Noise that two releases share could be taken out of both, so other options or other records draw other noise.
         key = _stream(load_key(self.key_file), KEY_BYTES, "learner", seed, self.settings, *records)
         return Mechanism(sigma, self.max_norm, items, size / items, steps, key)
@@ -182,9 +182,9 @@ def spent_epsilon(history: Sequence[Spent], delta: float, accountant: str) -> fl
     if accountant == "prv":
         _check_countable(spent_epsilon(history, delta, "rdp"))
     with _opacus() as accountants:
-        found = accountants.create_accountant(mechanism=accountant)
-        found.history = list(history)
-        return float(found.get_epsilon(delta=delta))
+        counter = accountants.create_accountant(mechanism=accountant)
+        counter.history = list(history)
+        return float(counter.get_epsilon(delta=delta))
 
 
 @cache
@@ -205,8 +205,8 @@ def sigma_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
 
 def _check_countable(epsilon: float) -> None:
     if epsilon > PRV_LIMIT:
-        told = f"--accountant prv counts budgets up to epsilon {PRV_LIMIT}, this one is about {epsilon:.0f}"
-        raise InputError(f"{told}; take --accountant rdp")
+        limit = f"--accountant prv counts budgets up to epsilon {PRV_LIMIT}"
+        raise InputError(f"{limit}, this one is about {epsilon:.0f}; take --accountant rdp")
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class Encoder:
         self.max_length = max_length
         self.embeddings = embeddings or len(tokenizer)
         # GPT-2 and its kin name their end of text as BOS too, and never begin with it.
-        own = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
-        self.bos = [tokenizer.bos_token_id] if own else []
+        has_bos = tokenizer.bos_token_id not in (None, tokenizer.eos_token_id)
+        self.bos = [tokenizer.bos_token_id] if has_bos else []
 
     def _ids(self, text: str) -> list[int]:
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""LoRA adapters as data: reading and writing PEFT directories, and the algebra of merging.
+"""The algebra of LoRA adapters: scaling, merging, truncating, concatenating. Pure functions of tensors.
 
 Shapes: A `[r, in]`, B `[out, r]` of one module; an adapter is one such pair per module name. The update of a
 module's weight is `scale * B @ A` (Hu et al. 2022). `n` adapters are merged by weights `w [n]`, or by
@@ -41,8 +41,8 @@ class Adapter:
 
 def layer_of(module: str) -> int:
     """Index of the decoder layer in a module name; 0 for a module outside the layers."""
-    found = LAYER.search(module)
-    return int(found.group(1)) if found else 0
+    match = LAYER.search(module)
+    return int(match.group(1)) if match else 0
 
 
 def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: int = 0) -> Adapter:
@@ -59,8 +59,11 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: in
     """
     check_alike(adapters)
     parts = [adapter.folded().factors for adapter in adapters]
-    merged = {name: _merge_module([part[name] for part in parts], weights, name, rule) for name in parts[0]}
-    return Adapter({name: truncate(a, b, keep_rank) for name, (a, b) in merged.items()} if keep_rank else merged)
+    merged: Factors = {}
+    for name in parts[0]:
+        a, b = _merge_module([part[name] for part in parts], weights, name, rule)
+        merged[name] = truncate(a, b, keep_rank) if keep_rank else (a, b)
+    return Adapter(merged)
 
 
 def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -86,20 +89,19 @@ def concatenate(first: Adapter, second: Adapter) -> Adapter:
 
     A module that only one of them has keeps that one's factors.
     """
-    parts = [first.folded().factors, second.folded().factors]
-    shared = parts[0].keys() & parts[1].keys()
-    check_alike([Adapter({name: part[name] for name in sorted(shared)}) for part in parts])
-    names = dict.fromkeys(name for part in parts for name in part)
-    factors: Factors = {}
-    for name in names:
-        pairs = [part[name] for part in parts if name in part]
-        factors[name] = (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1))
+    left, right = first.folded().factors, second.folded().factors
+    shared = sorted(left.keys() & right.keys())
+    check_alike([Adapter({name: left[name] for name in shared}), Adapter({name: right[name] for name in shared})])
+    factors = left | right
+    for name in shared:
+        (left_a, left_b), (right_a, right_b) = left[name], right[name]
+        factors[name] = (torch.cat([left_a, right_a]), torch.cat([left_b, right_b], dim=1))
     return Adapter(factors)
 
 
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:
-    own = weights if weights.dim() == 1 else weights[:, layer_of(name)]
-    kept = [(float(w), a, b) for w, (a, b) in zip(own, pairs, strict=True) if float(w) != 0.0]
+    layer_weights = weights if weights.dim() == 1 else weights[:, layer_of(name)]
+    kept = [(float(w), a, b) for w, (a, b) in zip(layer_weights, pairs, strict=True) if float(w) != 0.0]
     if not kept:
         a, b = pairs[0]
         return torch.zeros_like(a), torch.zeros_like(b)

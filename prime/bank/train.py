@@ -7,28 +7,25 @@ length and cut into micro-batches by a token budget; an adapter's loss is the me
 batch, so neither neighbours nor micro-batches change it. Learners with a `prime.bank.dp.Mechanism` get the noisy mean
 of their items' clipped gradients instead.
 
-Shapes: `b` rows, `t` tokens, `n` adapters, `d` width.
+Shapes: `n` adapters.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from prime.bank.bank import AdapterBank, InputScaler
+from prime.bank.bank import AdapterBank
 from prime.bank.dp import Mechanism, add_clipped, add_noise, one_slice_per_row
 from prime.bank.encoding import EncodedRecord
+from prime.bank.passes import Passes, Scalers, TrainRow
 from prime.errors import InputError
 from prime.seeds import derive_seed
 
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
-
-# For the adapters of a batch's rows, what stands in front of their factor pairs: `prime.merging.gates.Gates.scaler`.
-Scalers = Callable[[list[int]], InputScaler]
 
 
 @dataclass(frozen=True)
@@ -61,13 +58,13 @@ class Learner:
         """The batches of all epochs, at most `max_step`, in this learner's own order; a mechanism draws its own."""
         if self.mechanism:
             return self.mechanism.batches(self.records)
-        found = []
+        batches = []
         for epoch in range(settings.epochs):
             stream = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
             order = torch.randperm(len(self.records), generator=stream).tolist()
             for start in range(0, len(order), settings.batch_size):
-                found.append([self.records[i] for i in order[start : start + settings.batch_size]])
-        return found[: settings.max_step or None]
+                batches.append([self.records[i] for i in order[start : start + settings.batch_size]])
+        return batches[: settings.max_step or None]
 
 
 def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
@@ -100,94 +97,66 @@ def train(
     Raises:
         InputError: a loss that is not finite, naming the learner.
     """
-    plans = [learner.batches(settings) for learner in learners]
+    batches = [learner.batches(settings) for learner in learners]  # [learners][steps][records]
     trained = bank.parameters() if stacks is None else list(stacks)
     optimizers = [
-        _Optimizer(trained, learner.place, len(plan), settings) for learner, plan in zip(learners, plans, strict=True)
+        _Optimizer(trained, learner.place, len(steps), settings)
+        for learner, steps in zip(learners, batches, strict=True)
     ]
-    passes = _Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
+    passes = Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
     mechanisms = _mechanisms(learners)
     losses: list[list[float | None]] = [[] for _ in learners]
     with bank.checkpointing(settings.gradient_checkpointing):
-        for step in range(max((len(plan) for plan in plans), default=0)):
-            active = [i for i, plan in enumerate(plans) if step < len(plan)]
-            rows = [row for i in active for row in _rows(i, learners[i], step, plans[i][step])]
+        for step in range(max(map(len, batches), default=0)):
+            active = [i for i in range(len(learners)) if step < len(batches[i])]
+            rows: list[TrainRow] = []
+            for i in active:
+                rows += _rows(i, learners[i], step, batches[i][step])
             if mechanisms:
-                sums = _accumulate_clipped(passes, rows, mechanisms)
+                step_losses = _accumulate_clipped(passes, rows, mechanisms)
                 for i in active:
                     add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
             else:
-                sums = _accumulate(passes, rows, len(learners))
+                step_losses = _accumulate(passes, rows, len(learners))
             norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
             for i in active:
-                norm = float(norms[learners[i].place])
-                if not (math.isfinite(sums[i]) and math.isfinite(norm)):
-                    told = f"the training loss is {sums[i]}, its gradient's norm {norm}"
-                    raise InputError(f"{learners[i].name}: step {step}: {told}; lower --lr")
-                losses[i].append(sums[i] if plans[i][step] else None)
+                _check_finite(learners[i], step, step_losses[i], float(norms[learners[i].place]))
+                losses[i].append(step_losses[i] if batches[i][step] else None)
                 optimizers[i].step(step)
-            for parameter in trained:
-                parameter.grad = None
+            for stack in trained:
+                stack.grad = None
             if progress:
                 progress(len(active))
     return losses
 
 
+def _check_finite(learner: Learner, step: int, loss: float, norm: float) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        values = f"the training loss is {loss}, its gradient's norm {norm}"
+        raise InputError(f"{learner.name}: step {step}: {values}; lower --lr")
+
+
 def _mechanisms(learners: Sequence[Learner]) -> list[Mechanism]:
     """The learners' mechanisms, or none at all."""
-    found = [learner.mechanism for learner in learners if learner.mechanism]
-    if found and len(found) < len(learners):
+    mechanisms = [learner.mechanism for learner in learners if learner.mechanism]
+    if mechanisms and len(mechanisms) < len(learners):
         raise ValueError("private and plain learners cannot be trained together")
-    return found
+    return mechanisms
 
 
-@dataclass(frozen=True)
-class _Row:
-    learner: int
-    place: int
-    number: int  # within the learner's batch
-    noise: int  # seed of this row's dropout
-    record: EncodedRecord
-
-    @property
-    def length(self) -> int:
-        return len(self.record.ids) + len(self.record.target) - 1
-
-
-def _rows(number: int, learner: Learner, step: int, batch: Sequence[EncodedRecord]) -> list[_Row]:
-    """The rows of one learner's batch.
+def _rows(number: int, learner: Learner, step: int, batch: Sequence[EncodedRecord]) -> list[TrainRow]:
+    """The rows of a learner's batch, `number` being the learner's place among all.
 
     Dropout of a private item belongs to the item: a place in the batch would let one item change another's mask.
     """
-    found = []
+    rows = []
     for place, record in enumerate(batch):
         noise = derive_seed("dropout", learner.seed, step, record.id if learner.mechanism else place)
-        found.append(_Row(number, learner.place, place, noise, record))
-    return found
+        rows.append(TrainRow(number, learner.place, place, noise, record))
+    return rows
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """How rows go forward and backward, and the tensors that then hold gradients."""
-
-    bank: AdapterBank
-    dropout: float
-    budget: int  # tokens of one pass
-    scalers: Scalers | None
-    trained: Sequence[Tensor]
-
-    def parts(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        return _by_length(rows, self.budget)
-
-    def backward(self, rows: list[_Row], weights: Sequence[float]) -> list[float]:
-        """One pass of the rows' summed losses, each times its weight; returns these products."""
-        nll = row_losses(self.bank, rows, self.dropout, self.scalers)
-        share = torch.tensor(weights, device=nll.device)
-        (nll * share).sum().backward()
-        return (nll.detach() * share).tolist()
-
-
-def _accumulate(passes: _Passes, rows: list[_Row], n: int) -> list[float]:
+def _accumulate(passes: Passes, rows: list[TrainRow], n: int) -> list[float]:
     """Forward and backward over one batch of every learner; returns each one's loss, gradients stay in the stacks."""
     tokens = [0] * n
     for row in rows:
@@ -199,7 +168,7 @@ def _accumulate(passes: _Passes, rows: list[_Row], n: int) -> list[float]:
     return sums
 
 
-def _accumulate_clipped(passes: _Passes, rows: list[_Row], mechanisms: Sequence[Mechanism]) -> list[float]:
+def _accumulate_clipped(passes: Passes, rows: list[TrainRow], mechanisms: Sequence[Mechanism]) -> list[float]:
     """As `_accumulate`, for items whose own gradients are clipped before they are summed.
 
     An item's loss is the mean over its own target tokens, so no item changes what another contributes. Returns the
@@ -211,8 +180,8 @@ def _accumulate_clipped(passes: _Passes, rows: list[_Row], mechanisms: Sequence[
     for part in passes.parts(rows):
         places = [row.place for row in part]
         with one_slice_per_row(everything, places):
-            own = [replace(row, place=slice_) for slice_, row in enumerate(part)]
-            values = passes.backward(own, [1 / len(row.record.target) for row in part])
+            rerouted = [replace(row, place=place) for place, row in enumerate(part)]
+            values = passes.backward(rerouted, [1 / len(row.record.target) for row in part])
             limits = [mechanisms[row.learner].max_norm for row in part]
             add_clipped(totals, [_grad(stack) for stack in passes.trained], places, limits)
         for row, value in zip(part, values, strict=True):
@@ -227,65 +196,6 @@ def _grad(stack: Tensor) -> Tensor:
     if stack.grad is None:
         raise ValueError("a trained tensor that no row went through")
     return stack.grad
-
-
-def _by_length(rows: list[_Row], budget: int) -> Iterator[list[_Row]]:
-    """Rows in ascending length, parted so that rows x longest stays within the budget."""
-    part: list[_Row] = []
-    for row in sorted(rows, key=lambda row: (row.length, row.learner, row.number)):
-        if part and (len(part) + 1) * row.length > budget:
-            yield part
-            part = []
-        part.append(row)
-    if part:
-        yield part
-
-
-def row_losses(bank: AdapterBank, rows: list[_Row], dropout: float, scalers: Scalers | None = None) -> Tensor:
-    """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
-    texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
-    width = bank.width(max(map(len, texts)))
-    first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token
-    ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
-    labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)
-    places = [row.place for row in rows]
-    with bank.routed(places, _in_front(rows, dropout, scalers)):
-        logits = bank.model(input_ids=ids, logits_to_keep=width - first, use_cache=False).logits
-    nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
-    return nll.sum(1)
-
-
-def _in_front(rows: list[_Row], dropout: float, scalers: Scalers | None) -> InputScaler | None:
-    """What the input of a factor pair goes through: its gate, then dropout."""
-    steps = [scalers([row.place for row in rows])] if scalers else []
-    steps += [dropout_scaler(rows, dropout)] if dropout else []
-
-    def scale(module: int, x: Tensor) -> Tensor:
-        for step in steps:
-            x = step(module, x)
-        return x
-
-    return scale if steps else None
-
-
-def _labels(record: EncodedRecord, first: int, width: int) -> list[int]:
-    """Next-token targets of columns first .. width - 1; -100 where nothing counts."""
-    before = len(record.ids) - 1 - first
-    return [-100] * before + list(record.target) + [-100] * (width - first - before - len(record.target))
-
-
-def dropout_scaler(rows: list[_Row], rate: float) -> InputScaler:
-    """LoRA dropout whose noise belongs to (adapter seed, step, row, module): the same in any batch."""
-
-    def scale(module: int, x: Tensor) -> Tensor:
-        mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        for place, row in enumerate(rows):
-            stream = torch.Generator(device=x.device).manual_seed((row.noise + module) % 2**63)
-            own = torch.empty(row.length, x.shape[-1], dtype=x.dtype, device=x.device)
-            mask[place, : row.length] = own.bernoulli_(1 - rate, generator=stream)
-        return x * mask.div_(1 - rate)
-
-    return scale
 
 
 def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:

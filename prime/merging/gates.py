@@ -24,8 +24,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prime.bank.bank import AdapterBank, BankLinear, InputScaler
+from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
+from prime.bank.linear import BankLinear, InputScaler
 from prime.checkpoints.published import load_published_gate
 from prime.checkpoints.tensors import finite_problem, read_safetensors, shown
 from prime.errors import InputError
