@@ -30,6 +30,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -206,12 +207,14 @@ class Searches:
     def same_choice(self, arm: Arm) -> float:
         """Share of draws of the history's records in which the same candidate is best by the first metric."""
         population, _ = self.evaluations(arm)
-        own, task = self.candidates(arm), population.task
-        name, labels = task.history_metrics[0], task.history_labels
-        values = np.array([
-            [score([name], [a], [gold], labels)[name] for a, gold in zip(answers, population.golds, strict=True)]
-            for answers in (population.kept[key_of(one.weights)] for one in own)
-        ])  # fmt: skip
+        task = population.task
+        name = task.history_metrics[0]
+
+        def value(answer: str, gold: str) -> float:
+            return score([name], [answer], [gold], task.history_labels)[name]
+
+        answers = [population.kept[key_of(candidate.weights)] for candidate in self.candidates(arm)]
+        values = np.array([list(map(value, by_record, population.golds)) for by_record in answers])
         values = values if METRICS[name].higher_is_better else -values
         records = values.shape[1]
         counts = np.random.default_rng(self.seed).multinomial(records, np.full(records, 1 / records), DRAWS)
@@ -240,7 +243,7 @@ def run_one(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
             for name in arms:
                 answers[name][user.user_id] = found[name]
                 origins[name][picked[name].origin] += 1
-            answers[CHOSEN_BY_TEST][user.user_id] = [sample for _, own in by_test for sample in own]
+            answers[CHOSEN_BY_TEST][user.user_id] = list(chain.from_iterable(samples for _, samples in by_test))
             origins[CHOSEN_BY_TEST].update(one.origin for one, _ in by_test)
             progress.update()
     return {"answers": answers, "origins": {name: dict(own) for name, own in origins.items()}, "same": same}
@@ -300,24 +303,25 @@ def measured(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
 # -- tables ---------------------------------------------------------------------------------------------------------
 
 
-def compare(task: str, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def compare(name: str, by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per arm the score, its difference to prime's by user, and where the chosen came from."""
-    own = get_task(task)
-    golds = load_labels(ROOT / "data/demo" / task / "test_100" / "user_test_100_label.json")
-    rows: dict[str, Any] = {}
-    totals = {
-        name: seeds.pooled([user_stats(own, one["answers"][name], golds) for one in found])
-        for name in ROWS if all(name in one["answers"] for one in found)
-    }  # fmt: skip
+    task = get_task(name)
+    golds = load_labels(ROOT / "data/demo" / name / "test_100" / "user_test_100_label.json")
+    totals = {}
+    for arm in ROWS:
+        if all(arm in run["answers"] for run in by_seed):
+            totals[arm] = seeds.pooled([user_stats(task, run["answers"][arm], golds) for run in by_seed])
     reference = stack(totals[REFERENCE], list(totals[REFERENCE]))
-    for name, total in totals.items():
+    rows: dict[str, Any] = {}
+    for arm, total in totals.items():
         stacked = stack(total, list(total))
-        origins = sum((Counter(one["origins"][name]) for one in found), Counter[str]())
-        rows[name] = {
-            "scores": metric_intervals(own, stacked), "to_prime": paired_comparison(own, stacked, reference),
+        origins = sum((Counter(run["origins"][arm]) for run in by_seed), Counter[str]())
+        rows[arm] = {
+            "scores": metric_intervals(task, stacked),
+            "to_prime": paired_comparison(task, stacked, reference),
             "origins": dict(origins),
-        }  # fmt: skip
-    return {"rows": rows, "same_choice": fmean(value for one in found for value in one["same"])}
+        }
+    return {"rows": rows, "same_choice": fmean(chain.from_iterable(run["same"] for run in by_seed))}
 
 
 def cells(task: str, row: Mapping[str, Any]) -> list[str]:
@@ -333,28 +337,27 @@ def cells(task: str, row: Mapping[str, Any]) -> list[str]:
 
 def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
     """All tasks beside each other: scores, with + and - where the paired interval to prime is clear of 0."""
-    metrics = {task: get_task(task).metrics[0] for task in found}
-
-    def cell(task: str, row: Mapping[str, Any] | None) -> str:
-        if row is None:
-            return "-"
-        name = metrics[task]
-        return seeds.marked(row["scores"][name]["mean"], seeds.verdict(get_task(task), row["to_prime"][name]))
-
-    rows = [[name, *(cell(task, own["rows"].get(name)) for task, own in found.items())] for name in ROWS]
-    return markdown([["arm", *(f"{task}, {metric}" for task, metric in metrics.items())], *rows])
+    columns = {}
+    for name, result in found.items():
+        task = get_task(name)
+        metric = task.metrics[0]
+        column = columns[f"{name}, {metric}"] = {}
+        for arm, row in result["rows"].items():
+            column[arm] = seeds.marked(row["scores"][metric]["mean"], seeds.verdict(task, row["to_prime"][metric]))
+    return seeds.side_by_side("arm", ROWS, columns)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     tasks = [task for task in TASKS if (ROOT / "data/demo" / task).is_dir()]
     tasks = tasks if args.tasks == "all" else args.tasks.split(",")
-    found = {task: compare(task, [measured(args, task, seed) for seed in args.seeds]) for task in tasks}
-    for task, own in found.items():
+    found = {}
+    for task in tasks:
+        found[task] = compare(task, [measured(args, task, seed) for seed in args.seeds])
         metric = get_task(task).metrics[0]
         better = "higher" if METRICS[metric].higher_is_better else "lower"
-        print(f"\n**{task}**, {metric} ({better} is better); same choice {own['same_choice']:.2f}\n")
-        rows = [[name, *cells(task, row)] for name, row in own["rows"].items()]
+        print(f"\n**{task}**, {metric} ({better} is better); same choice {found[task]['same_choice']:.2f}\n")
+        rows = [[name, *cells(task, row)] for name, row in found[task]["rows"].items()]
         print(markdown([["arm", "score", "to prime", "better : worse", " / ".join(ORIGINS)], *rows]))
     print(f"\n{overview(found)}\n")
     print(json.dumps(found))

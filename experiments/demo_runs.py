@@ -43,10 +43,16 @@ def trained(
     return folder
 
 
-def stage_words(task: str, seed: int, folder: Path) -> list[str]:
-    """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
+def shared_words(task: str, seed: int, folder: Path) -> list[str]:
+    """The options that stages 3 to 5 share: data, model and task adapter."""
     words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
     words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    return words
+
+
+def stage_words(task: str, seed: int, folder: Path) -> list[str]:
+    """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
+    words = shared_words(task, seed, folder)
     words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
     words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
     return words

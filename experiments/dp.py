@@ -32,6 +32,7 @@ from prime import cli
 from prime.report import plots
 from prime.report.predictions import predictions_of, setting_of
 from prime.report.scores import metric_intervals, stack, user_stats
+from prime.report.tables import interval_text, markdown
 from prime.runs.files import read_json
 from prime.runs.run import read_results
 from prime.users.data import load_labels
@@ -70,17 +71,14 @@ def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str
     setting = "" if arm == "plain" else f"-rank{args.lora_r}-lr{args.lr}-epochs{args.epochs}-clip{args.max_norm}"
     here = folder / "dp" / f"{arm.replace(' ', '')}{setting}"
     lora, merged = str(here / "LoRA"), str(here / "LoRA-Composition-evo")
-    model = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
-    model += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    model = demo_runs.shared_words(args.task, args.seed, folder)
     selection = ["--anchor_selection_dir", str(folder / "anchor_selection")]
     train_anchor_peft.main(
         [*model, *selection, *training, "--holdout", "0.2", "--train_gen_len", "48", "--output_dir", lora]
     )
     search = ["--n_sim", "3", "--opt_type", "cma", "--opt_budget", "10", "--sim_penalty", "0.1", "--k_list", ""]
     lengths = ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}"]
-    lora_composition_evo.main(
-        [*model, *selection, "--anchor_dir", lora, *search, *lengths, "--output_dir", merged]
-    )
+    lora_composition_evo.main([*model, *selection, "--anchor_dir", lora, *search, *lengths, "--output_dir", merged])
     mia.main(
         [*model, "--anchor_dir", lora, "--n_sim", "3", "--max_records", "20", "--references", "0", "--exp_dir", merged]
     )
@@ -98,62 +96,61 @@ def utility(task: Task, golds: dict[str, str], folder: Path, users: list[str] | 
     return found
 
 
-def told(task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
+def figures(task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
     """Everything the table shows of one arm."""
     merged = here / "LoRA-Composition-evo"
     summary = read_json(merged / "mia_summary.json")
     anchors = read_results(here / "LoRA")
     spent = [anchor["privacy"]["epsilon"] for anchor in anchors if "privacy" in anchor]
     sigmas = [anchor["privacy"]["sigma"] for anchor in anchors if "privacy" in anchor]
-    parts = {"merged": summary["sets"], "sharers": summary["sharers"]["sets"]}
-    attacked = {
-        f"{whose} {name}": sets[name]["attacks"][ATTACK]["auroc"]
-        for whose, sets in parts.items()
-        for name in ("published", "controlled")
-    }
-    own = {when: fmean(a["history"][when][task.history_metrics[0]] for a in anchors) for when in ("before", "after")}
-    about = {"epsilon": max(spent, default=None), "sigma": fmean(sigmas) if sigmas else None, "own_history": own}
-    return about | {"utility": utility(task, golds, merged), "auroc": attacked}
+    auroc, own_history = {}, {}
+    for whose, sets in (("merged", summary["sets"]), ("sharers", summary["sharers"]["sets"])):
+        for name in ("published", "controlled"):
+            auroc[f"{whose} {name}"] = sets[name]["attacks"][ATTACK]["auroc"]
+    for when in ("before", "after"):
+        own_history[when] = fmean(anchor["history"][when][task.history_metrics[0]] for anchor in anchors)
+    about = {"epsilon": max(spent, default=None), "sigma": fmean(sigmas) if sigmas else None}
+    return about | {"own_history": own_history, "utility": utility(task, golds, merged), "auroc": auroc}
 
 
 def table(task: Task, base: dict, rows: dict[str, dict[str, Any]]) -> str:
-    def cell(found: dict[str, float]) -> str:
-        return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-
     methods, attacks = ("prime", "best_sharer", "uniform"), list(next(iter(rows.values()))["auroc"])
-    names = [f"{task.metrics[0]}, {method}" for method in methods] + [f"AUROC, {name}" for name in attacks]
-    lines = ["| arm | sigma | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-    lines.append(f"| task_lora | - | {cell(base)} |" + " - |" * (len(names) - 1))
+    header = ["arm", "sigma", *(f"{task.metrics[0]}, {method}" for method in methods)]
+    header += [f"AUROC, {name}" for name in attacks]
+    cells = [header, ["task_lora", "-", interval_text(base)]]
+    cells[-1] += ["-"] * (len(header) - len(cells[-1]))
     for arm, row in rows.items():
         sigma = "-" if row["sigma"] is None else f"{row['sigma']:.2f}"
-        cells = [cell(row["utility"][method]) for method in methods] + [cell(row["auroc"][name]) for name in attacks]
-        lines.append(f"| {arm} | {sigma} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells.append([arm, sigma, *(interval_text(row["utility"][method]) for method in methods)])
+        cells[-1] += [interval_text(row["auroc"][name]) for name in attacks]
+    return markdown(cells)
 
 
 def plot(task: Task, base: dict, rows: dict[str, dict[str, Any]], stem: Path) -> None:
     """Utility of the merged adapters against the controlled and the published AUROC."""
     made, axes = plots.figure()
     for place, name in enumerate(("merged controlled", "merged published")):
-        points = [(row["auroc"][name], row["utility"]["prime"]) for row in rows.values()]
-        x = [auroc["mean"] for auroc, _ in points]
-        y = [value["mean"] for _, value in points]
-        spans = [
-            [[one["mean"] - one["low"] for one in side], [one["high"] - one["mean"] for one in side]]
-            for side in zip(*points, strict=True)
-        ]
+        x, left_right = with_errors([row["auroc"][name] for row in rows.values()])
+        y, down_up = with_errors([row["utility"]["prime"] for row in rows.values()])
         axes.errorbar(
-            x, y, xerr=spans[0], yerr=spans[1], color=plots.COLOURS[4 + place], marker=plots.MARKERS[place],
+            x, y, xerr=left_right, yerr=down_up, color=plots.COLOURS[4 + place], marker=plots.MARKERS[place],
             linestyle=plots.LINES[place], linewidth=1, elinewidth=0.4, label=name,
         )  # fmt: skip
-        for arm, left, up in zip(rows, x, y, strict=True):
-            axes.annotate(arm, (left, up), textcoords="offset points", xytext=(4, 4 - 12 * place), fontsize=7)
+        for arm, point in zip(rows, zip(x, y, strict=True), strict=True):
+            axes.annotate(arm, point, textcoords="offset points", xytext=(4, 4 - 12 * place), fontsize=7)
     axes.axhline(base["mean"], color=plots.COLOURS[7], linestyle=":", label="task_lora, no sharer")
     axes.axvline(0.5, color=plots.COLOURS[7], linewidth=0.5)
     better = "higher" if METRICS[task.metrics[0]].higher_is_better else "lower"
     axes.set(xlabel=f"AUROC, {ATTACK} attack", ylabel=f"{task.metrics[0]} ({better} is better)")
     axes.legend(frameon=False, fontsize=7)
     plots.save(made, stem)
+
+
+def with_errors(estimates: list[dict[str, float]]) -> tuple[list[float], list[list[float]]]:
+    """Means, and how far their intervals reach below and above them."""
+    below = [estimate["mean"] - estimate["low"] for estimate in estimates]
+    above = [estimate["high"] - estimate["mean"] for estimate in estimates]
+    return [estimate["mean"] for estimate in estimates], [below, above]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     golds = load_labels(ROOT / "data/demo" / args.task / "test_100" / "user_test_100_label.json")
     rows: dict[str, dict[str, Any]] = {}
     for arm, words in arms(args).items():
-        rows[arm] = told(task, golds, run_arm(args, folder, arm, words))
+        rows[arm] = figures(task, golds, run_arm(args, folder, arm, words))
         print(f"{arm}: {json.dumps(rows[arm])}", file=sys.stderr)
     users = [result["user_id"] for result in read_results(folder / "dp" / "plain" / "LoRA-Composition-evo")]
     base = utility(task, golds, folder / "task-base_LLM", users)["task_lora"]

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,8 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def stage_args(args: argparse.Namespace, folder: Path, epsilon: float, setting: str) -> argparse.Namespace:
     """Options of stage 3."""
     rank, lr, epochs = setting.split(":")
-    words = ["--task_name", args.task, "--data_dir", str(ROOT / "data/demo" / args.task), "--seed", str(args.seed)]
-    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
+    words = demo_runs.shared_words(args.task, args.seed, folder)
     words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--train_gen_len", "48"]
     words += ["--lora_r", rank, "--lora_alpha", rank, "--lr", lr, "--epochs", epochs]
     if epsilon:
@@ -76,26 +76,29 @@ def measure(own: argparse.Namespace, texts: cli.Texts, engine: Engine, users: Se
         anchor.records = history_records(split(user)[1], texts.task, texts.templates, None, own.recent_k, quoting=False)
     with torch.inference_mode():
         reports = stage.history_scores(own, texts, engine, anchors)
-    found = {"loss": held_out_loss(engine, anchors, range(len(anchors)))}
-    found["base_loss"] = held_out_loss(engine, anchors, [-1] * len(anchors))
+    scores: dict[str, Any] = {"loss": held_out_loss(engine, anchors, range(len(anchors)))}
+    scores["base_loss"] = held_out_loss(engine, anchors, [-1] * len(anchors))
     for when in ("before", "after"):
-        found[when] = {name: fmean(report[when][name] for report in reports) for name in reports[0][when]}
-    return found
+        scores[when] = {}
+        for name in reports[0][when]:
+            scores[when][name] = fmean(report[when][name] for report in reports)
+    return scores
 
 
 def held_out_loss(engine: Engine, anchors: Sequence[stage.Anchor], places: Sequence[int]) -> float:
     """Mean over all records of the mean over a record's target tokens; places[i] is anchor i's adapter in the bank."""
-    encoded = [[engine.encoder.record(r.id, r.input, r.target) for r in anchor.records] for anchor in anchors]
-    flat = [record for own in encoded for record in own]
-    owner = [place for place, own in zip(places, encoded, strict=True) for _ in own]
-    pairs = list(zip(owner, range(len(flat)), strict=True))
-    scored = target_logprobs(engine.bank, flat, pairs, engine.max_batch_tokens)
+    encoded, pairs = [], []
+    for anchor, place in zip(anchors, places, strict=True):
+        for record in anchor.records:
+            pairs.append((place, len(encoded)))
+            encoded.append(engine.encoder.record(record.id, record.input, record.target))
+    scored = target_logprobs(engine.bank, encoded, pairs, engine.max_batch_tokens)
     return fmean(-float(scored[pair].mean()) for pair in pairs)
 
 
-def line(name: str, found: dict) -> str:
-    metrics = [f"{m} {value:.3f} -> {found['after'][m]:.3f}" for m, value in found["before"].items()]
-    return f"{name}: loss {found['base_loss']:.3f} -> {found['loss']:.3f}, {', '.join(metrics)}"
+def line(name: str, scores: dict) -> str:
+    metrics = [f"{metric} {value:.3f} -> {scores['after'][metric]:.3f}" for metric, value in scores["before"].items()]
+    return f"{name}: loss {scores['base_loss']:.3f} -> {scores['loss']:.3f}, {', '.join(metrics)}"
 
 
 def main(argv: list[str] | None = None) -> None:

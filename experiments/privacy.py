@@ -91,15 +91,9 @@ def rows_of(mechanism: str, folder: Path) -> dict[str, Path]:
     return {f"penalty {penalty}": own / f"penalty-{penalty}" for penalty in PENALTIES.split(",")}
 
 
-def shared_words(task: str, seed: int, folder: Path) -> list[str]:
-    words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
-    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
-    return words
-
-
 def run(args: argparse.Namespace, task: str, seed: int, folder: Path, name: str) -> None:
     """Stage 4 by one mechanism for the first users, and the attack on what it deployed."""
-    shared = [*shared_words(task, seed, folder), "--anchor_dir", str(folder / "Anchor_PEFT/LoRA")]
+    shared = [*demo_runs.shared_words(task, seed, folder), "--anchor_dir", str(folder / "Anchor_PEFT/LoRA")]
     words = [*shared, "--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
     words += ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}", *MECHANISMS[name]]
     lora_composition_evo.main([*words, "--output_dir", str(folder / "privacy" / folder_name(name))])
@@ -133,31 +127,27 @@ def users_of(task: Task, seed: int, own: Path, golds: Mapping[str, str]) -> list
 def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One row: utility, its loss relative to the reference (above 0: worse), similarity, AUROC of both sets."""
     metric = METRICS[task.metrics[0]]
-    known = {one["user"]: one["stats"] for one in reference}
-    own = np.stack([one["stats"] for one in users])
-    both = np.stack([np.concatenate([one["stats"], known[one["user"]]]) for one in users if one["user"] in known])
-    half, sign = own.shape[1], -1 if metric.higher_is_better else 1
+    stats = np.stack([user["stats"] for user in users])
+    of_reference = {user["user"]: user["stats"] for user in reference}
+    paired = [np.r_[user["stats"], of_reference[user["user"]]] for user in users if user["user"] in of_reference]
+    half, sign = stats.shape[1], -1 if metric.higher_is_better else 1
 
     def loss(sums: np.ndarray) -> np.ndarray:
         before = metric.finish(sums[..., half:])
         return sign * (metric.finish(sums[..., :half]) - before) / before
 
-    attacks = [one["attack"] for one in users]
+    attacks = [user["attack"] for user in users]
     sets = {name: set_summary(attacks, name)["attacks"][ATTACK] for name in ("published", "controlled")}
-    similarity = np.array([[one["similarity"], 1.0] for one in users])
+    similarity = np.array([[user["similarity"], 1.0] for user in users])
     return {
-        task.metrics[0]: named(bootstrap(own, metric.finish)),
-        "relative_loss": named(bootstrap(both, loss)),
-        "similarity": named(bootstrap(similarity, lambda sums: sums[..., 0] / sums[..., 1])),
-        **{name: found["auroc"] for name, found in sets.items()},
-        "seeds": sorted({one["user"][0] for one in users}),
+        task.metrics[0]: bootstrap(stats, metric.finish)._asdict(),
+        "relative_loss": bootstrap(np.stack(paired), loss)._asdict(),
+        "similarity": bootstrap(similarity, lambda sums: sums[..., 0] / sums[..., 1])._asdict(),
+        **{name: attacked["auroc"] for name, attacked in sets.items()},
+        "seeds": sorted({user["user"][0] for user in users}),
         "users": len(users),
-        "single_sharer": fmean(one["deployed"] == "sharer" for one in users),
+        "single_sharer": fmean(user["deployed"] == "sharer" for user in users),
     }
-
-
-def named(values: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("mean", "low", "high"), map(float, values), strict=True))
 
 
 def compare_task(args: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
@@ -178,18 +168,12 @@ def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
     direction = "higher" if METRICS[metric].higher_is_better else "lower"
     header = [task.name, f"{metric} ({direction} is better)", "relative loss", "similarity", "AUROC, published"]
     header += ["AUROC, controlled", "deploys a single sharer", "seeds x users"]
-    body = [
-        [
-            name,
-            interval_text(row[metric]),
-            interval_text(row["relative_loss"], sign="+"),
-            *(interval_text(row[key]) for key in ("similarity", "published", "controlled")),
-            f"{row['single_sharer']:.0%}",
-            f"{len(row['seeds'])}, {row['users']} in all",
-        ]
-        for name, row in rows.items()
-    ]
-    return markdown([header, *body])
+    cells = [header]
+    for name, row in rows.items():
+        cells.append([name, interval_text(row[metric]), interval_text(row["relative_loss"], sign="+")])
+        cells[-1] += [interval_text(row[key]) for key in ("similarity", "published", "controlled")]
+        cells[-1] += [f"{row['single_sharer']:.0%}", f"{len(row['seeds'])}, {row['users']} in all"]
+    return markdown(cells)
 
 
 def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:

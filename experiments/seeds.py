@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -37,7 +38,11 @@ from prime.users.tasks import TASKS, Task, get_task
 DEMO = ROOT / "data" / "demo"
 EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of the attacks
 COSTS = ("seconds_per_user", "bytes_per_user")
-LEAKAGE = ("auroc", "blind_auroc", "calibrated_auroc")
+LEAKAGE = {  # key of a row -> attack, and its figure
+    "auroc": ("loss", "auroc"),
+    "blind_auroc": ("loss", "blind_auroc"),
+    "calibrated_auroc": ("calibrated", "auroc"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,48 +68,54 @@ def stats_of(task: Task, folder: Path, users: Sequence[str], golds: Mapping[str,
     """Of one seed, at k = 0 without profile: method -> user -> sufficient statistics of each metric."""
     stages = sorted(path for path in folder.iterdir() if task_of(path) == task.name)
     predictions, _ = gather(stages[0], task)
-    at_zero = {cell.method: found for cell, found in predictions.items() if cell == Cell(cell.method, 0, False)}
-    wanted = set(users)
-    return {
-        method: {user: own for user, own in user_stats(task, found, golds).items() if user in wanted}
-        for method, found in at_zero.items()
-    }
+    by_method = {}
+    for cell, by_user in predictions.items():
+        if cell == Cell(cell.method, 0, False):
+            stats = user_stats(task, by_user, golds)
+            by_method[cell.method] = {user: stats[user] for user in stats if user in users}
+    return by_method
 
 
-def pooled(seeds: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
+def pooled(by_seed: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
     """Each user's statistics added up over the seeds; users that every seed has."""
-    users = [user for user in seeds[0] if all(user in own for own in seeds)]
-    return {user: {m: sum(own[user][m] for own in seeds) for m in seeds[0][user]} for user in users}
+    totals = {}
+    for user in by_seed[0]:
+        if all(user in stats for stats in by_seed):
+            totals[user] = reduce(added, (stats[user] for stats in by_seed))
+    return totals
+
+
+def added(stats: Stats, others: Stats) -> Stats:
+    return {metric: stats[metric] + others[metric] for metric in stats}
 
 
 def attacked(folder: Path) -> dict[str, dict[str, Any]]:
     """Of one seed: method -> set of `prime.attack.sets.SETS` -> its attacks, of all runs that were attacked."""
-    found = [read_json(path) for path in sorted(folder.glob("*/mia_summary.json"))]
-    return {one["method"]: one["sets"] for one in found}
+    summaries = map(read_json, sorted(folder.glob("*/mia_summary.json")))
+    return {summary["method"]: summary["sets"] for summary in summaries}
 
 
-def leakage(seeds: Sequence[Mapping[str, Mapping[str, Any]]], method: str, name: str) -> dict[str, float | None]:
+def leakage(by_seed: Sequence[Mapping[str, Mapping[str, Any]]], method: str, name: str) -> dict[str, float | None]:
     """In one set, mean over the seeds: AUROC of the published attack and its blind baseline, and of the base-calibrated
     attack, whose blind baseline is 0.5 by construction.
     """
-    if not all(name in own.get(method, {}) for own in seeds):
-        return dict.fromkeys(LEAKAGE)
-    attacks = [own[method][name]["attacks"] for own in seeds]
-    return {
-        "auroc": fmean(own["loss"]["auroc"]["mean"] for own in attacks),
-        "blind_auroc": fmean(own["loss"]["blind_auroc"]["mean"] for own in attacks),
-        "calibrated_auroc": fmean(own["calibrated"]["auroc"]["mean"] for own in attacks),
-    }
+    means: dict[str, float | None] = dict.fromkeys(LEAKAGE)
+    if all(name in sets.get(method, {}) for sets in by_seed):
+        for key, (attack, figure) in LEAKAGE.items():
+            means[key] = fmean(sets[method][name]["attacks"][attack][figure]["mean"] for sets in by_seed)
+    return means
 
 
 def cost(summaries: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
     """Mean over the seeds of what personalising a user takes and stores; whether it trains on the user's history."""
-    rows = [next((row for row in own["rows"] if row["method"] == method), {}) for own in summaries]
-    found: dict[str, Any] = {"gradient": any(row.get("gradient") for row in rows)}
+    rows = []
+    for summary in summaries:
+        rows.append(next((row for row in summary["rows"] if row["method"] == method), {}))
+    costs: dict[str, Any] = {"gradient": any(row.get("gradient") for row in rows)}
     for key in COSTS:
-        told = [row.get(key) for row in rows]
-        found[key] = None if None in told else fmean(told)
-    return found
+        by_seed = [row.get(key) for row in rows]
+        costs[key] = None if None in by_seed else fmean(by_seed)
+    return costs
 
 
 def verdict(task: Task, difference: Mapping[str, float]) -> str:
@@ -124,16 +135,17 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     summaries = [read_json(folder / "summary.json") for folder in folders.values()]
     rows = []
     for method in sorted(by_seed[0], key=place):
-        if not all(method in own for own in by_seed):
+        if not all(method in stats for stats in by_seed):
             continue
-        total, reference = pooled([own[method] for own in by_seed]), pooled([own["prime"] for own in by_seed])
+        total = pooled([stats[method] for stats in by_seed])
+        reference = pooled([stats[REFERENCE] for stats in by_seed])
         stacked = stack(total, list(total))
-        found = {prefix: leakage(attacks, method, name) for prefix, name in EXPERIMENTS.items()}
-        leaked = {prefix + key: value for prefix, own in found.items() for key, value in own.items()}
-        row: dict[str, Any] = {"method": method, **metric_intervals(task, stacked), **leaked}
+        row: dict[str, Any] = {"method": method, **metric_intervals(task, stacked)}
+        for prefix, name in EXPERIMENTS.items():
+            row |= {prefix + key: auroc for key, auroc in leakage(attacks, method, name).items()}
         row |= cost(summaries, method)
-        singles = [metric_intervals(task, stack(own[method], list(own[method]))) for own in by_seed]
-        row["seeds"] = [one[task.metrics[0]]["mean"] for one in singles]
+        singles = [metric_intervals(task, stack(stats[method], list(stats[method]))) for stats in by_seed]
+        row["seeds"] = [intervals[task.metrics[0]]["mean"] for intervals in singles]
         if method != REFERENCE:
             row["paired"] = paired_comparison(task, stacked, stack(reference, list(total)))
             row["verdict"] = verdict(task, row["paired"][task.metrics[0]])
@@ -141,19 +153,19 @@ def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     return {"task": task.name, "metric": task.metrics[0], "seeds": list(folders), "rows": rows}
 
 
-def marked(mean: float, told: str) -> str:
+def marked(mean: float, verdict: str) -> str:
     """A score with + or - where it is better or worse than prime's, by its verdict."""
-    return f"{mean:.3f}" + {"prime loses": " +", "prime wins": " -"}.get(told, "")
+    return f"{mean:.3f}" + {"prime loses": " +", "prime wins": " -"}.get(verdict, "")
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """One task as a table in Markdown."""
-    metric = found["metric"]
+    metric = result["metric"]
     direction = "higher" if METRICS[metric].higher_is_better else "lower"
     header = ["method", metric, "seeds", "minus prime", "users better/equal/worse", "AUROC"]
     header += ["blind", "calibrated AUROC", "prime"]
     body = []
-    for row in found["rows"]:
+    for row in result["rows"]:
         pair = row.get("paired")
         body.append(
             [
@@ -166,52 +178,59 @@ def table(found: Mapping[str, Any]) -> str:
                 row.get("verdict", "-").removeprefix("prime "),
             ]
         )
-    title = f"**{found['task']}**, {metric}, {direction} is better; seeds {', '.join(map(str, found['seeds']))}"
+    title = f"**{result['task']}**, {metric}, {direction} is better; seeds {', '.join(map(str, result['seeds']))}"
     return f"{title}\n\n{markdown([header, *body])}"
 
 
 def overview(results: Sequence[Mapping[str, Any]]) -> str:
     """All tasks beside each other: the metric of each method, with + and - where it is better or worse than prime."""
-    columns = {
-        f"{one['task']}, {one['metric']}": {
-            row["method"]: marked(row[one["metric"]]["mean"], row.get("verdict", ""))
-            for row in one["rows"]
+    columns = {}
+    for result in results:
+        task, metric, rows = result["task"], result["metric"], result["rows"]
+        columns[f"{task}, {metric}"] = {
+            row["method"]: marked(row[metric]["mean"], row.get("verdict", "")) for row in rows
         }
-        for one in results
-    }
-    return _side_by_side(columns)
+    return by_method(columns)
 
 
 def leakages(results: Sequence[Mapping[str, Any]], prefix: str) -> str:
     """All tasks beside each other: AUROC of the published attack (its blind baseline), and base-calibrated; "" where
     no method has any.
     """
-    columns: dict[str, dict[str, str]] = {one["task"]: {} for one in results}
-    for one in results:
-        for row in one["rows"]:
+    columns: dict[str, dict[str, str]] = {}
+    for result in results:
+        column = columns[result["task"]] = {}
+        for row in result["rows"]:
             auroc, blind, calibrated = (row[prefix + key] for key in LEAKAGE)
             if auroc is not None:
-                columns[one["task"]][row["method"]] = f"{auroc:.3f} ({blind:.3f}), {calibrated:.3f}"
-    return _side_by_side(columns) if any(columns.values()) else ""
+                column[row["method"]] = f"{auroc:.3f} ({blind:.3f}), {calibrated:.3f}"
+    return by_method(columns) if any(columns.values()) else ""
 
 
 def costs(results: Sequence[Mapping[str, Any]]) -> str:
     """All tasks beside each other: seconds and stored kilobytes per user; "gradient" where a method trains on him."""
-    columns: dict[str, dict[str, str]] = {one["task"]: {} for one in results}
-    for one in results:
-        for row in one["rows"]:
+    columns: dict[str, dict[str, str]] = {}
+    for result in results:
+        column = columns[result["task"]] = {}
+        for row in result["rows"]:
             seconds, stored = (row[key] for key in COSTS)
-            told = ["-" if seconds is None else f"{seconds:.1f} s"]
-            told += ["-" if stored is None else f"{stored / 1000:.0f} kB"] + ["gradient"] * row["gradient"]
-            columns[one["task"]][row["method"]] = ", ".join(told)
-    return _side_by_side(columns)
+            parts = ["-" if seconds is None else f"{seconds:.1f} s"]
+            parts += ["-" if stored is None else f"{stored / 1000:.0f} kB"] + ["gradient"] * row["gradient"]
+            column[row["method"]] = ", ".join(parts)
+    return by_method(columns)
 
 
-def _side_by_side(columns: Mapping[str, Mapping[str, str]]) -> str:
+def by_method(columns: Mapping[str, Mapping[str, str]]) -> str:
     """A row per method that any column has, in the order of the tables."""
-    names = sorted({name for own in columns.values() for name in own}, key=place)
-    rows = ([name, *(own.get(name, "-") for own in columns.values())] for name in names)
-    return markdown([["method", *columns], *rows])
+    return side_by_side("method", sorted(set().union(*columns.values()), key=place), columns)
+
+
+def side_by_side(title: str, names: Sequence[str], columns: Mapping[str, Mapping[str, str]]) -> str:
+    """A table of cells by column and row name, `-` where there is none."""
+    table = [[title, *columns]]
+    for name in names:
+        table.append([name, *(column.get(name, "-") for column in columns.values())])
+    return markdown(table)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -233,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     if results:
         print(f"{overview(results)}\n\n{costs(results)}\n")
     for prefix, name in EXPERIMENTS.items():
-        if found := leakages(results, prefix):
-            print(f"{name}\n\n{found}\n")
+        if leaked := leakages(results, prefix):
+            print(f"{name}\n\n{leaked}\n")
     write_json(root / "seeds.json", {"tasks": results})
     print(json.dumps({"tasks": results}))
 
