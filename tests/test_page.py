@@ -16,7 +16,7 @@ from prime.errors import InputError
 from prime.report import across, leakage
 from prime.report.figures.leakage import draw_roc
 from prime.report.figures.parts import plain
-from prime.report.figures.search import best_so_far, draw_traces
+from prime.report.figures.search import best_so_far, draw_traces, usable_losses
 from prime.report.figures.trade import TRADED_TITLES, draw_frontier, draw_trade
 from prime.report.figures.utility import draw_scores, pair_sentence
 from prime.report.frontier import read_frontier
@@ -386,9 +386,10 @@ def inside(made: Figure) -> None:
 
 
 def test_best_so_far_leaves_out_what_may_not_win() -> None:
-    losses = [-1.0, -3.0, -0.5, -2.0]
-    assert best_so_far(losses, [True] * 4).tolist() == [0, -2, -2, -2]
-    assert best_so_far(losses, [True, False, True, True]).tolist() == [0, 0, 0, -1]
+    origins = ("base", "sharer", "search", "search")
+    lines = [{"loss": loss, "origin": origin} for loss, origin in zip((-1.0, -3.0, -0.5, -2.0), origins, strict=True)]
+    assert best_so_far(usable_losses(lines, search_only=False)).tolist() == [0, -2, -2, -2]
+    assert best_so_far(usable_losses(lines, search_only=True)).tolist() == [0, 0, 0, -1]
 
 
 def test_rows_alike_are_told_as_such() -> None:

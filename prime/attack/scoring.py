@@ -90,15 +90,15 @@ def min_k_plus_plus(e: Evidence) -> float:
     return _lowest((e.adapter - e.mean) / np.maximum(e.std, 1e-4))
 
 
-def rmia_ratio(own: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """log P(x | attacked) - log P(x) of records: own [...], references [..., m] are mean token log-probabilities.
+def rmia_ratio(attacked: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """log P(x | attacked) - log P(x) of records: attacked [...], references [..., m] are mean token log-probabilities.
 
     P is the geometric mean of token probabilities, so records of any length compare. Offline RMIA estimates
     P(x) = ((1 + a) P_out(x) + (1 - a)) / 2, P_out the mean over reference models that never saw the record
     (Zarifzadeh et al. 2024, "Low-cost high-power membership inference attacks", appendix on offline attacks).
     """
     out = np.mean(np.exp(references), axis=-1)
-    return own - np.log(((1 + RMIA_A) * out + (1 - RMIA_A)) / 2)
+    return attacked - np.log(((1 + RMIA_A) * out + (1 - RMIA_A)) / 2)
 
 
 def rmia(e: Evidence) -> float:

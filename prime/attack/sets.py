@@ -63,7 +63,8 @@ def attacks_on(results: Sequence[Mapping]) -> list[str]:
     """The attacks that all of these results hold; none without results."""
     if not results:
         return []
-    return [attack for attack in ATTACKS if all(attack in result["scores"] for result in results)]
+    common = set.intersection(*(set(result["scores"]) for result in results))
+    return [attack for attack in ATTACKS if attack in common]
 
 
 def attack_summaries(
@@ -99,7 +100,7 @@ def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:
     aurocs: dict[str, dict[str, float]] = {}
     for name, (attacked, blind) in USER_AUROCS.items():
         for attack in attacks_on(in_set([result], name)):
-            own = aurocs.setdefault(attack, {})
-            own[attacked] = auroc(*set_scores(result, "scores", attack, name))
-            own[blind] = auroc(*set_scores(result, "blind", attack, name))
+            of_attack = aurocs.setdefault(attack, {})
+            of_attack[attacked] = auroc(*set_scores(result, "scores", attack, name))
+            of_attack[blind] = auroc(*set_scores(result, "blind", attack, name))
     return aurocs

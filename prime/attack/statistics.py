@@ -78,7 +78,7 @@ def thinned(positions: int, most: int) -> np.ndarray:
 
 def above(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
     """[k, u] how many of each user's scores lie above each threshold."""
-    counts = [len(own) - np.searchsorted(np.sort(own), thresholds, side="right") for own in scores]
+    counts = [len(of_user) - np.searchsorted(np.sort(of_user), thresholds, side="right") for of_user in scores]
     return np.stack(counts, axis=1)
 
 
@@ -87,7 +87,11 @@ def above(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def resamples(n_users: int, n: int, seed: int) -> np.ndarray:
-    """[n, u] how often each user is drawn in each of `n` draws of u users with replacement."""
+    """[n, u] how often each user is drawn in each of `n` draws of u users with replacement.
+
+    `prime.users.metrics.bootstrap` draws from the same distribution in another way; figures on disk hold either to its
+    own draws.
+    """
     draws = np.random.default_rng(seed).integers(n_users, size=(n, n_users))
     return np.stack([np.bincount(row, minlength=n_users) for row in draws]).astype(float)
 

@@ -151,8 +151,8 @@ def aurocs(run: Path, part: str = "") -> dict[str, Estimate | None]:
 
 def _first_known(runs: Sequence[Path], part: str) -> dict[str, Estimate | None]:
     """`aurocs` of the first run that was attacked; the penalties share sharers and base."""
-    found = [aurocs(run, part) for run in runs]
-    return next((values for values in found if values["auroc"]), found[0])
+    by_run = [aurocs(run, part) for run in runs]
+    return next((values for values in by_run if values["auroc"]), by_run[0])
 
 
 def _leakage_of_single_models(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:

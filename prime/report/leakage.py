@@ -73,7 +73,7 @@ def read_attacks(path: Path) -> dict[str, Any]:
     problems = form_problems(summary, PAGE_SUMMARY, f"{path}: the file")
     if not problems:
         sets = [*summary.get("sets", {}).values(), *summary["sharers"].get("sets", {}).values()]
-        without = [found for found in sets if PUBLISHED_ATTACK not in found["attacks"]]
+        without = [summary_of_set for summary_of_set in sets if PUBLISHED_ATTACK not in summary_of_set["attacks"]]
         problems = [f"{path}: a set without the attack {PUBLISHED_ATTACK}"] * len(without)
     if problems:
         raise InputError.many(problems)
@@ -139,9 +139,9 @@ def attack_table(summary: Mapping[str, Any]) -> str:
 def set_rows(set_summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and body of one set: AUROC and true positive rates of each attack, each followed by its blind baseline."""
     rows = [["attack", "AUROC", "blind", *(f"TPR at {rate} / blind" for rate in FPR_TEXTS.values())]]
-    for attack, found in set_summary["attacks"].items():
-        rates = [_rate_text(found["tpr_at_fpr"][fpr], found["blind_tpr_at_fpr"][fpr]) for fpr in FPR_TEXTS]
-        rows.append([attack, interval_text(found["auroc"]), interval_text(found["blind_auroc"]), *rates])
+    for attack, summary in set_summary["attacks"].items():
+        rates = [_rate_text(summary["tpr_at_fpr"][fpr], summary["blind_tpr_at_fpr"][fpr]) for fpr in FPR_TEXTS]
+        rows.append([attack, interval_text(summary["auroc"]), interval_text(summary["blind_auroc"]), *rates])
     return rows
 
 

@@ -31,7 +31,7 @@ def write_run_page(content: Content) -> Path:
     summary, folder = content.summary, content.root / "figures"
     first = leading(summary)[0]
     folders = stages.stage_folders(content.root, content.task)
-    attacked = leakage.attack_summaries(content.sources)
+    attacked = leakage.read_attacked(content.sources)
     methods = dict.fromkeys(row["method"] for row in summary["rows"])
     page = render(
         "run.html",

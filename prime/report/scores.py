@@ -33,8 +33,10 @@ def _stats(task: Task, samples: Sequence[Sample], golds: Mapping[str, str]) -> S
 
 def stack(stats: Mapping[str, Stats], users: Sequence[str]) -> Stats:
     """[u, s] for each metric, one row per user in the order of `users`."""
-    rows = [stats[user] for user in users]
-    return {metric: np.stack([row[metric] for row in rows]) for metric in rows[0]}
+    stacked: Stats = {}
+    for metric in stats[users[0]]:
+        stacked[metric] = np.stack([stats[user][metric] for user in users])
+    return stacked
 
 
 def metric_intervals(task: Task, stats: Stats) -> dict[str, dict[str, float]]:

@@ -108,8 +108,11 @@ def seconds_per_user(method: str, results: Sequence[Mapping[str, Any]]) -> float
     recorded = [result.get("seconds", {}) for result in results]
     if not all(seconds.keys() >= needed for seconds in recorded):
         return None
-    totals = [sum(seconds.get(part, 0.0) for part in parts) for seconds in recorded]
-    return float(np.mean(totals))
+    return float(np.mean([_total(seconds, parts) for seconds in recorded]))
+
+
+def _total(seconds: Mapping[str, float], parts: Sequence[str]) -> float:
+    return sum(seconds.get(part, 0.0) for part in parts)
 
 
 def bytes_per_user(method: str, folder: Path, results: Sequence[Mapping[str, Any]]) -> float | None:

@@ -28,29 +28,30 @@ ORIGINS = {
 # --- losses ----------------------------------------------------------------------------------------
 
 
-def best_so_far(losses: Sequence[float], eligible: Sequence[bool]) -> np.ndarray:
-    """[e] least loss of the eligible candidates until each evaluation, minus that of the first, the base."""
-    usable = np.where(eligible, losses, np.inf)
-    return np.minimum.accumulate(usable) - losses[0]
+def usable_losses(evaluations: Evaluations, search_only: bool) -> np.ndarray:
+    """[e] losses; infinite where a candidate cannot win, as single sharers under search_only."""
+    losses = np.array([line["loss"] for line in evaluations], dtype=float)
+    sharers = np.array([line["origin"] == "sharer" for line in evaluations])
+    return np.where(search_only & sharers, np.inf, losses)
 
 
-def _eligible(evaluations: Evaluations, search_only: bool) -> list[bool]:
-    return [not (search_only and line["origin"] == "sharer") for line in evaluations]
+def best_so_far(losses: np.ndarray) -> np.ndarray:
+    """[e] least loss until each evaluation, minus that of the first, the base."""
+    return np.minimum.accumulate(losses) - losses[0]
 
 
-def _winners(searches: Sequence[Evaluations], search_only: bool) -> str:
+def winners_text(searches: Sequence[Evaluations], losses: Sequence[np.ndarray]) -> str:
     """Where the deployed candidates came from: "the base for 3 and a single sharer for 21"."""
     counts: Counter[str] = Counter()
-    for evaluations in searches:
-        eligible = _eligible(evaluations, search_only)
-        usable = [line for line, may_win in zip(evaluations, eligible, strict=True) if may_win]
-        counts[min(usable, key=lambda line: line["loss"])["origin"]] += 1
+    for evaluations, usable in zip(searches, losses, strict=True):
+        counts[evaluations[int(np.argmin(usable))]["origin"]] += 1
     return listed([f"{text} for {counts[origin]}" for origin, text in ORIGINS.items() if counts[origin]])
 
 
 def draw_traces(searches: Sequence[Evaluations], search_only: bool) -> Drawn:
     """Best loss by evaluation, one line a user, the median thick. search_only: single sharers cannot win."""
-    runs = [best_so_far([line["loss"] for line in found], _eligible(found, search_only)) for found in searches]
+    losses = [usable_losses(evaluations, search_only) for evaluations in searches]
+    runs = [best_so_far(usable) for usable in losses]
     length = max(map(len, runs))
     padded = np.stack([np.append(run, np.full(length + 1 - len(run), run[-1])) for run in runs])
     places = np.append(np.arange(1, length + 1), length + 0.5)  # the last step is seen as a line
@@ -70,7 +71,7 @@ def draw_traces(searches: Sequence[Evaluations], search_only: bool) -> Drawn:
     late = int(np.sum(padded[:, -1] < padded[:, length - 1 - quarter] - 1e-12)) if length > quarter else 0
     return made, (
         f"In the median the best loss ends {abs(median[-1]):.3f} below the base's. Of {people(len(runs))}, what is "
-        f"deployed is {_winners(searches, search_only)}. The last {quarter} of {length} evaluations still improved "
+        f"deployed is {winners_text(searches, losses)}. The last {quarter} of {length} evaluations still improved "
         f"{people(late, len(runs))}."
     )
 

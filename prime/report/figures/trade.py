@@ -53,7 +53,7 @@ def _row_text(row: Mapping[str, Any], metric: str) -> str:
 
 def draw_frontier(points: Sequence[Point], metric: str) -> Drawn:
     """Utility against leakage and against similarity: points of frontier.json, those of the penalties joined."""
-    titles = {key: title for key, title in TRADED_TITLES.items() if any(point.get(key) for point in points)}
+    titles = {key: title for key, title in TRADED_TITLES.items() if _measured(points, key)}
     panels = max(1, len(titles))
     made, axes = side_by_side(panels)
     baselines = [point for point in points if point["penalty"] is None]
@@ -63,11 +63,15 @@ def draw_frontier(points: Sequence[Point], metric: str) -> Drawn:
             if point.get(key):
                 label = plain(point["label"], 28)
                 mark_cross(panel, point[key], point[metric], COLOURS[place % 8], MARKERS[place % 8], label)
-        _draw_penalties(panel, [point for point in penalties if point.get(key)], key, metric)
+        _draw_penalties(panel, _measured(penalties, key), key, metric)
         label_axes(panel, title)
     axes[0].set_ylabel(f"{metric} ({direction(metric)})")
     shared_legend(made, axes, fontsize=8, ncols=1 + panels)  # the longest names fit beside each other
     return made, frontier_sentence(points, metric)
+
+
+def _measured(points: Sequence[Point], key: str) -> list[Point]:
+    return [point for point in points if point.get(key)]
 
 
 def _draw_penalties(axes: Axes, points: Sequence[Point], key: str, metric: str) -> None:

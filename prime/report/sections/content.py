@@ -37,8 +37,9 @@ class Content(NamedTuple):
 
     def user_scores(self, method: str) -> dict[str, float]:
         """Each user's own score by the task's first metric, at the first test setting."""
-        stats = user_stats(self.task, self.samples(method), self.golds)
-        return {user: float(METRICS[self.metric].finish(own[self.metric])) for user, own in stats.items()}
+        finish = METRICS[self.metric].finish
+        by_user = user_stats(self.task, self.samples(method), self.golds)
+        return {user: float(finish(stats[self.metric])) for user, stats in by_user.items()}
 
     def reference_results(self) -> list[Mapping[str, Any]]:
         """PriME's results; none where it has not run."""

@@ -23,7 +23,7 @@ Attacks = Mapping[str, Mapping[str, Any]]  # attack -> its summary (`prime.attac
 # --- what was attacked -----------------------------------------------------------------------------
 
 
-def attack_summaries(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def read_attacked(sources: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """mia_summary.json of every attacked method, in the order of the table."""
     summaries = {}
     for method in sorted(sources, key=place):
@@ -40,8 +40,8 @@ def attacked_sets(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[
     parts += [("sharers, unmerged", part) for part in of_sharers[:1]]
     sets: dict[str, dict[str, Attacks]] = {}
     for attacked, part in parts:
-        for name, found in part.get("sets", {}).items():
-            sets.setdefault(name, {})[attacked] = found["attacks"]
+        for name, set_summary in part.get("sets", {}).items():
+            sets.setdefault(name, {})[attacked] = set_summary["attacks"]
     return {name: sets[name] for name in SETS if name in sets}
 
 

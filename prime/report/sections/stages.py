@@ -95,7 +95,7 @@ def versions(folders: Sequence[StageFolder]) -> dict[str, str]:
     for folder in folders:
         for name, version in folder.versions.items():
             by_name.setdefault(name, set()).add(version)
-    return {name: ", ".join(sorted(found)) for name, found in by_name.items()}
+    return {name: ", ".join(sorted(several)) for name, several in by_name.items()}
 
 
 def machines(folders: Sequence[StageFolder]) -> list[str]:

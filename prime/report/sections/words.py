@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prime.report.figures.parts import people
@@ -35,9 +35,9 @@ def findings(content: Content) -> list[str]:
             sentences.append(pair_sentence(pair, metric, REFERENCE))
     sentences += base_won(content)
     if ours and ours.get("auroc"):
-        found = f"The published attack finds sharers' records with AUROC {interval_text(ours['auroc'])}"
+        auroc = f"The published attack finds sharers' records with AUROC {interval_text(ours['auroc'])}"
         blind = f"where the same attack on the base gives {interval_text(ours['blind_auroc'])}"
-        sentences.append(f"{found}, {blind}.")
+        sentences.append(f"{auroc}, {blind}.")
     return sentences
 
 
@@ -78,26 +78,17 @@ def evenly_spaced(users: Sequence[str], n: int) -> list[str]:
 
 def examples(content: Content) -> dict[str, Any]:
     """The first query of ten users, evenly spaced in the order of the test file: nobody picked them."""
-    outputs = example_outputs(content)
-    methods = list(outputs)
+    outputs = _example_outputs(content)
     users: dict[str, None] = {}
     for by_user in reversed(outputs.values()):
         users |= dict.fromkeys(user for user, answers in by_user.items() if answers)
     rows = []
     for user in evenly_spaced(list(users), EXAMPLES):
-        of_user = {method: by_user.get(user, {}) for method, by_user in outputs.items()}
-        query = next(iter(next(answers for answers in reversed(of_user.values()) if answers)))
-        gold, text = content.golds[query], content.inputs.get(query, "")
-        asked = " / ".join(extract(content.task, text) or (text,))
-        answers = [answer_cell(content.task, of_user[method].get(query), gold) for method in methods]
-        rows.append({
-            "user": user, "input": shorten(asked, INPUT_LENGTH), "gold": shorten(gold, OUTPUT_LENGTH),
-            "answers": answers,
-        })  # fmt: skip
-    return {"methods": methods, "rows": rows}
+        rows.append(_example(content, user, [by_user.get(user, {}) for by_user in outputs.values()]))
+    return {"methods": list(outputs), "rows": rows}
 
 
-def example_outputs(content: Content) -> dict[str, dict[str, dict[str, str]]]:
+def _example_outputs(content: Content) -> dict[str, dict[str, dict[str, str]]]:
     """Method -> user -> query -> output at the first test setting, of the methods that the examples show."""
     outputs: dict[str, dict[str, dict[str, str]]] = {}
     for method in (*SHORT_LIST, REFERENCE):
@@ -107,7 +98,21 @@ def example_outputs(content: Content) -> dict[str, dict[str, dict[str, str]]]:
     return outputs
 
 
-def answer_cell(task: Task, output: str | None, gold: str) -> tuple[str, str] | None:
+def _example(content: Content, user: str, outputs: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """The first query of one user with each method's answer. outputs: by method, query -> output."""
+    answered = [by_query for by_query in outputs if by_query]
+    query = next(iter(answered[-1]))
+    gold, text = content.golds[query], content.inputs.get(query, "")
+    fields = " / ".join(extract(content.task, text) or (text,))
+    return {
+        "user": user,
+        "input": shorten(fields, INPUT_LENGTH),
+        "gold": shorten(gold, OUTPUT_LENGTH),
+        "answers": [_answer(content.task, by_query.get(query), gold) for by_query in outputs],
+    }
+
+
+def _answer(task: Task, output: str | None, gold: str) -> tuple[str, str] | None:
     """An answer shortened, and its mark; None where there is none."""
     if output is None:
         return None
