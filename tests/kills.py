@@ -1,7 +1,7 @@
 """A stage that is killed and started again, against the same stage left alone: what the kill tests are made of.
 
-A *setting* is a stage's command on a small cut of the demo world, together with the folders the stages before it
-filled. Letters of the outcome: files that differ, users computed again though they were finished.
+Each stage runs on a small cut of the demo world, in a copy of the folder that the stages before it filled. What must
+not happen: files that differ from those of the undisturbed run, and users computed again though they were finished.
 """
 
 import os
@@ -10,7 +10,8 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,12 +55,12 @@ def output(stage: str) -> str:
 
 def files(folder: Path) -> dict[str, bytes]:
     """All files under a folder but the seconds they took, by relative path."""
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if path.name != "seconds.json"}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "seconds.json"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def differing(one: Mapping[str, bytes], other: Mapping[str, bytes]) -> list[str]:
-    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+def differing(files: Mapping[str, bytes], others: Mapping[str, bytes]) -> list[str]:
+    return sorted(name for name in files.keys() | others.keys() if files.get(name) != others.get(name))
 
 
 def finished(folder: Path) -> dict[str, tuple[int, int]]:
@@ -68,8 +69,8 @@ def finished(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(folder)): (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
-def users_of(folder: Path, marks: Mapping[str, object]) -> set[str]:
-    return {str(world.read(folder / name)["user_id"]) for name in marks}
+def users_of(folder: Path, results: Iterable[str]) -> set[str]:
+    return {str(world.read(folder / name)["user_id"]) for name in results}
 
 
 @dataclass
@@ -175,11 +176,11 @@ def interrupt_often(
     """Interrupted runs, of up to `at_once` kills each, until there were `kills` of them."""
     total = Outcome(stage.name, 0, [], [], runs=0)
     while total.kills < kills:
-        own = interrupt(forks, stage, folder / str(total.runs), stream, min(at_once, kills - total.kills))
-        total.kills += own.kills
+        outcome = interrupt(forks, stage, folder / str(total.runs), stream, min(at_once, kills - total.kills))
+        total.kills += outcome.kills
         total.runs += 1
-        total.differing += own.differing
-        total.again += own.again
+        total.differing += outcome.differing
+        total.again += outcome.again
     return total
 
 
@@ -193,10 +194,12 @@ def together(forks: Forks, stage: Stage, folder: Path, size: int = 2, lose: bool
     if lose:
         kill_after(pids[-1], stage.seconds / 4)
     codes = [forks.wait(pid) for pid in pids]
-    told = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
-    assert codes[:-1] == [0] * (size - 1) and codes[-1] in ((0, -signal.SIGKILL) if lose else (0,)), told
-    done_by = [path.read_text().split() for path in folder.glob("*.log.work")]
-    twice = [] if lose else sorted({user for own in done_by for user in own if sum(user in o for o in done_by) > 1})
+    logs = "".join((folder / f"{rank}.log").read_text() for rank in range(size))
+    assert codes[:-1] == [0] * (size - 1) and codes[-1] in ((0, -signal.SIGKILL) if lose else (0,)), logs
+    processes = Counter[str]()  # that computed for a user
+    for path in folder.glob("*.log.work"):
+        processes.update(set(path.read_text().split()))
+    twice = [] if lose else sorted(user for user, count in processes.items() if count > 1)
     out = folder / "out" / output(stage.name)
     return Outcome(stage.name, int(codes[-1] != 0), differing(files(out), stage.whole), twice)
 

@@ -47,17 +47,17 @@ def item(task: str, dice: random.Random) -> dict[str, Any]:
     }[task]
 
 
-def asked(task: str, own: dict[str, Any], dice: random.Random) -> tuple[str, str]:
+def asked(task: str, target_item: dict[str, Any], dice: random.Random) -> tuple[str, str]:
     """(input, gold) of a question about an item."""
     if task == "citation":
         gold = dice.randrange(2)
-        options = [words(dice, 3), words(dice, 3)]
-        return ASK[task].format(title=own["title"], first=options[0], second=options[1]), f"[{gold + 1}]"
+        first, second = words(dice, 3), words(dice, 3)
+        return ASK[task].format(title=target_item["title"], first=first, second=second), f"[{gold + 1}]"
     source = {"movie_tagging": "description", "scholarly_title": "abstract"}.get(task, "text")
     target = {"movie_tagging": "tag", "news_categorize": "category", "product_rating": "score"}.get(task, "title")
     if task == "tweet_paraphrase":
-        return ASK[task].format(text="said otherwise: " + own["text"][::-1]), own["text"]
-    return ASK[task].format(text=own[source]), own[target]
+        return ASK[task].format(text="said otherwise: " + target_item["text"][::-1]), target_item["text"]
+    return ASK[task].format(text=target_item[source]), target_item[target]
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Files:
     golds: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"train": [], "dev": []})
 
     def ask(self, part: str, name: Any, text: str, gold: Any, profile: list[dict[str, Any]], **more: Any) -> dict:
-        items = [{**own, "id": f"{name}{place}"} for place, own in enumerate(profile)]
+        items = [{**shown, "id": f"{name}{place}"} for place, shown in enumerate(profile)]
         question = {"id": name, "input": text, "profile": items, **more}
         self.questions[part].append(question)
         self.golds[part].append({"id": name, "output": gold})
@@ -95,13 +95,13 @@ def user_split(task: str, people: int = 12, seed: int = 0, shown_alike: bool = T
     """
     dice, made, number = random.Random(f"{task}{seed}"), Files(task), 1
     for person in range(people):
-        own = [item(task, dice) for _ in range(4 + person)]
+        history = [item(task, dice) for _ in range(4 + person)]
         targets = [item(task, dice) for _ in range(1 + person % 4)]
         for place, target in enumerate(targets):
             others = [] if shown_alike else targets[:place] + targets[place + 1 :]
             part = "dev" if person % 3 == 0 else "train"
             more = {"user_id": 1000 + person} if ids else {}
-            made.ask(part, str(number), *asked(task, target, dice), own + others, **more)
+            made.ask(part, str(number), *asked(task, target, dice), history + others, **more)
             number += 1
     return made
 
@@ -110,11 +110,13 @@ def time_split(task: str, people: int = 12, seed: int = 0, ids: bool = True) -> 
     """People whose items are dated; a train question after some of them and a dev question after one more, or two."""
     dice, made = random.Random(f"time{task}{seed}"), Files(task)
     for person in range(people):
-        months = range(8 + person)
-        own = [{**item(task, dice), "date": f"20{10 + n // 12}-{1 + n % 12:02d}-{1 + n % 28:02d}"} for n in months]
+        history = []
+        for month in range(8 + person):
+            date = f"20{10 + month // 12}-{1 + month % 12:02d}-{1 + month % 28:02d}"
+            history.append({**item(task, dice), "date": date})
         more = {"user_id": str(person)} if ids else {}
         for part, ahead in (("train", 2), ("dev", 1)):
-            target, shown = own[-ahead], own[:-ahead]
+            target, shown = history[-ahead], history[:-ahead]
             made.ask(part, f"{person}{ahead}", *asked(task, target, dice), dice.sample(shown, len(shown)), **more)
     return made
 
@@ -123,8 +125,9 @@ def of_the_demo(task: str, source: Path, people: int = 16, items: int = 12) -> F
     """People of the embedded demo as official files of the user split: their last two items are asked."""
     made, dice, number = Files(task), random.Random(0), 1
     for user in json.loads((source / "user_anchor_candidate.json").read_text())[:people]:
-        own = [{name: value for name, value in one.items() if name != "id"} for one in user["profile"]]
-        for target in own[-2:]:
-            made.ask("train" if number % 3 else "dev", str(number), *asked(task, target, dice), own[-2 - items : -2])
+        history = user["profile"]  # with ids, which `ask` replaces
+        for target in history[-2:]:
+            part, shown = "train" if number % 3 else "dev", history[-2 - items : -2]
+            made.ask(part, str(number), *asked(task, target, dice), shown)
             number += 1
     return made

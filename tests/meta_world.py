@@ -34,14 +34,14 @@ def weights(params: dict, vocab: int, hidden: int, tied: bool = False, seed: int
     shapes = {"tok_embeddings.weight": (vocab, d), "norm.weight": (d,)}
     shapes |= {} if tied else {"output.weight": (vocab, d)}
     for layer in range(params["n_layers"]):
-        own = {
+        of_layer = {
             "attention.wq": (d, d), "attention.wk": (kv, d), "attention.wv": (kv, d), "attention.wo": (d, d),
             "feed_forward.w1": (hidden, d), "feed_forward.w2": (d, hidden), "feed_forward.w3": (hidden, d),
             "attention_norm": (d,), "ffn_norm": (d,),
         }  # fmt: skip
-        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in own.items()}
-    found = {name: torch.randn(shape, generator=stream) * 0.08 for name, shape in shapes.items()}
-    return {name: 1 + tensor if tensor.dim() == 1 else tensor for name, tensor in found.items()}
+        shapes |= {f"layers.{layer}.{name}.weight": shape for name, shape in of_layer.items()}
+    drawn = {name: torch.randn(shape, generator=stream) * 0.08 for name, shape in shapes.items()}
+    return {name: 1 + tensor if tensor.dim() == 1 else tensor for name, tensor in drawn.items()}
 
 
 def save(folder: Path, params: dict, whole: dict[str, Tensor], shards: int = 1, by_rows: bool = False) -> None:
@@ -49,10 +49,10 @@ def save(folder: Path, params: dict, whole: dict[str, Tensor], shards: int = 1, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))
     for place in range(shards):
-        own = {name: _part(name, tensor, place, shards, by_rows) for name, tensor in whole.items()}
+        shard = {name: _part(name, tensor, place, shards, by_rows) for name, tensor in whole.items()}
         if "use_scaled_rope" not in params:
-            own["rope.freqs"] = torch.zeros(8)
-        torch.save(own, folder / f"consolidated.{place:02d}.pth")
+            shard["rope.freqs"] = torch.zeros(8)
+        torch.save(shard, folder / f"consolidated.{place:02d}.pth")
 
 
 def _part(name: str, tensor: Tensor, place: int, shards: int, by_rows: bool) -> Tensor:
@@ -127,13 +127,13 @@ def published_adapter(params: dict, rank: int = 8, seed: int = 7) -> dict[str, T
     """A random adapter under the published names."""
     stream = torch.Generator().manual_seed(seed)
     d, kv = params["dim"], params.get("n_kv_heads", params["n_heads"]) * params["dim"] // params["n_heads"]
-    found = {}
+    tensors = {}
     for layer in range(params["n_layers"]):
         for kind in "qkvo":
             at, rows = f"layers.{layer}.attention.lora_w{kind}", kv if kind in "kv" else d
-            found[f"{at}.lora_down.weight"] = torch.randn(rank, d, generator=stream) * 0.15
-            found[f"{at}.lora_up.weight"] = torch.randn(rows, rank, generator=stream) * 0.15
-    return found
+            tensors[f"{at}.lora_down.weight"] = torch.randn(rank, d, generator=stream) * 0.15
+            tensors[f"{at}.lora_up.weight"] = torch.randn(rows, rank, generator=stream) * 0.15
+    return tensors
 
 
 # -- tokenizers -----------------------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def published_adapter(params: dict, rank: int = 8, seed: int = 7) -> dict[str, T
 
 def corpus() -> list[str]:
     rng = random.Random(0)
-    return [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(400)]
+    return [" ".join(rng.choices(WORDS, k=12)) for _ in range(400)]
 
 
 def save_sentencepiece(folder: Path) -> None:
@@ -165,8 +165,9 @@ def save_tiktoken(folder: Path) -> dict[bytes, int]:
     printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printed]
     byte_of = {chr(byte): byte for byte in printed} | {chr(256 + place): byte for place, byte in enumerate(others)}
-    ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in inner.get_vocab().items()}
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in sorted(ranks.items(), key=lambda x: x[1]))
+    ranks = {bytes(map(byte_of.get, token)): rank for token, rank in inner.get_vocab().items()}
+    by_rank = sorted(ranks, key=ranks.get)
+    lines = [base64.b64encode(token) + b" %d\n" % ranks[token] for token in by_rank]
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     return ranks
 
@@ -178,4 +179,4 @@ LETTERS += ["<s>", "</s>", "<unk>", "<0x41>", "<|begin_of_text|>", "<|eot_id|>",
 def strings(n: int = 1000) -> list[str]:
     """Random texts with spaces, newlines, digits, accents, emoji, odd spaces and special tokens written out."""
     rng = random.Random(1)
-    return ["".join(rng.choice(LETTERS) for _ in range(rng.randint(0, 40))) for _ in range(n)]
+    return ["".join(rng.choices(LETTERS, k=rng.randint(0, 40))) for _ in range(n)]

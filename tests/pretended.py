@@ -50,10 +50,10 @@ def parted(base: nn.Module) -> nn.Module:
     parts = {name: f"{KIND}:{place}" for name, place in PARTS.items()}
     for name, place in parts.items():
         for module in model.get_submodule(name).modules():
-            for key, own in module.named_parameters(recurse=False):
-                setattr(module, key, nn.Parameter(torch.empty_like(own, device=place), requires_grad=False))
-            for key, own in module.named_buffers(recurse=False):
-                setattr(module, key, torch.empty_like(own, device=place))
+            for key, weight in module.named_parameters(recurse=False):
+                setattr(module, key, nn.Parameter(torch.empty_like(weight, device=place), requires_grad=False))
+            for key, buffer in module.named_buffers(recurse=False):
+                setattr(module, key, torch.empty_like(buffer, device=place))
     skipped = model._skip_keys_device_placement
     return dispatch_model(model, parts, main_device=parts["model.embed_tokens"], skip_keys=skipped)
 
@@ -77,8 +77,11 @@ def places(bank: AdapterBank) -> dict[str, list[str]]:
     tokens = torch.zeros(2, 5, dtype=torch.long, device=bank.device)
     logits = bank.model(input_ids=tokens, past_key_values=cache).logits
     cache.keep([1], 2)
-    factors = {f"{layer_of(name)} {one.device}" for name, w in bank.wrappers.items() for one in (w.A, w.B)}
-    held = {f"{layer} {one.device}" for layer, pair in enumerate(cache.pairs()) for one in pair}
+    factors, held = set(), set()
+    for name, wrapper in bank.wrappers.items():
+        factors |= {f"{layer_of(name)} {factor.device}" for factor in (wrapper.A, wrapper.B)}
+    for layer, keys_and_values in enumerate(cache.pairs()):
+        held |= {f"{layer} {tensor.device}" for tensor in keys_and_values}
     return {"ends": [str(bank.device), str(logits.device)], "factors": sorted(factors), "cache": sorted(held)}
 
 
