@@ -19,7 +19,7 @@ WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<facto
 # Trained adapters stay below 20, and a whole projection of a 7B model has about 80: an update of 10,000 would drown
 # whatever it is merged with.
 MAX_NORM = 1e4
-PLAIN_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # unset in its configuration
+BEYOND_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # keys that have to be unset
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def read_config(path: Path) -> tuple[int, float]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
     problems = [number_problem(config, "r", int), number_problem(config, "lora_alpha", int | float)]
-    problems += [f"{key} is set; only plain LoRA adapters can be merged" for key in PLAIN_LORA if config.get(key)]
+    problems += [f"{key} is set; only plain LoRA adapters can be merged" for key in BEYOND_LORA if config.get(key)]
     if any(problems):
         raise InputError.many([f"{path}: {problem}" for problem in problems if problem])
     rank = config["r"]
