@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     plain = contenders.peft_model(model, [shapes.random_adapter(model, 0, args.rank)]).unload()
     bank = AdapterBank(model)
     bank.allocate([learner.seed for learner in learners], args.rank, args.rank)
-    starts = [bank.adapter(learner.place) for learner in learners]
+    starts = [bank.adapter(learner.slot) for learner in learners]
 
     def runs(settings: TrainSettings) -> dict[str, Callable[[], Any]]:
         one_by_one = partial(peft_loop, plain, starts, learners, settings)

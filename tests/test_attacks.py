@@ -70,9 +70,9 @@ def train_sharers(args, folder):
     settings = {key: getattr(args, key) for key in attacks.RECORD_OPTIONS}
     run = Run(folder, "train_anchor_peft", "anchors", settings | {"seed": HOLDOUT.seed, "holdout": HOLDOUT.share})
     for learner in learners:
-        save_adapter(engine.bank.adapter(learner.place), run.user_dir(learner.name) / "adapter", "tiny")
+        save_adapter(engine.bank.adapter(learner.slot), run.user_dir(learner.name) / "adapter", "tiny")
         ids = [record.id for record in learner.records]
-        run.finish(learner.name, {"user_id": learner.name, "index": learner.place, "record_ids": ids})
+        run.finish(learner.name, {"user_id": learner.name, "index": learner.slot, "record_ids": ids})
 
 
 def write_experiment(folder, anchor_dir):

@@ -102,7 +102,7 @@ def test_gates_train_as_they_do_in_front_of_peft() -> None:
         optimizer.step()
         schedule.step()
         expected.append(float(loss.detach()))
-    gates, (found,) = trained([replace(learner, place=0)], [own])
+    gates, (found,) = trained([replace(learner, slot=0)], [own])
     assert len(found) == 9 and clipped > 0
     assert found == pytest.approx(expected, abs=1e-4)
     assert abs(found[0] - found[3]) > 1e-3
@@ -129,10 +129,10 @@ def test_gates_trained_together_are_gates_trained_alone(dropout: float) -> None:
     settings = replace(SETTINGS, dropout=dropout)
     together, losses = trained(LEARNERS, ADAPTERS, settings)
     for learner, own in zip(LEARNERS, ADAPTERS, strict=True):
-        gates, (alone,) = trained([replace(learner, place=0)], [own], settings)
-        assert losses[learner.place] == pytest.approx(alone, abs=1e-4)
+        gates, (alone,) = trained([replace(learner, slot=0)], [own], settings)
+        assert losses[learner.slot] == pytest.approx(alone, abs=1e-4)
         for name, vector in gates.gate(0).items():
-            torch.testing.assert_close(together.gate(learner.place)[name], vector, atol=1e-3, rtol=0)
+            torch.testing.assert_close(together.gate(learner.slot)[name], vector, atol=1e-3, rtol=0)
 
 
 def test_only_gates_are_trained_for_at_most_max_step_steps() -> None:

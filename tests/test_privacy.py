@@ -15,8 +15,9 @@ from scipy.stats import kstest, norm
 from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for
 from torch import Tensor
 
+from prime.bank.accounting import sigma_for, spent_epsilon
 from prime.bank.bank import AdapterBank
-from prime.bank.dp import Mechanism, Terms, load_key, sigma_for, spent_epsilon, terms_of
+from prime.bank.dp import Mechanism, Terms, load_key, terms_of
 from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
 from prime.bank.passes import Passes, TrainRow, row_losses
@@ -71,7 +72,7 @@ def gated() -> tuple[AdapterBank, Gates]:
 def some_rows() -> list[TrainRow]:
     """Records of all learners, neighbours of different length."""
     return [
-        TrainRow(i, learner.place, number, 7 + number, record)
+        TrainRow(i, learner.slot, number, 7 + number, record)
         for i, learner in enumerate(LEARNERS)
         for number, record in enumerate(learner.records[:4])
     ]
@@ -85,7 +86,7 @@ def one_at_a_time(passes: Passes, rows: Sequence[TrainRow]) -> list[list[Tensor]
             stack.grad = None
         loss = row_losses(passes.bank, [row], passes.dropout, passes.scalers).sum() / len(row.record.target)
         loss.backward()
-        found.append([stack.grad[row.place].clone() for stack in passes.trained])
+        found.append([stack.grad[row.slot].clone() for stack in passes.trained])
     return found
 
 
@@ -139,7 +140,7 @@ def test_what_is_summed_is_clipped_item_by_item() -> None:
     for number, stack in enumerate(passes.trained):
         expected = torch.zeros_like(stack)
         for row, grads, size in zip(rows, own, norms, strict=True):
-            expected[row.place] += grads[number] * min(1.0, limits[row.learner] / size)
+            expected[row.slot] += grads[number] * min(1.0, limits[row.learner] / size)
         assert torch.allclose(stack.grad, expected, atol=1e-5)
 
 
@@ -192,15 +193,15 @@ def test_private_training_together_is_private_training_alone(sigma: float) -> No
     together = train(bank, learners, settings, max_batch_tokens=50)
     for learner in learners:
         own, losses = alone_private(learner, settings)
-        assert [loss is None for loss in together[learner.place]] == [loss is None for loss in losses]
-        given = [loss for loss in together[learner.place] if loss is not None]
+        assert [loss is None for loss in together[learner.slot]] == [loss is None for loss in losses]
+        given = [loss for loss in together[learner.slot] if loss is not None]
         assert given == pytest.approx([loss for loss in losses if loss is not None], abs=1e-4)
-        assert_close(bank.adapter(learner.place).factors, own.adapter(0).factors, atol=5e-4)
+        assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=5e-4)
 
 
 def alone_private(learner: Learner, settings: TrainSettings) -> tuple[AdapterBank, list[float | None]]:
     bank = bank_for([learner])
-    return bank, train(bank, [replace(learner, place=0)], settings)[0]
+    return bank, train(bank, [replace(learner, slot=0)], settings)[0]
 
 
 def test_gates_train_privately_together_as_alone() -> None:

@@ -27,7 +27,7 @@ def bank_for(learners: list[Learner]) -> AdapterBank:
 
 def alone(learner: Learner, settings: TrainSettings) -> tuple[AdapterBank, list[float]]:
     bank = bank_for([learner])
-    return bank, train(bank, [replace(learner, place=0)], settings)[0]
+    return bank, train(bank, [replace(learner, slot=0)], settings)[0]
 
 
 def assert_close(one: dict, other: dict, atol: float) -> None:
@@ -106,8 +106,8 @@ def test_training_together_is_training_alone(dropout: float) -> None:
     assert [len(losses) for losses in together] == [4, 6, 2]
     for learner in LEARNERS:
         own, losses = alone(learner, settings)
-        assert together[learner.place] == pytest.approx(losses, abs=1e-4)
-        assert_close(bank.adapter(learner.place).factors, own.adapter(0).factors, atol=5e-4)
+        assert together[learner.slot] == pytest.approx(losses, abs=1e-4)
+        assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=5e-4)
     assert together[0][0] != pytest.approx(together[1][0], abs=1e-2)
 
 
@@ -134,7 +134,7 @@ def test_micro_batches_change_nothing(budget: int) -> None:
 
 def test_the_place_in_the_bank_is_free_and_progress_counts_batches() -> None:
     bank = bank_for(LEARNERS[::-1])
-    moved = [Learner(2 - x.place, x.name, x.seed, x.records) for x in LEARNERS]
+    moved = [Learner(2 - x.slot, x.name, x.seed, x.records) for x in LEARNERS]
     done: list[int] = []
     found = train(bank, moved, SETTINGS, progress=done.append)
     assert done == [3, 3, 2, 2, 1, 1]

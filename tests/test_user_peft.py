@@ -88,10 +88,10 @@ def test_training_on_top_together_is_training_alone() -> None:
     bank = stacked_bank([0, 1, 2])
     together = train(bank, LEARNERS, DROPOUT)
     for learner in LEARNERS:
-        own = stacked_bank([learner.place])
-        losses = train(own, [replace(learner, place=0)], DROPOUT)[0]
-        assert together[learner.place] == pytest.approx(losses, abs=1e-4)
-        assert_close(bank.adapter(learner.place).factors, own.adapter(0).factors, atol=5e-4)
+        own = stacked_bank([learner.slot])
+        losses = train(own, [replace(learner, slot=0)], DROPOUT)[0]
+        assert together[learner.slot] == pytest.approx(losses, abs=1e-4)
+        assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=5e-4)
 
 
 def test_what_is_saved_is_the_merge_and_the_trained_part(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from prime.bank.cpu import place_of, quicken, restore, round_up
+from prime.bank.cpu import device_of, quicken, restore, round_up
 from prime.bank.linear import BankLinear, InputScaler, Route
 from prime.bank.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
 from prime.errors import InputError
@@ -33,7 +33,8 @@ class AdapterBank:
         model: a Hugging Face causal LM whose targets are `nn.Linear`; it is changed in place and frozen.
         targets: last parts of the module names that carry adapters (published default: q, k, v, o).
 
-    Its products are quickened (`prime.bank.cpu`); `unwrap` gives it back with plain layers.
+    On some CPUs its frozen layers compute by oneDNN meanwhile (`prime.bank.cpu`); `unwrap` gives it back with plain
+    layers.
 
     Raises:
         InputError: no module, or a module that is no `nn.Linear`, has one of these names.
@@ -43,7 +44,7 @@ class AdapterBank:
         self.model = model.requires_grad_(False).eval()
         self.config: Any = model.config
         causal_lm: Any = model  # nn.Module does not declare get_input_embeddings
-        self.device = place_of(causal_lm.get_input_embeddings())  # of ids and logits; each layer has its own
+        self.device = device_of(causal_lm.get_input_embeddings())  # of ids and logits; each layer has its own
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
         self.columns = quicken(self.model)
@@ -73,7 +74,7 @@ class AdapterBank:
         return self.model
 
     def width(self, tokens: int) -> int:
-        """Columns of a pass over prompts of so many tokens: as many, or more where that suits the products."""
+        """Columns of a pass over prompts of so many tokens: as many, or some more of padding where that is faster."""
         return round_up(tokens, self.columns)
 
     @property
@@ -97,9 +98,9 @@ class AdapterBank:
     def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
         """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
         rank = max(part.rank for part in parts)
-        place = self.wrappers[name].place
+        device = self.wrappers[name].device
         pairs = [pad_rank(*part.factors[name], rank) for part in parts]
-        return torch.stack([a.to(place) for a, _ in pairs]), torch.stack([b.to(place) for _, b in pairs])
+        return torch.stack([a.to(device) for a, _ in pairs]), torch.stack([b.to(device) for _, b in pairs])
 
     def _check_fits(self, adapter: Adapter) -> None:
         odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
@@ -134,6 +135,8 @@ class AdapterBank:
         """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero.
 
         Args:
+            rank: of every adapter.
+            alpha: the update is scaled by alpha / rank.
             under: one adapter per seed that the fresh one stands on. It takes part in every pass, but is frozen:
                 no `parameters()`, no dropout in front of it.
         """
@@ -145,8 +148,8 @@ class AdapterBank:
             base = wrapper.base
             bound = 1 / math.sqrt(base.in_features)
             draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
-            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(wrapper.place).requires_grad_()
-            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=wrapper.place, requires_grad=True)
+            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(wrapper.device).requires_grad_()
+            wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=wrapper.device, requires_grad=True)
             wrapper.scale, wrapper.under = alpha / rank, self._stack(parts, name) if parts else None
             self._stored.pop(name, None)
 
@@ -165,7 +168,7 @@ class AdapterBank:
         return factors
 
     def stacks(self) -> list[Tensor]:
-        """All that rows are routed through: the factors, and the frozen ones they stand on."""
+        """All tensors that rows are routed through: the factors, and the frozen ones they stand on."""
         stacks = self.parameters()
         for wrapper in self.wrappers.values():
             stacks += wrapper.under or ()
@@ -198,8 +201,11 @@ class AdapterBank:
     def checkpointing(self, wanted: bool = True) -> Iterator[None]:
         """Within the block, backward passes recompute each layer instead of keeping what it computed.
 
-        Only the layers are told to train: dropout inside the model stays off. A layer is recomputed after `routed`
-        was left, so it is given the routes that it ran with.
+        Only the layers themselves are set to training, not what is in them, so dropout inside the model stays off. A
+        layer is recomputed after the block of `routed` was left, so it is given the routes that it ran with.
+
+        Raises:
+            InputError: the model has no layers that can be recomputed.
         """
         model: Any = self.model
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)] if wanted else []
@@ -224,14 +230,15 @@ class AdapterBank:
         return nullcontext(), self._on(route.groups, route.on_base, route.scaler)
 
     def _groups(self, groups: Sequence[int] | Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """`Route.groups` and `Route.on_base`; a group on the base is routed through adapter 0 and masked."""
         if groups is None:
             return None, None
-        listed = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-        on_base = [place < 0 for place in listed]
+        adapters = groups.tolist() if isinstance(groups, Tensor) else list(groups)
+        on_base = [adapter < 0 for adapter in adapters]
         if all(on_base):
             return None, None
         mask = torch.tensor(on_base, device=self.device)[:, None, None] if any(on_base) else None
-        return torch.tensor([max(place, 0) for place in listed], device=self.device), mask
+        return torch.tensor([max(adapter, 0) for adapter in adapters], device=self.device), mask
 
 
 def _combine_factor(weights: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ GPU_BATCH_TOKENS = 16_384  # at most
 
 def auto_batch_tokens(bank: AdapterBank) -> int:
     """Tokens per forward pass that suit the bank's devices together; see `batch_tokens`."""
-    gpus = {wrapper.place for wrapper in bank.wrappers.values()} if bank.device.type == "cuda" else ()
+    gpus = {wrapper.device for wrapper in bank.wrappers.values()} if bank.device.type == "cuda" else ()
     memory = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus) or None
     return batch_tokens(bank.config, weight_bytes(bank.model), memory)
 

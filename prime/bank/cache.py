@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-Pair = tuple[Tensor, Tensor]  # keys and values
+KeysValues = tuple[Tensor, Tensor]  # of one layer
 
 ROOM = 24  # tokens of room whenever a buffer grows
 
@@ -30,7 +30,7 @@ class RoomyLayer(DynamicLayer):
         self.lazy_initialization(keys, values)
         self._allocate((keys, values), room)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
         """Append `[b, h, new, d]`; returns all keys and values `[b, h, t + new, d]`."""
         if not self.is_initialized:
             self.fill(key_states, value_states, 0)
@@ -38,7 +38,7 @@ class RoomyLayer(DynamicLayer):
             self._append((key_states, value_states))
         return self.held()
 
-    def join(self, pairs: Sequence[Pair], chosen: Sequence[Sequence[int]], room: int) -> None:
+    def join(self, pairs: Sequence[KeysValues], chosen: Sequence[Sequence[int]], room: int) -> None:
         """Hold a copy of the chosen rows of all pairs, which end in one column, with room for `room` more tokens."""
         self.lazy_initialization(*pairs[0])
         rows, tokens = sum(map(len, chosen)), max(keys.shape[2] for keys, _ in pairs)
@@ -46,17 +46,18 @@ class RoomyLayer(DynamicLayer):
         for parts in zip(*pairs, strict=True):
             _, h, _, d = parts[0].shape
             buffers.append(parts[0].new_empty(rows, h, tokens + room, d))
-            for place, part, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
-                place[:, :, : tokens - part.shape[2]] = 0  # masked, but 0 times what memory holds need not be 0
-                _copy_rows(part, picked, place[:, :, tokens - part.shape[2] : tokens], range(len(picked)))
+            for target, part, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
+                missing = tokens - part.shape[2]
+                target[:, :, :missing] = 0  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
+                _copy_rows(part, picked, target[:, :, missing:tokens], range(len(picked)))
         self.buffers = tuple(buffers)
         self._show(rows, tokens)
 
-    def held(self) -> Pair:
+    def held(self) -> KeysValues:
         assert self.keys is not None and self.values is not None
         return self.keys, self.values
 
-    def _append(self, new: Pair) -> None:
+    def _append(self, new: KeysValues) -> None:
         keys, _ = self.held()
         rows, before, more = keys.shape[0], keys.shape[2], new[0].shape[2]
         if before + more > self.buffers[0].shape[2]:
@@ -65,7 +66,7 @@ class RoomyLayer(DynamicLayer):
             buffer[:rows, :, before : before + more] = states
         self._show(rows, before + more)
 
-    def _allocate(self, held: Pair, room: int) -> None:
+    def _allocate(self, held: KeysValues, room: int) -> None:
         b, h, t, d = held[0].shape
         self.buffers = tuple(states.new_empty(b, h, t + room, states.shape[3]) for states in held)
         for buffer, states in zip(self.buffers, held, strict=True):
@@ -93,7 +94,7 @@ class RoomyCache(Cache):
         super().__init__(layer_class_to_replicate=RoomyLayer)
 
     @classmethod
-    def holding(cls, layers: Iterable[Pair], room: int) -> "RoomyCache":
+    def holding(cls, layers: Iterable[KeysValues], room: int) -> "RoomyCache":
         """A cache of these keys and values, a pair per layer, with room for `room` more tokens."""
         cache = cls()
         for keys, values in layers:
@@ -102,7 +103,7 @@ class RoomyCache(Cache):
             cache.layers.append(layer)
         return cache
 
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[KeysValues]:
         """Keys and values of each layer, as they are."""
         return [layer.held() for layer in self._roomy()]
 

@@ -1,11 +1,11 @@
 """Matrix products of frozen linear layers on a CPU, by oneDNN.
 
 PyTorch gives fp32 products of dense tensors to MKL, which leaves AVX-512 unused on processors that are not Intel's;
-oneDNN asks what the processor can do. So it computes there, and `benchmarks/products.py` measures both.
-Weights stay as they are: packed once they would be another tenth faster for a few rows, and twice in memory.
+oneDNN asks what the processor can do. So oneDNN computes there; `benchmarks/products.py` measures both. Weights stay
+as they are: packed in advance they would be a tenth faster for a few rows, and twice in memory.
 
-oneDNN makes a kernel for every number of rows it meets, a millisecond and half a megabyte that is kept. So layers of
-fewer than `LEAST` weights stay with MKL, as do fewer than `FEWEST` rows; some more rows are padded to one of few
+oneDNN makes and keeps a kernel for every number of rows it meets: a millisecond, and half a megabyte. So layers of
+fewer than `LEAST` weights stay with MKL, as do fewer than `FEWEST` rows; up to `PADDED` rows are padded to one of few
 numbers, and passes over prompts are a multiple of `COLUMNS` wide where no attention window counts their padding.
 """
 
@@ -23,7 +23,7 @@ COLUMNS = 8
 
 
 class OneDnnLinear(nn.Linear):
-    """A frozen `nn.Linear` whose products, and those of its input's gradient, are oneDNN's where that can be."""
+    """A frozen `nn.Linear` that computes its product and its input's gradient by oneDNN where that is possible."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (_fits(self) and x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled):
@@ -86,7 +86,7 @@ def built() -> bool:
 
 
 def cpuinfo() -> str:
-    """What Linux says of the processor; where nothing is said it is taken for Intel's."""
+    """Linux' description of the processor; where there is none it is taken for Intel's, whose MKL needs no help."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -120,7 +120,7 @@ def _fits(layer: nn.Linear) -> bool:
     return frozen and weight.numel() >= LEAST and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def place_of(module: nn.Module) -> torch.device:
+def device_of(module: nn.Module) -> torch.device:
     """Where a layer computes: accelerate's hook brings an offloaded one's weight there."""
-    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return cast(Tensor, module.weight).device if place is None else torch.device(place)
+    execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return cast(Tensor, module.weight).device if execution_device is None else torch.device(execution_device)

@@ -24,11 +24,9 @@ import hashlib
 import json
 import os
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,15 +34,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prime.bank.accounting import Spent, sigma_for, spent_epsilon
 from prime.errors import InputError
 
 UNIT = "history item, added or removed"
 KEY_FILE = "noise.key"
 KEY_BYTES = 32
-PRV_LIMIT = 200  # the memory of Opacus' prv accountant grows with epsilon: gigabytes at 10^4
 
 T = TypeVar("T")
-Spent = tuple[float, float, int]  # what an accountant counts: sigma, sampling rate, steps
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run is asked to keep to: either epsilon or sigma, and how it is accounted."""
+    """The guarantee that a run was asked for: either epsilon or sigma, and how it is accounted."""
 
     epsilon: float | None
     sigma: float | None
@@ -101,7 +98,7 @@ class Terms:
 
         Args:
             seed: the learner's own.
-            records: one per item; what their `repr` tells is what they are.
+            records: one per item, told apart by their `repr`.
 
         Raises:
             InputError: a delta of 1 / items or more, or an epsilon that no noise keeps; names the learner.
@@ -124,7 +121,7 @@ class Terms:
         return Mechanism(sigma, self.max_norm, items, size / items, steps, key)
 
     def report(self, mechanism: Mechanism) -> dict[str, Any]:
-        """What an adapter's result and card tell about its guarantee."""
+        """The guarantee as an adapter's result and card state it."""
         return {
             "unit": UNIT,
             "epsilon": spent_epsilon([mechanism.spends], self.delta, self.accountant),
@@ -137,7 +134,7 @@ class Terms:
         }
 
     def together(self, mechanism: Mechanism, earlier: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Epsilon of a training after an earlier one on the same items; None where that one kept to no terms.
+        """Epsilon of this training and an earlier one on the same items together; None where that was not private.
 
         Args:
             earlier: the report of the earlier one; None: it was not private.
@@ -168,55 +165,6 @@ def terms_of(args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]
     key_file = Path(args.noise_key) if args.noise_key else folder / KEY_FILE
     asked = (args.epsilon, args.sigma, args.delta, args.max_per_sample_grad_norm, args.accountant)
     return Terms(*asked, key_file, json.dumps(dict(settings), sort_keys=True))
-
-
-# -- accounting -----------------------------------------------------------------------------------------------------
-
-
-def spent_epsilon(history: Sequence[Spent], delta: float, accountant: str) -> float:
-    """Epsilon at delta of all these trainings together, by Opacus' `rdp` or `prv` accountant.
-
-    Raises:
-        InputError: a budget beyond what `prv` counts.
-    """
-    if accountant == "prv":
-        _check_countable(spent_epsilon(history, delta, "rdp"))
-    with _opacus() as accountants:
-        counter = accountants.create_accountant(mechanism=accountant)
-        counter.history = list(history)
-        return float(counter.get_epsilon(delta=delta))
-
-
-@cache
-def sigma_for(epsilon: float, delta: float, rate: float, steps: int, accountant: str) -> float:
-    """The least noise multiplier, to a hundredth of epsilon, that keeps within epsilon at delta.
-
-    Raises:
-        ValueError: no noise does, by this accountant.
-        InputError: a budget beyond what `prv` counts.
-    """
-    if accountant == "prv":
-        _check_countable(epsilon)
-    with _opacus() as accountants:
-        return accountants.utils.get_noise_multiplier(
-            target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
-        )
-
-
-def _check_countable(epsilon: float) -> None:
-    if epsilon > PRV_LIMIT:
-        limit = f"--accountant prv counts budgets up to epsilon {PRV_LIMIT}"
-        raise InputError(f"{limit}, this one is about {epsilon:.0f}; take --accountant rdp")
-
-
-@contextmanager
-def _opacus() -> Iterator[Any]:
-    """Opacus' accountants, imported only here (it takes seconds), without their hints about looser bounds."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import opacus.accountants.utils
-
-        yield opacus.accountants
 
 
 # -- randomness -----------------------------------------------------------------------------------------------------
@@ -259,13 +207,13 @@ def _stream(key: bytes, count: int, *parts: object) -> bytes:
 
 
 @contextmanager
-def one_slice_per_row(stacks: Sequence[Tensor], places: Sequence[int]) -> Iterator[None]:
-    """Within the block, slice j of every stack `[n, ...]` is a copy of that of places[j], `[b, ...]`.
+def one_slice_per_row(stacks: Sequence[Tensor], slots: Sequence[int]) -> Iterator[None]:
+    """Within the block, slice j of every stack `[n, ...]` is a copy of slice slots[j], `[b, ...]`.
 
-    Rows routed to 0 .. b - 1 then leave one gradient per row in `.grad`, what they would leave one at a time. It is
-    there within the block only.
+    Rows routed to 0 .. b - 1 then leave one gradient per row in `.grad`, the one that each would leave in a pass alone.
+    Outside the block the gradients are gone.
     """
-    index = torch.as_tensor(places, device=stacks[0].device)
+    index = torch.as_tensor(slots, device=stacks[0].device)
     kept = {id(stack): (stack, stack.data) for stack in stacks}  # a stack may be named twice
     for stack, data in kept.values():
         stack.grad, stack.data = None, data.index_select(0, index)
@@ -281,20 +229,18 @@ def row_norms(grads: Sequence[Tensor]) -> Tensor:
     return torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
 
 
-def add_clipped(
-    sums: Sequence[Tensor], grads: Sequence[Tensor], places: Sequence[int], limits: Sequence[float]
-) -> None:
-    """Add each row's gradient, scaled to norm limits[j] at most, to slice places[j] of the sums `[n, ...]`."""
+def add_clipped(sums: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[int], limits: Sequence[float]) -> None:
+    """Add each row's gradient, scaled to norm limits[j] at most, to slice slots[j] of the sums `[n, ...]`."""
     norms = row_norms(grads)
     factor = (norms.new_tensor(limits) / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1.0)
-    index = torch.as_tensor(places, device=norms.device)
+    index = torch.as_tensor(slots, device=norms.device)
     for total, grad in zip(sums, grads, strict=True):
         total.index_add_(0, index, grad * factor.view(-1, *[1] * (grad.dim() - 1)))
 
 
-def add_noise(sums: Sequence[Tensor], place: int, mechanism: Mechanism, step: int) -> None:
+def add_noise(sums: Sequence[Tensor], slot: int, mechanism: Mechanism, step: int) -> None:
     """Noise on one adapter's sums, and the mean by the expected size of a step; in place."""
     for number, total in enumerate(sums):
         if mechanism.sigma:
-            total[place] += mechanism.noise(step, number, total.shape[1:]).to(total.device)
-        total[place] /= mechanism.size
+            total[slot] += mechanism.noise(step, number, total.shape[1:]).to(total.device)
+        total[slot] /= mechanism.size

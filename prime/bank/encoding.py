@@ -76,7 +76,9 @@ class Encoder:
         return tuple(self.bos + ids[max(0, len(ids) - room) :])
 
     def label_tokens(self, labels: Sequence[str]) -> int:
-        """Tokens enough for any label, and to see that an answer goes on: one more, for numbers (4.75) several."""
+        """Tokens that hold any label, and some more that show whether an answer goes on: several for numbers (4.75),
+        else one.
+        """
         more = 8 if all(label.isdigit() for label in labels) else 1
         return more + max(len(self._ids(" " + label)) for label in labels)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prime.bank.cpu import place_of
+from prime.bank.cpu import device_of
 
 # Adapters times tokens of a row group up to which one product with the factors of all adapters takes less than to
 # copy each group's own.
@@ -36,7 +36,7 @@ class BankLinear(nn.Module):
         self.base = base
         self.number = number
         self.route = route
-        self.place = place_of(base)
+        self.device = device_of(base)
         self.scale = 1.0
         self.A: Tensor | None = None
         self.B: Tensor | None = None
@@ -64,7 +64,7 @@ class BankLinear(nn.Module):
         scale: float,
         scaler: InputScaler | None,
     ) -> Tensor:
-        """y plus the routed update of one pair of stacks; only `scaler` stands in front of that pair."""
+        """y plus the routed update of one pair of stacks, whose input goes through `scaler` first."""
         rows = x.reshape(len(groups), -1, x.shape[-1]).to(stacked_a.dtype)
         if scaler is not None:
             rows = scaler(self.number, rows)
@@ -76,18 +76,20 @@ class BankLinear(nn.Module):
             if self.route.on_base is not None:
                 low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
         out = y.view(len(low), -1, y.shape[-1])
+        # Factors are fp32; a model in bfloat16 gets their product rounded once.
         if out.dtype != b.dtype:
             return (out + torch.bmm(low, b).mul_(scale).to(out.dtype)).view_as(y)
-        add = torch.baddbmm if training else Tensor.baddbmm_
+        add = torch.baddbmm if training else Tensor.baddbmm_  # without gradients y may be overwritten
         return add(out, low, b, alpha=scale).view_as(y)
 
     def _spread(self, rows: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> tuple[Tensor, Tensor]:
-        """The update as one product: each row's `x A^T` in the place of its own adapter among zeros, `[1, g*m*t, n*r]`,
-        and the B of all adapters, `[1, n*r, out]`. Not for training, where one that diverges would reach the others.
+        """The update as one product of two factors: each row's `x A^T` in the columns of its own adapter and zeros in
+        those of the others, `[1, g*m*t, n*r]`, and the B of all adapters, `[1, n*r, out]`.
+
+        Not for training: zero times the infinite factor of an adapter that diverges would be NaN in all other rows.
         """
         n, _, r = stacked_b.shape
-        places = torch.arange(n, device=groups.device)
-        others = groups[:, None] != places  # [g, n]
+        others = groups[:, None] != torch.arange(n, device=groups.device)  # [g, n]
         if self.route.on_base is not None:
             others |= self.route.on_base.to(groups.device)[..., 0]
         distinct = stacked_a[:1] if _shared(stacked_a) else stacked_a
@@ -104,7 +106,9 @@ def _low(rows: Tensor, groups: Tensor, stacked_a: Tensor) -> Tensor:
 
 
 def _selected(stack: Tensor, groups: Tensor) -> Tensor:
-    """The stack's members by group, in the order that each has in memory, so that it is copied in one piece."""
+    """Each group's member of the stack. A transposed stack is selected from as it lies in memory, where each member is
+    one contiguous piece.
+    """
     return stack.index_select(0, groups) if stack.is_contiguous() else stack.mT.index_select(0, groups).mT
 
 

@@ -23,7 +23,7 @@ class TrainRow:
     """One record of a step, under the adapter that learns from it."""
 
     learner: int
-    place: int  # of the adapter in the bank
+    slot: int  # of its adapter in the bank
     number: int  # within the learner's batch
     noise: int  # seed of this row's dropout
     record: EncodedRecord
@@ -70,8 +70,7 @@ def row_losses(bank: AdapterBank, rows: list[TrainRow], dropout: float, scalers:
     first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token
     ids = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=bank.device)
     labels = torch.tensor([_labels(row.record, first, width) for row in rows], device=bank.device)
-    places = [row.place for row in rows]
-    with bank.routed(places, _in_front(rows, dropout, scalers)):
+    with bank.routed([row.slot for row in rows], _in_front(rows, dropout, scalers)):
         logits = bank.model(input_ids=ids, logits_to_keep=width - first, use_cache=False).logits
     nll = functional.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=-100, reduction="none")
     return nll.sum(1)
@@ -81,7 +80,7 @@ def _in_front(rows: list[TrainRow], dropout: float, scalers: Scalers | None) -> 
     """What the input of a factor pair goes through: its gate, then dropout. None where there is neither."""
     in_order: list[InputScaler] = []
     if scalers:
-        in_order.append(scalers([row.place for row in rows]))
+        in_order.append(scalers([row.slot for row in rows]))
     if dropout:
         in_order.append(dropout_scaler(rows, dropout))
 

@@ -46,10 +46,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Learner:
-    """One adapter's task: its place in the bank, name for messages, seed, records, and how it is kept private."""
+    """One adapter's task."""
 
-    place: int
-    name: str
+    slot: int  # of the adapter in the bank
+    name: str  # for messages
     seed: int
     records: Sequence[EncodedRecord]
     mechanism: Mechanism | None = None  # then every record is one protected item
@@ -84,7 +84,7 @@ def train(
     """Train the bank's adapters, or what stands in front of them, in place.
 
     Args:
-        bank: filled by `bank.allocate`, or by `bank.load` where the adapters are frozen; learner.place is its row.
+        bank: filled by `bank.allocate`, or by `bank.load` where the adapters are frozen; learner.slot is its place.
         max_batch_tokens: tokens of a forward and backward pass; 0 = chosen for the device.
         progress: called with the number of batches just done.
         stacks: the trained tensors `[n, ...]`, one slice per adapter; None: the bank's factors.
@@ -100,7 +100,7 @@ def train(
     batches = [learner.batches(settings) for learner in learners]  # [learners][steps][records]
     trained = bank.parameters() if stacks is None else list(stacks)
     optimizers = [
-        _Optimizer(trained, learner.place, len(steps), settings)
+        _Optimizer(trained, learner.slot, len(steps), settings)
         for learner, steps in zip(learners, batches, strict=True)
     ]
     passes = Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
@@ -115,12 +115,12 @@ def train(
             if mechanisms:
                 step_losses = _accumulate_clipped(passes, rows, mechanisms)
                 for i in active:
-                    add_noise([_grad(stack) for stack in trained], learners[i].place, mechanisms[i], step)
+                    add_noise([_grad(stack) for stack in trained], learners[i].slot, mechanisms[i], step)
             else:
                 step_losses = _accumulate(passes, rows, len(learners))
             norms = clip_by_adapter(trained, math.inf if mechanisms else settings.clip)
             for i in active:
-                _check_finite(learners[i], step, step_losses[i], float(norms[learners[i].place]))
+                _check_finite(learners[i], step, step_losses[i], float(norms[learners[i].slot]))
                 losses[i].append(step_losses[i] if batches[i][step] else None)
                 optimizers[i].step(step)
             for stack in trained:
@@ -145,14 +145,14 @@ def _mechanisms(learners: Sequence[Learner]) -> list[Mechanism]:
 
 
 def _rows(number: int, learner: Learner, step: int, batch: Sequence[EncodedRecord]) -> list[TrainRow]:
-    """The rows of a learner's batch, `number` being the learner's place among all.
+    """The rows of the batch of learner `number` of all.
 
-    Dropout of a private item belongs to the item: a place in the batch would let one item change another's mask.
+    Dropout of a private item belongs to the item: a number in the batch would let one item change another's mask.
     """
     rows = []
-    for place, record in enumerate(batch):
-        noise = derive_seed("dropout", learner.seed, step, record.id if learner.mechanism else place)
-        rows.append(TrainRow(number, learner.place, place, noise, record))
+    for in_batch, record in enumerate(batch):
+        noise = derive_seed("dropout", learner.seed, step, record.id if learner.mechanism else in_batch)
+        rows.append(TrainRow(number, learner.slot, in_batch, noise, record))
     return rows
 
 
@@ -161,11 +161,12 @@ def _accumulate(passes: Passes, rows: list[TrainRow], n: int) -> list[float]:
     tokens = [0] * n
     for row in rows:
         tokens[row.learner] += len(row.record.target)
-    sums = [0.0] * n
+    losses = [0.0] * n
     for part in passes.parts(rows):
-        for row, value in zip(part, passes.backward(part, [1 / tokens[row.learner] for row in part]), strict=True):
-            sums[row.learner] += value
-    return sums
+        row_losses = passes.backward(part, [1 / tokens[row.learner] for row in part])
+        for row, loss in zip(part, row_losses, strict=True):
+            losses[row.learner] += loss
+    return losses
 
 
 def _accumulate_clipped(passes: Passes, rows: list[TrainRow], mechanisms: Sequence[Mechanism]) -> list[float]:
@@ -174,22 +175,22 @@ def _accumulate_clipped(passes: Passes, rows: list[TrainRow], mechanisms: Sequen
     An item's loss is the mean over its own target tokens, so no item changes what another contributes. Returns the
     mean loss of each learner's items.
     """
-    totals = [torch.zeros_like(stack) for stack in passes.trained]
+    gradient_sums = [torch.zeros_like(stack) for stack in passes.trained]
     sums, counts = [0.0] * len(mechanisms), [0] * len(mechanisms)
     everything = [*passes.bank.stacks(), *passes.trained]
     for part in passes.parts(rows):
-        places = [row.place for row in part]
-        with one_slice_per_row(everything, places):
-            rerouted = [replace(row, place=place) for place, row in enumerate(part)]
-            values = passes.backward(rerouted, [1 / len(row.record.target) for row in part])
+        slots = [row.slot for row in part]
+        with one_slice_per_row(everything, slots):
+            rerouted = [replace(row, slot=slot) for slot, row in enumerate(part)]
+            item_losses = passes.backward(rerouted, [1 / len(row.record.target) for row in part])
             limits = [mechanisms[row.learner].max_norm for row in part]
-            add_clipped(totals, [_grad(stack) for stack in passes.trained], places, limits)
-        for row, value in zip(part, values, strict=True):
-            sums[row.learner] += value
+            add_clipped(gradient_sums, [_grad(stack) for stack in passes.trained], slots, limits)
+        for row, loss in zip(part, item_losses, strict=True):
+            sums[row.learner] += loss
             counts[row.learner] += 1
-    for stack, total in zip(passes.trained, totals, strict=True):
-        stack.grad = total
-    return [value / max(1, count) for value, count in zip(sums, counts, strict=True)]
+    for stack, gradient_sum in zip(passes.trained, gradient_sums, strict=True):
+        stack.grad = gradient_sum
+    return [total / max(1, count) for total, count in zip(sums, counts, strict=True)]
 
 
 def _grad(stack: Tensor) -> Tensor:
@@ -215,9 +216,9 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
 class _Optimizer:
     """AdamW over one adapter's slices of the stacked tensors, with its own cosine schedule."""
 
-    def __init__(self, stacks: list[Tensor], place: int, steps: int, settings: TrainSettings):
-        self.stacks, self.place, self.steps, self.settings = stacks, place, steps, settings
-        self.slices = [torch.nn.Parameter(stack.data[place]) for stack in self.stacks]
+    def __init__(self, stacks: list[Tensor], slot: int, steps: int, settings: TrainSettings):
+        self.stacks, self.slot, self.steps, self.settings = stacks, slot, steps, settings
+        self.slices = [torch.nn.Parameter(stack.data[slot]) for stack in self.stacks]
         self.adamw = torch.optim.AdamW(
             self.slices, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
         )
@@ -225,7 +226,7 @@ class _Optimizer:
     def step(self, step: int) -> None:
         self.adamw.param_groups[0]["lr"] = cosine_lr(self.settings, step, self.steps)
         for part, stack in zip(self.slices, self.stacks, strict=True):
-            part.grad = None if stack.grad is None else stack.grad[self.place]
+            part.grad = None if stack.grad is None else stack.grad[self.slot]
         self.adamw.step()
 
 

@@ -2,7 +2,7 @@
 
 The task adapter is folded in before the model is dispatched, so that offloaded weights carry it too; until then the
 whole model is in the machine's memory. The factors of adapters are on the device where their layer computes
-(`prime.bank.cpu.place_of`), keys and values where the layer left them.
+(`prime.bank.cpu.device_of`), keys and values where the layer left them.
 """
 
 import tempfile

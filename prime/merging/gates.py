@@ -98,7 +98,9 @@ class Gates:
 
     def __init__(self, bank: AdapterBank, gates: Sequence[Gate]):
         self.names = list(bank.wrappers)
-        self.stacks = [torch.stack([gate[name] for gate in gates]).to(bank.wrappers[name].place) for name in self.names]
+        self.stacks: list[Tensor] = []
+        for name, wrapper in bank.wrappers.items():
+            self.stacks.append(torch.stack([gate[name] for gate in gates]).to(wrapper.device))
 
     @classmethod
     def zeros(cls, bank: AdapterBank) -> "Gates":
@@ -175,7 +177,7 @@ def compose(
         Per module the averaged weights `[n]`, a sum of 1, that made the adapter.
     """
     factors = {name: (wrapper.A, wrapper.B) for name, wrapper in bank.wrappers.items()}
-    totals: Weights = {name: torch.zeros(bank.n, device=wrapper.place) for name, wrapper in bank.wrappers.items()}
+    totals: Weights = {name: torch.zeros(bank.n, device=wrapper.device) for name, wrapper in bank.wrappers.items()}
 
     def hook(name: str, gate: Tensor, positions: Tensor, module: nn.Module, inputs: tuple[Tensor]) -> None:
         weights = aggregation_weights(gate_scores(inputs[0], positions.to(gate.device), gate), topk, temperature)
