@@ -5,15 +5,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from prime.bank.bank import AdapterBank
-from prime.bank.batching import MIN_PREFIX, every_pair, prefix_groups
-from prime.bank.budgets import batch_tokens, cache_bytes, waiting_tokens
-from prime.bank.cache import RoomyCache
+from prime.bank.batching import every_pair, prefix_groups
 from prime.bank.decode import Counts, Request, decode
-from prime.bank.encoding import EncodedPrompt, EncodedRecord, Tokens
-from prime.bank.logprobs import target_logprobs
+from prime.bank.encoding import EncodedPrompt, Tokens
 from prime.bank.lora import RULES, merge
 from prime.bank.rows import Batch
 from prime.bank.sampling import Sampler
@@ -96,11 +92,6 @@ def table(found: dict, candidates: Sequence[int], n: int) -> list[list]:
     """Results by pair as `[candidate][prompt]`; all of them, and no others."""
     assert len(found) == len(candidates) * n
     return [[found[candidate, index] for index in range(n)] for candidate in candidates]
-
-
-def scores(bank: AdapterBank, records: Sequence[EncodedRecord], candidates: Sequence[int], **options: object) -> list:
-    found = target_logprobs(bank, records, every_pair(candidates, len(records)), **options)
-    return table(found, candidates, len(records))
 
 
 def cut(answers: list[list[Tokens]], eos: Sequence[int], limit: int = LIMIT) -> list[list[Tokens]]:
@@ -216,11 +207,7 @@ def test_only_the_pairs_that_were_asked(banks: dict) -> None:
     sampler = SAMPLERS["sampled"]
     found = decode(banks["factor"], Request(PROMPTS, pairs, sampler, LIMIT), NO_EOS)
     assert found == {(c, p): NAIVE["factor", "sampled"][c][p] for c, p in pairs}
-    scored = target_logprobs(banks["factor"], RECORDS, pairs)
-    assert scored.keys() == set(pairs)
-    for candidate, index in pairs:
-        expected = naive_score(oracle("factor", candidate), RECORDS[index])
-        assert torch.allclose(scored[candidate, index].double(), expected, atol=1e-5)
+
 
 
 def test_nothing_to_do(banks: dict) -> None:
@@ -352,26 +339,6 @@ def test_rows_that_follow_a_known_answer_are_fed_its_rest_among_themselves(
 # -- prefixes -------------------------------------------------------------------------------------------------------
 
 
-def test_prefix_groups_share_what_they_say() -> None:
-    texts = [p.ids for p in PROMPTS]
-    rng = random.Random(0)
-    for _ in range(20):
-        some = [tuple(texts[rng.randrange(8)][: rng.randrange(1, 40)]) for _ in range(rng.randrange(9))]
-        groups = prefix_groups(dict(enumerate(some)))
-        assert sorted(i for members, _ in groups for i in members) == list(range(len(some)))
-        for members, length in groups:
-            assert length == 0 or (length >= MIN_PREFIX and len(members) > 1)
-            assert len({some[i][:length] for i in members}) <= 1 or length == 0
-            assert all(len(some[i]) > length for i in members)
-
-
-def test_prefixes_are_found() -> None:
-    groups = prefix_groups({i: p.ids for i, p in enumerate(PROMPTS)})
-    assert any(set(members) >= {0, 1, 2, 3} and length >= MIN_PREFIX for members, length in groups)
-    same = (1, *range(3, 40))
-    assert prefix_groups({4: same, 2: same}) == [([4, 2], len(same) - 1)]
-
-
 def test_a_shared_prefix_is_fed_once_per_candidate(banks: dict) -> None:
     """Counted at the model's embedding, the only place all fed tokens pass."""
     fed: list[int] = []
@@ -383,67 +350,6 @@ def test_a_shared_prefix_is_fed_once_per_candidate(banks: dict) -> None:
         hook.remove()
     apart = sum(len(p.ids) for p in PROMPTS[:4]) * len(WEIGHTS)
     assert sum(fed) < 0.65 * apart
-
-
-# -- scores ---------------------------------------------------------------------------------------------------------
-
-
-RECORDS = [EncodedRecord(f"r{i}", p.ids, tuple((5, 60, 7, 9, 33)[: i % 4] + (2,))) for i, p in enumerate(PROMPTS)]
-
-
-def naive_score(model: torch.nn.Module, record: EncodedRecord) -> torch.Tensor:
-    whole = record.ids + record.target
-    table = tiny.logits(model, torch.tensor([whole]))[0].double().log_softmax(-1)
-    return torch.stack([table[at - 1, whole[at]] for at in range(len(record.ids), len(whole))])
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("budget", [0, 1, 80])
-def test_scores_are_the_log_softmax_of_the_target(banks: dict, rule: str, budget: int) -> None:
-    finished: list[int] = []
-    found = scores(banks[rule], RECORDS, CANDIDATES, max_batch_tokens=budget, progress=finished.append)
-    assert sum(finished) == len(RECORDS) * len(WEIGHTS)
-    for candidate in CANDIDATES:
-        model = oracle(rule, candidate)
-        for record, own in zip(RECORDS, found[candidate], strict=True):
-            assert own.dtype == torch.float32 and own.shape == (len(record.target),)
-            assert torch.allclose(own.double(), naive_score(model, record), atol=1e-5)
-    spread = torch.stack([found[c][3].sum() for c in CANDIDATES])
-    assert spread.std() > 0.05
-
-
-def test_scores_of_the_plain_base(banks: dict) -> None:
-    for own, record in zip(scores(banks["delta"], RECORDS, [-1])[0], RECORDS, strict=True):
-        assert torch.allclose(own.double(), naive_score(BASE, record), atol=1e-5)
-
-
-def test_moments_are_those_of_tokens_drawn_from_the_model(banks: dict) -> None:
-    """Against torch's own distributions; asked for or not, the scores are the same."""
-    moments: dict = {}
-    pairs = every_pair(CANDIDATES, len(RECORDS))
-    found = target_logprobs(banks["delta"], RECORDS, pairs, moments=moments)
-    plain = target_logprobs(banks["delta"], RECORDS, pairs)
-    assert all(torch.equal(found[pair], plain[pair]) for pair in pairs) and set(moments) == set(pairs)
-    for candidate in (0, 3):
-        model = oracle("delta", candidate)
-        for index, record in enumerate(RECORDS[:4]):
-            ids = torch.tensor([record.ids + record.target[:-1]])
-            logits = tiny.logits(model, ids)[0, len(record.ids) - 1 :].double()
-            next_token = torch.distributions.Categorical(logits=logits)
-            mean = -next_token.entropy()
-            variance = (next_token.probs * next_token.logits**2).sum(1) - mean**2
-            expected = torch.stack([mean, variance.sqrt()])
-            assert torch.allclose(moments[candidate, index].double(), expected, atol=1e-4)
-
-
-def test_scores_do_not_depend_on_the_company(banks: dict) -> None:
-    together = scores(banks["delta"], RECORDS, CANDIDATES)
-    for i in (0, 5):
-        alone = scores(banks["delta"], [RECORDS[i]], [2])[0][0]
-        assert torch.allclose(alone, together[2][i], atol=1e-5)
-    turned = scores(banks["delta"], RECORDS[::-1], [3, 1])
-    for i, own in enumerate(turned[1][::-1]):
-        assert torch.allclose(own, together[1][i], atol=1e-5)
 
 
 @WAYS
@@ -458,36 +364,3 @@ def test_what_freed_memory_held_is_never_read(banks: dict, rule: str, way: str, 
     finally:
         torch.use_deterministic_algorithms(False)
     assert found == NAIVE[rule, way]
-
-
-def test_cache_keeps_rows_and_appends_as_transformers_own_does() -> None:
-    """Rows leave and tokens come, in any order; only the order of rows may differ, and it is told."""
-    stream = torch.Generator().manual_seed(0)
-    ours, theirs = RoomyCache(), DynamicCache()
-    rows = list(range(9))
-    place = dict(enumerate(rows))  # where transformers' cache has each row
-
-    def feed(tokens: int) -> None:
-        for layer in range(2):
-            new = torch.randn(2, 9, 3, tokens, 4, generator=stream)  # of all rows ever, keys and values
-            found = ours.update(*new[:, rows], layer)
-            theirs.update(*new[:, sorted(rows)], layer)
-            for own, other in zip(found, (theirs.layers[layer].keys, theirs.layers[layer].values), strict=True):
-                assert torch.equal(own, other[[place[row] for row in rows]])
-
-    for tokens, keep in ((5, [0, 1, 2, 3, 4, 5, 7, 8]), (1, [0, 3, 7]), (40, [1, 2]), (1, [0])):
-        feed(tokens)
-        order = ours.keep(keep, len(rows))
-        assert sorted(order) == keep
-        rows = [rows[i] for i in order]
-        theirs.batch_select_indices(torch.tensor([place[row] for row in sorted(rows)]))
-        place = {row: i for i, row in enumerate(sorted(rows))}
-    feed(1)
-
-
-def test_batch_sizes_are_a_function_of_model_and_device() -> None:
-    config = tiny.model().config
-    assert batch_tokens(config, 0, None) == 1536
-    assert batch_tokens(config, 0, 80 << 30) == 16_384 > batch_tokens(config, 80 << 30, 80 << 30) == 1536
-    assert cache_bytes(config, 4) == 2 * 2 * 2 * 16 * 4
-    assert waiting_tokens(config, 1000, on_cpu=False) == 4000 < waiting_tokens(config, 1000, on_cpu=True) == 16_000
