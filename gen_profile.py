@@ -9,49 +9,57 @@ Takes   seconds by rule; by a model about as long as answering one long prompt p
     python gen_profile.py --task_name movie_tagging --rule
 """
 
-import argparse
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prime import cli
+from prime import settings as opt
 from prime.errors import InputError
 from prime.runs.files import read_json, write_json
+from prime.runs.progress import bar
 from prime.runs.run import read_results
-from prime.users.data import User, load_users
+from prime.runs.workers import open_groups, share_groups
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, PROFILE_FILE, TEST_FILE, User, load_users, user_cost
 from prime.users.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
-from prime.users.prompts import RECENT_K
 from prime.users.tasks import Task, get_task
 
 MODEL = "mistralai/Mistral-7B-Instruct-v0.2"
-FILES = ("user_base_LLM.json", "user_anchor_candidate.json", "test_100/user_test_100.json")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--rule", action="store_true", help="count (tags, mean score, words) without any model")
-    parser.add_argument("--profile_path", help="file to write; default <data_dir>/profile-id2text.json")
-    parser.add_argument("--output_dir", help="folder of finished users; default ./output/<task_name>/profiles")
-    parser.add_argument("--recent_k", type=cli.natural, default=RECENT_K, help="history items read, the last; 0 = all")
-    parser.add_argument("--item_words", type=cli.positive, default=ITEM_WORDS, help="words of an item's field at most")
-    parser.add_argument("--users_per_batch", type=cli.natural, default=16, help="users answered together; 0 = all")
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=False, named=MODEL)
-    cli.add_device_map(parser)
-    cli.add_prompts(parser)
-    cli.add_sampling(parser, max_gen_len=160)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    rule: bool = opt.setting(False, "count (tags, mean score, words) without any model")
+    profile_path: str | None = opt.setting(None, "file to write; default <data_dir>/profile-id2text.json")
+    output_dir: str = opt.task_path("./output/<task_name>/profiles", "folder of finished users", neutral=True)
+    recent_k: int = opt.setting(opt.RECENT_K, "history items read, the last; 0 = all", parse=opt.natural)
+    item_words: int = opt.setting(ITEM_WORDS, "words of an item's field at most", parse=opt.positive)
+    users_per_batch: int = opt.setting(16, "users answered together; 0 = all", parse=opt.natural, neutral=True)
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(
+        without=("lora_ckpt", "plan", "device_memory"),
+        llama_model_path=opt.setting(
+            MODEL,
+            "instruction-tuned model: a name of the Hugging Face hub, or a directory",
+            flag="--model_name",
+            metavar="NAME_OR_DIR",
+        ),
+    )
+    prompts: opt.PromptSettings = opt.group()
+    decoding: opt.SamplingSettings = opt.group(max_gen_len=160)
 
 
-def load_everybody(args: argparse.Namespace, task: Task) -> tuple[list[User], str]:
+def load_everybody(data_dir: Path, task: Task, recent_k: int) -> tuple[list[User], str]:
     """All users that stages read, each once, with the items to describe; and a digest of their files."""
     users: dict[str, User] = {}
     digest = hashlib.sha256()
-    for name in FILES:
-        path = cli.data_dir(args) / name
-        users |= {user.user_id: user for user in load_users(path, task)}
-        digest.update(path.read_bytes())
-    recent = [User(user.user_id, user.profile[-args.recent_k :]) for user in users.values()]
+    for name in (BASE_FILE, CANDIDATE_FILE, TEST_FILE):
+        users |= {user.user_id: user for user in load_users(data_dir / name, task)}
+        digest.update((data_dir / name).read_bytes())
+    recent = [User(user.user_id, user.profile[-recent_k:]) for user in users.values()]
     return recent, digest.hexdigest()
 
 
@@ -68,33 +76,34 @@ def write_by_rule(users: Sequence[User], task: Task, target: Path) -> None:
     write_json(target, texts)
 
 
-def write_by_model(args: argparse.Namespace, users: Sequence[User], task: Task, data: str, target: Path) -> None:
-    folder = Path(args.output_dir or f"./output/{args.task_name}/profiles")
-    prompts = load_profile_prompts(args.prompt_path, task)
+def write_by_model(settings: Settings, users: Sequence[User], task: Task, data: str, target: Path) -> None:
+    folder = Path(settings.output_dir)
+    prompts = load_profile_prompts(settings.prompts.prompt_path, task)
     check_target(target, folder)
-    run = cli.open_run(args, folder, "gen_profile", "profiles", data=data)
+    run = cli.open_run(settings, folder, "gen_profile", "profiles", data=data)
     index = {user.user_id: place for place, user in enumerate(users)}
-    groups = cli.open_groups(users, args.users_per_batch, run.done)
+    groups = open_groups(users, settings.users_per_batch, run.done)
     if groups:
-        from prime.sources.describe import Describer  # the model's libraries, which --rule does without
+        from prime.sources.describe import Asking, Describer  # the model's libraries, which --rule does without
 
-        describer = Describer(args, prompts)
-        with cli.bar(sum(map(len, groups)), "users", "user") as progress:
-            for group in cli.share_groups(args, run, groups):
-                found = describer.texts(group, progress.update)
-                run.finish_all([{"user_id": name, "index": index[name], **about} for name, about in found.items()])
+        asking = Asking(prompts, settings.item_words, settings.prompts.max_length)
+        describer = Describer(settings.model, settings.decoding, settings.seed, asking)
+        with bar(sum(map(len, groups)), "users", "user") as progress:
+            for users_of_group in share_groups(run, groups, partial(user_cost, recent_k=settings.recent_k)):
+                texts = describer.texts(users_of_group, progress.update)
+                run.finish_all([{"user_id": name, "index": index[name], **about} for name, about in texts.items()])
     write_json(target, {result["user_id"]: result["text"] for result in read_results(run.root)})
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    task = get_task(args.task_name)
-    target = Path(args.profile_path or cli.data_dir(args) / "profile-id2text.json")
-    users, data = load_everybody(args, task)
-    if args.rule:
+    settings = cli.parse(Settings, __doc__, argv)
+    task = get_task(settings.data.task_name)
+    target = Path(settings.profile_path or settings.data.folder / PROFILE_FILE)
+    users, data = load_everybody(settings.data.folder, task, settings.recent_k)
+    if settings.rule:
         write_by_rule(users, task, target)
     else:
-        write_by_model(args, users, task, data, target)
+        write_by_model(settings, users, task, data, target)
     print(f"{target}: {len(users)} users")
 
 

@@ -9,12 +9,11 @@ Writes  <output_dir>/users/<user>/composition.jsonl   a line per module: the wei
 Takes   1 to 2 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
 Each batch of history records walks through the model; every module takes the --topk sharers whose gates its input
-resembles most, before it computes (`merging/gates.py`). What the batches composed is averaged. The paper says no more
-about three things, where this follows the published code: a module's input is read where target tokens are
-predicted, scores are averaged by record and then over the batch, and gates select but do not scale the composed
-pieces. It departs from that code in three: sharers who do not share (--shared_ratio) are drawn once per run by its
-seed, not anew per module; equal scores go to the more similar sharer; the order of records is drawn by the user's
-seed. --n_sim is PriME's addition: it leaves Per-Pcs as many sharers as PriME merges.
+resembles most, before it computes (`merging/gates.py`). What the batches composed is averaged. Where the paper
+says no more, this follows the published code: a module's input is read where target tokens are predicted, scores are
+averaged by record and then over the batch, gates select but do not scale the composed pieces. It departs in three:
+sharers who do not share (--shared_ratio) are drawn once per run by its seed, not anew per module; equal scores go to
+the more similar sharer; the order of records is drawn by the user's seed. --n_sim is PriME's addition.
 
     python lora_composition.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
@@ -23,129 +22,130 @@ seed. --n_sim is PriME's addition: it leaves Per-Pcs as many sharers as PriME me
         --output_dir ./output/movie_tagging/LoRA-Composition
 """
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from prime import cli
+from prime import settings as opt
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
 from prime.bank.sampling import Sampler
-from prime.checkpoints import plan
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
+from prime.merging import gates
 from prime.merging.deploy import export_full, save_personal
-from prime.merging.gates import (
-    Gates,
-    Weights,
-    compose,
-    gate_path,
-    history_batches,
-    load_gate,
-    module_widths,
-    sharing_places,
-)
 from prime.merging.objective import Objective, Trial
-from prime.merging.sharers import Pool, add_selection, anchor_users, load_pool
+from prime.merging.sharers import Pool, Selection, load_pool
 from prime.runs.files import write_text
+from prime.runs.progress import for_each
 from prime.runs.run import Run
+from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
-from prime.users.data import User, select
+from prime.users.data import User, select, select_indices, user_cost
 from prime.users.prompts import Record, history_records
+from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", help="default ./output/<task_name>/LoRA-Composition")
-    parser.add_argument("--anchor_dir", help="sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
-    parser.add_argument("--gate_dir", help="sharers' gates; default ./output/<task_name>/Anchor_PEFT/gate")
-    group = parser.add_argument_group("composition")
-    group.add_argument("--n_sim", type=cli.natural, default=0, help="most similar sharers to choose from; 0 = all")
-    group.add_argument("--topk", type=cli.positive, default=3, help="sharers that a module is composed of")
-    group.add_argument(
-        "--agg_temperature", type=cli.non_negative, default=1.0, help="of the softmax over their scores; 0 = the best"
-    )
-    group.add_argument("--shared_ratio", type=cli.fraction, default=1.0, help="part of the anchors that share")
-    group.add_argument("--batch_size", type=cli.positive, default=16, help="history records that compose together")
-    cli.add_history_decoding(group)
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_device_map(parser)
-    cli.add_history(parser)
-    parser.set_defaults(recent_k=2000)
-    cli.add_decoding(parser)
-    add_selection(parser)
-    cli.add_users(parser, "test users")
-    cli.add_export(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class CompositionSettings:
+    n_sim: int = opt.setting(0, "most similar sharers to choose from; 0 = all", parse=opt.natural)
+    topk: int = opt.setting(3, "sharers that a module is composed of", parse=opt.positive)
+    agg_temperature: float = opt.setting(1.0, "of the softmax over scores; 0 = the best", parse=opt.non_negative)
+    shared_ratio: float = opt.setting(1.0, "part of the anchors that share", parse=opt.fraction)
+    batch_size: int = opt.setting(16, "history records that compose together", parse=opt.positive)
+    train_gen_len: int = opt.train_gen_len()
 
 
-def load_shared(args: argparse.Namespace, candidates: Sequence[User], n_test: int) -> Pool:
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.task_path("./output/<task_name>/LoRA-Composition", "where the results go", neutral=True)
+    anchor_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "sharers' adapters")
+    gate_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/gate", "sharers' gates")
+    composition: CompositionSettings = opt.group()
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group()
+    prompts: opt.HistorySettings = opt.group(recent_k=2000)
+    decoding: opt.DecodingSettings = opt.group()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("test users")
+    export_full: bool = opt.export_full()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all users are worked on with."""
+
+    settings: Settings
+    texts: Texts
+    engine: Engine
+    run: Run
+    pool: Pool
+
+
+def load_shared(settings: Settings, candidates: Sequence[User], n_test: int) -> Pool:
     """The anchors that share, and for each test user the n_sim nearest of them."""
-    n = len(anchor_users(args, candidates))
-    sharing = sorted(sharing_places(n, args.shared_ratio, args.seed))
-    size = args.n_sim or len(sharing)
-    if not args.topk <= size <= len(sharing):
-        told = f"--topk {args.topk}, --n_sim {args.n_sim}"
-        raise InputError(f"{told}: topk <= n_sim <= {len(sharing)}, the number of sharers, is needed")
-    return load_pool(args, candidates, n_test, sharing)
+    composition = settings.composition
+    selection = Selection.of(settings.anchors, settings.data.task_name, candidates)
+    sharing = sorted(gates.sharing_places(len(selection.places()), composition.shared_ratio, settings.seed))
+    size = composition.n_sim or len(sharing)
+    if not composition.topk <= size <= len(sharing):
+        given = f"--topk {composition.topk}, --n_sim {composition.n_sim}"
+        raise InputError(f"{given}: topk <= n_sim <= {len(sharing)}, the number of sharers, is needed")
+    return load_pool(selection, settings.model, settings.anchor_dir, n_test, composition.n_sim, sharing)
 
 
-def history_of(args: argparse.Namespace, texts: cli.Texts, user: User) -> list[Record]:
-    profile = (texts.profiles or {}).get(user.user_id)
-    return history_records(user, texts.task, texts.templates, profile, args.recent_k)
-
-
-def compose_user(
-    args: argparse.Namespace, engine: Engine, user: User, records: Sequence[Record], sharers: Sequence[User]
-) -> Weights:
+def compose_user(stage: Stage, user: User, records: Sequence[Record], sharers: Sequence[User]) -> gates.Weights:
     """Compose out of the sharers in the bank; the result is then adapter 0 of the bank."""
-    widths = module_widths(engine.bank)
-    gates = Gates(engine.bank, [load_gate(gate_path(args.gate_dir, sharer.user_id), widths) for sharer in sharers])
-    encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
-    batches = history_batches(encoded, args.batch_size, derive_seed("compose", args.seed, user.user_id))
-    return compose(engine.bank, gates, batches, args.topk, args.agg_temperature)
+    settings, engine, composition = stage.settings, stage.engine, stage.settings.composition
+    widths = gates.module_widths(engine.bank)
+    files = [gates.gate_path(settings.gate_dir, sharer.user_id) for sharer in sharers]
+    stacked = gates.Gates(engine.bank, [gates.load_gate(file, widths) for file in files])
+    seed = derive_seed("compose", settings.seed, user.user_id)
+    batches = gates.history_batches(engine.encode_records(records), composition.batch_size, seed)
+    return gates.compose(engine.bank, stacked, batches, composition.topk, composition.agg_temperature)
 
 
-def measure(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, records: Sequence[Record], n: int
-) -> Trial:
+def measure(stage: Stage, user: User, records: Sequence[Record], n: int) -> Trial:
     """Utility on the history and similarity to the n sharers, as PriME measures them; the user's adapter is the nth."""
-    prompts = [engine.encoder.prompt(r.id, r.input) for r in records]
-    drafts = [[engine.encoder.record(r.id, r.input, r.target).target[:-1]] for r in records]
-    sampler = Sampler(args.temperature, args.top_p, derive_seed(derive_seed(args.seed, user.user_id), "repeat", 0))
-    limit = engine.limit(texts.task.history_labels, args.train_gen_len)
-    answers = engine.answer(prompts, every_pair(range(n + 1), len(prompts)), sampler, limit, drafts)
-    *sharers, own = [
-        [engine.encoder.text(answers[place, index]) for index in range(len(prompts))] for place in range(n + 1)
-    ]
-    objective = Objective(texts.task, [record.target.strip() for record in records], penalty=0.0)
-    (trial,) = objective.trials([own], [[texts_of] for texts_of in sharers])
+    settings, engine, task = stage.settings, stage.engine, stage.texts.task
+    prompts = [engine.encoder.prompt(record.id, record.input) for record in records]
+    drafts = [[record.target[:-1]] for record in engine.encode_records(records)]
+    noise = derive_seed(derive_seed(settings.seed, user.user_id), "repeat", 0)
+    sampler = Sampler(settings.decoding.temperature, settings.decoding.top_p, noise)
+    limit = engine.limit(task.history_labels, settings.composition.train_gen_len)
+    tokens = engine.answer(prompts, every_pair(range(n + 1), len(prompts)), sampler, limit, drafts)
+    answers = []
+    for place in range(n + 1):
+        answers.append([engine.encoder.text(tokens[place, index]) for index in range(len(prompts))])
+    *sharers, personal = answers
+    objective = Objective(task, [record.target.strip() for record in records], penalty=0.0)
+    (trial,) = objective.trials([personal], [[answers_of_sharer] for answers_of_sharer in sharers])
     return trial
 
 
-def work_on(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool, index: int, user: User,
-    progress: Progress,
-) -> None:  # fmt: skip
+def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
+    """Compose, measure, predict, deploy."""
     started = time.perf_counter()
-    sharers, adapters = pool.sharers(index), pool.adapters(index)
-    records = history_of(args, texts, user)
+    settings, texts, engine, run = stage.settings, stage.texts, stage.engine, stage.run
+    sharers, adapters = stage.pool.sharers(index), stage.pool.adapters(index)
+    profile = texts.profile_of(user.user_id)
+    records = history_records(user, texts.task, texts.templates, profile, settings.prompts.recent_k)
     engine.bank.load(adapters)
-    weights = compose_user(args, engine, user, records, sharers)
+    weights = compose_user(stage, user, records, sharers)
     personal = engine.bank.adapter(0)
     composed = time.perf_counter()
 
     engine.bank.load([*adapters, personal])
-    score = measure(args, texts, engine, user, records, len(sharers))
+    score = measure(stage, user, records, len(sharers))
     measured = time.perf_counter()
-    sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    method = {"per_pcs": len(sharers)}
-    found = predict(engine, texts, user, method, sampler, args.k_list, args.max_gen_len, progress)
+    methods = {"per_pcs": len(sharers)}
+    predictions = predict(engine, texts, user, methods, settings.decoding, settings.seed, progress)
 
     choice = {
         "deployed": "merge",
@@ -155,23 +155,24 @@ def work_on(
         "utility": score.utility,
         "similarity": score.similarity,
     }
-    lines = [json.dumps({"module": name, "weights": own.tolist()}) + "\n" for name, own in weights.items()]
+    lines = [json.dumps({"module": name, "weights": tensor.tolist()}) + "\n" for name, tensor in weights.items()]
     write_text(run.user_dir(user.user_id) / "composition.jsonl", "".join(lines))
-    save_personal(args, run, personal, {"user_id": user.user_id, **choice})
+    save_personal(settings.model, run, personal, {"user_id": user.user_id, **choice})
     seconds = {
         "compose": round(composed - started, 3),
         "measure": round(measured - composed, 3),
         "predict": round(time.perf_counter() - measured, 3),
     }
-    run.finish(
-        user.user_id, {"user_id": user.user_id, "index": index, **choice, "predictions": found, "seconds": seconds}
-    )
+    result = {"user_id": user.user_id, "index": index, **choice, "predictions": predictions, "seconds": seconds}
+    run.finish(user.user_id, result)
 
 
-def check_inputs(args: argparse.Namespace, pool: Pool, users: Sequence[User]) -> None:
+def check_inputs(settings: Settings, pool: Pool, users: Sequence[User]) -> None:
     """InputError for sharers without gate and users without history, all of them at once."""
-    places = sorted({place for row in pool.ranking for place in row})
-    files = [gate_path(args.gate_dir, pool.anchors[place].user_id) for place in places]
+    places: set[int] = set()
+    for row in pool.ranking:
+        places |= set(row)
+    files = [gates.gate_path(settings.gate_dir, pool.anchors[place].user_id) for place in sorted(places)]
     problems = [f"{file}: no such gate; run train_anchor_gate.py" for file in files if not file.is_file()]
     problems += [f"user {user.user_id}: an empty history, nothing to compose by" for user in users if not user.profile]
     if problems:
@@ -179,23 +180,20 @@ def check_inputs(args: argparse.Namespace, pool: Pool, users: Sequence[User]) ->
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
-    args.gate_dir = args.gate_dir or f"./output/{args.task_name}/Anchor_PEFT/gate"
-    if args.plan:
-        return plan.show("lora_composition", args)
-    texts = cli.load_texts(args)
-    users = cli.load_test_users(args, texts.task)
-    pool = load_shared(args, cli.load_candidates(args, texts.task), len(users))
-    check_inputs(args, pool, select(users, args.user_idxs))
-    folder = args.output_dir or f"./output/{args.task_name}/LoRA-Composition"
-    run = cli.open_run(args, folder, "lora_composition", "per_pcs")
-    todo = cli.open_users(users, args.user_idxs, run.done)
+    settings = cli.parse(Settings, __doc__, argv)
+    data, recent_k = settings.data, settings.prompts.recent_k
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    users = load_test_users(data.folder, texts.task)
+    pool = load_shared(settings, load_candidates(data.folder, texts.task), len(users))
+    check_inputs(settings, pool, select(users, settings.user_idxs))
+    run = cli.open_run(settings, settings.output_dir, "lora_composition", "per_pcs")
+    todo = open_users(users, select_indices(settings.user_idxs, len(users)), run.done)
     if todo:
-        engine = load_engine(args, task_adapter=args.lora_ckpt)
-        cli.for_each(cli.share_users(args, run, todo), len(todo), partial(work_on, args, texts, engine, run, pool))
-    if args.export_full:
-        export_full(args, run, users)
+        engine = load_engine(settings.model, settings.prompts.max_length)
+        mine = share_users(run, todo, partial(user_cost, recent_k=recent_k))
+        for_each(mine, len(todo), partial(work_on, Stage(settings, texts, engine, run, pool)))
+    if settings.export_full:
+        export_full(settings.model, run, users)
 
 
 if __name__ == "__main__":

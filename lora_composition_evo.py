@@ -14,184 +14,187 @@ Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run
         --anchor_dir ./output/movie_tagging/Anchor_PEFT/LoRA --n_sim 3 --opt_type cma --opt_budget 10 \\
         --sim_penalty 0.1 --output_dir ./output/movie_tagging/LoRA-Composition-evo
 
+The method is `prime/merging/evolution.py`, its objective `prime/merging/objective.py`.
 --baseline best_sharer and --baseline uniform deploy those two instead, for mia.py to attack (in runs of their own).
 
---objective nll is LoraHub (Huang et al., 2023); as published it searches with ngopt, 40 candidates, the factor rule,
-and starts at the base, which no single sharer may replace:
-
-    python lora_composition_evo.py --objective nll --merge_rule factor --start zero --step 1 --search_only \
-        --opt_type ngopt --opt_budget 40 --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \
-        --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt --output_dir ./output/movie_tagging/LoraHub
+--objective nll is LoraHub (Huang et al., 2023). As published it also takes --merge_rule factor --start zero --step 1
+--search_only --opt_type ngopt --opt_budget 40.
 """
 
-import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from prime import cli
+from prime import settings as opt
 from prime.bank.decode import Progress
-from prime.bank.lora import Adapter, merge
-from prime.bank.sampling import Sampler
-from prime.checkpoints import plan
+from prime.bank.lora import merge
 from prime.engine import Engine, Predictions, load_engine, predict
+from prime.errors import tell
 from prime.merging.deploy import export_full, save_personal
-from prime.merging.evolution import (
-    BASELINES,
-    Evaluation,
-    add_search,
-    best_sharer,
-    check_search,
-    chosen,
-    key_of,
-    search_user,
-)
+from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
 from prime.merging.optimizer import optimizer_name
-from prime.merging.sharers import Pool, add_selection, load_pool
-from prime.runs.penalties import alone, open_runs, shared_evaluations, sharing_text
+from prime.merging.population import Population, Setup
+from prime.merging.sharers import Pool, Selection, load_pool
+from prime.report.methods import REFERENCE, choices
+from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
+from prime.runs.progress import for_each
 from prime.runs.run import Run
+from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
-from prime.users.data import User
+from prime.users.data import User, select_indices, user_cost
+from prime.users.texts import asked_as_queries, load_candidates, load_test_users, load_texts
 
-DEFAULTS = {  # --baseline or --objective: --name, folder
-    "metric": ("prime", "LoRA-Composition-evo"), "nll": ("lorahub", "LoraHub"),
-    "best_sharer": ("best_sharer", "Best-sharer"), "uniform": ("uniform", "Uniform"),
-}  # fmt: skip
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument(
-        "--output_dir",
-        help="default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub, with --baseline "
-        ".../Best-sharer or .../Uniform",
-    )
-    parser.add_argument(
-        "--name",
-        type=cli.method_name,
-        help="row of the table; default prime, with --objective nll lorahub, with --baseline that baseline",
-    )
-    parser.add_argument("--anchor_dir", help="sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
-    add_search(parser)
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_device_map(parser)
-    cli.add_history(parser)
-    cli.add_decoding(parser)
-    add_selection(parser)
-    cli.add_users(parser, "test users")
-    cli.add_export(parser)
-    return parser
+FOLDER_HELP = (
+    "default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub, with --baseline "
+    ".../Best-sharer or .../Uniform"
+)
+NAME_HELP = "row of the table; default prime, with --objective nll lorahub, with --baseline that baseline"
 
 
-def predictions(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, weights: Mapping[str, torch.Tensor],
-    progress: Progress,
-) -> Predictions:  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str | None = opt.setting(None, FOLDER_HELP, neutral=True)
+    name: str | None = opt.setting(None, NAME_HELP, parse=opt.method_name)
+    anchor_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "sharers' adapters")
+    search: opt.SearchSettings = opt.group()
+    fitness: opt.FitnessSettings = opt.group()
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group()
+    prompts: opt.HistorySettings = opt.group()
+    decoding: opt.DecodingSettings = opt.group()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("test users")
+    export_full: bool = opt.export_full()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all users are worked on with; a run directory for each penalty."""
+
+    settings: Settings
+    setup: Setup
+    engine: Engine
+    pool: Pool
+    runs: Sequence[Run]
+
+def answer_queries(stage: Stage, user: User, weights: Mapping[str, Tensor], progress: Progress) -> Predictions:
     """Answers to the user's queries by named weights of the loaded sharers; what is alike is answered once."""
-    different = list({key_of(own): own for own in weights.values()}.values())
-    places = {key_of(own): place for place, own in enumerate(different)}
-    engine.bank.combine(torch.stack(different), args.merge_rule, args.keep_rank)
-    sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    methods = {name: places[key_of(own)] for name, own in weights.items()}
-    return predict(engine, texts, user, methods, sampler, args.k_list, args.max_gen_len, progress)
+    settings = stage.settings
+    distinct = list({key_of(tensor): tensor for tensor in weights.values()}.values())
+    places = {key_of(tensor): place for place, tensor in enumerate(distinct)}
+    stage.engine.bank.combine(torch.stack(distinct), settings.search.merge_rule, settings.search.keep_rank)
+    methods = {name: places[key_of(tensor)] for name, tensor in weights.items()}
+    return predict(stage.engine, stage.setup.texts, user, methods, settings.decoding, settings.seed, progress)
 
 
-def work_on(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, runs: Sequence[Run], pool: Pool, index: int,
-    user: User, progress: Progress,
-) -> None:  # fmt: skip
+def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
+    """Search at each penalty, predict with what is chosen, deploy."""
     started = time.perf_counter()
-    sharers, adapters = pool.sharers(index), pool.adapters(index)
-    engine.bank.load(adapters)
-    logs = [run.user_dir(user.user_id) / "evaluations.jsonl" for run in runs]
+    settings, runs = stage.settings, stage.runs
+    adapters = stage.pool.adapters(index)
+    stage.engine.bank.load(adapters)
     journal = runs[-1].journal([user.user_id])  # of the run that is finished last
-    found = search_user(args, texts, engine, user, len(sharers), logs, journal, progress)
-    single = found[0][1 : 1 + len(sharers)]
-    leading = best_sharer(found[0], len(sharers))
-    best = [chosen(args, evaluations, len(sharers)) for evaluations in found]
+    seed = derive_seed(settings.seed, user.user_id)
+    population = Population(stage.setup, user, seed, len(adapters), journal, progress)
+    if not population.golds:
+        deployed = settings.search.baseline or "the base"
+        tell(f"user {user.user_id}: an empty history, nothing to search by; {deployed} is deployed")
+    logs = [run.user_dir(user.user_id) / "evaluations.jsonl" for run in runs]
+    searches = search_each(population, settings.search.sim_penalty, logs)
+    best = [choose(evaluations, settings.search) for evaluations in searches]
     searched = time.perf_counter()
 
-    weights = {f"{args.name} {place}": one.weights for place, one in enumerate(best)}
+    weights = {f"{settings.name} {place}": chosen.weights for place, chosen in enumerate(best)}
     # A table has one row of each baseline: merged by the rule of prime, not of its variants, and nothing left out.
-    if args.name == "prime" and not args.keep_rank:
-        weights |= {"best_sharer": leading.weights}
-        weights |= {"uniform": torch.full_like(leading.weights, 1 / len(sharers))}
-    answers = predictions(args, texts, engine, user, weights, progress)
+    if settings.name == REFERENCE and not settings.search.keep_rank:
+        leading = best_sharer(searches[0]).weights
+        weights |= {"best_sharer": leading, "uniform": torch.full_like(leading, 1 / len(adapters))}
+    answers = answer_queries(stage, user, weights, progress)
     predict_seconds = (time.perf_counter() - searched) / len(runs)
 
-    for place, (run, evaluations, one) in enumerate(zip(runs, found, best, strict=True)):
-        own = {f"{args.name} {place}": args.name, "best_sharer": "best_sharer", "uniform": "uniform"}
-        # Of several searches side by side, a lone one's seconds are those of its own candidates.
-        alone_took = sum(candidate.seconds for candidate in evaluations)
+    singles = sharers_of(searches[0])
+    leader = stage.pool.sharers(index)[singles.index(best_sharer(singles))].user_id
+    for place, (run, evaluations) in enumerate(zip(runs, searches, strict=True)):
+        spent = sum(evaluation.seconds for evaluation in evaluations)  # of several over one memo: its own candidates
         seconds = {
-            "search": searched - started + journal.spared if len(runs) == 1 else alone_took,
-            "sharers": sum(one.seconds for one in single),  # of the search: what best_sharer needs
+            "search": searched - started + journal.spared if len(runs) == 1 else spent,
+            "sharers": sum(single.seconds for single in singles),  # of the search: what best_sharer needs
             "predict": predict_seconds,
         }
-        told = {
-            "best_sharer": sharers[single.index(leading)].user_id,
-            "predictions": {own[name]: given for name, given in answers.items() if name in own},
-            "seconds": {part: round(spent, 3) for part, spent in seconds.items()},
-        }
-        deploy(alone(args, place), run, {"user_id": user.user_id, "index": index}, sharers, adapters, one, told)
+        predictions = {settings.name: answers[f"{settings.name} {place}"]}
+        predictions |= {name: answers[name] for name in ("best_sharer", "uniform") if name in answers}
+        rounded = {part: round(value, 3) for part, value in seconds.items()}
+        more = {"best_sharer": leader, "predictions": predictions, "seconds": rounded}
+        deploy(stage, run, index, user, best[place], more)
     journal.drop()
 
 
-def deploy(
-    args: argparse.Namespace, run: Run, who: Mapping[str, Any], sharers: Sequence[User], adapters: Sequence[Adapter],
-    best: Evaluation, told: Mapping[str, Any],
-) -> None:  # fmt: skip
+def deploy(stage: Stage, run: Run, index: int, user: User, best: Evaluation, more: Mapping) -> None:
     """Write what a user deploys, and the result."""
+    search = stage.settings.search
     base_won = not best.weights.any()
     choice = {
         "deployed": "base" if base_won else "merge",
-        "sharers": [sharer.user_id for sharer in sharers],
+        "sharers": [sharer.user_id for sharer in stage.pool.sharers(index)],
         "weights": best.weights.tolist(),
-        "rule": args.merge_rule,
+        "rule": search.merge_rule,
         "loss": best.loss,
         "utility": best.utility,
         "similarity": best.similarity,
         "origin": best.origin,
     }
     if not base_won:
-        personal = merge(adapters, best.weights, args.merge_rule, args.keep_rank)
-        save_personal(args, run, personal, {"user_id": who["user_id"], **choice})
-    run.finish(who["user_id"], {**who, **choice, **told})
+        personal = merge(stage.pool.adapters(index), best.weights, search.merge_rule, search.keep_rank)
+        save_personal(stage.settings.model, run, personal, {"user_id": user.user_id, **choice})
+    run.finish(user.user_id, {"user_id": user.user_id, "index": index, **choice, **more})
+
+
+def open_runs(settings: Settings, folder: Path) -> list[Run]:
+    """A run directory for each penalty: `folder` itself, or penalty-<p> in it where there are several."""
+    penalties = settings.search.sim_penalty
+    runs = []
+    for penalty in penalties:
+        root = folder / f"{PENALTY_DIR}{penalty:g}" if len(penalties) > 1 else folder
+        runs.append(cli.open_run(settings, root, "lora_composition_evo", str(settings.name), sim_penalty=penalty))
+    return runs
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    optimizer_name(args.opt_type)
-    name, folder = DEFAULTS[args.baseline or args.objective]
-    args.name = args.name or name
-    if args.baseline:
-        args.opt_budget, args.start = 0, BASELINES[args.baseline]
-    args.sim_penalty = args.sim_penalty if args.objective == "metric" else (0.0,)
-    args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
-    if args.plan:
-        return plan.show("lora_composition_evo", args)
-    texts = cli.load_texts(args)
-    if args.fitness == "query":
-        texts = cli.asked_as_queries(args, texts)
-    users = cli.load_test_users(args, texts.task)
-    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    check_search(args, len(pool.ranking[0]))
-    runs = open_runs(Path(args.output_dir or f"./output/{args.task_name}/{folder}"), args)
-    todo = cli.open_users(users, args.user_idxs, lambda user_id: all(run.done(user_id) for run in runs))
+    settings = cli.parse(Settings, __doc__, argv)
+    data, search, fitness = settings.data, settings.search, settings.fitness
+    optimizer_name(search.opt_type)
+    check_search(search, fitness)
+    method = choices("lora_composition_evo")[search.baseline or fitness.objective]
+    settings = replace(settings, name=settings.name or method.name)
+    if fitness.objective == "nll":
+        settings = replace(settings, search=replace(search, sim_penalty=(0.0,)))
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    if fitness.fitness == "query":
+        texts = asked_as_queries(data.folder, texts)
+    users = load_test_users(data.folder, texts.task)
+    selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
+    pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), search.n_sim)
+    runs = open_runs(settings, Path(settings.output_dir or f"./output/{data.task_name}/{method.folder}"))
+    wanted = select_indices(settings.user_idxs, len(users))
+    todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
-        engine = load_engine(args, task_adapter=args.lora_ckpt)
-        work = partial(work_on, args, texts, engine, runs, pool)
-        cli.for_each(cli.share_users(args, runs[-1], todo, runs[:-1]), len(todo), work)
+        engine = load_engine(settings.model, settings.prompts.max_length)
+        recent_k = settings.prompts.recent_k
+        setup = Setup(settings.search, fitness, settings.decoding, recent_k, texts, engine)
+        mine = share_users(runs[-1], todo, partial(user_cost, recent_k=recent_k), runs[:-1])
+        for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))
     if len(runs) > 1:
         print(sharing_text(shared_evaluations([run.root for run in runs])))
-    if args.export_full:
-        for place, run in enumerate(runs):
-            export_full(alone(args, place), run, users)
+    if settings.export_full:
+        for run in runs:
+            export_full(settings.model, run, users)
 
 
 if __name__ == "__main__":

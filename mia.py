@@ -26,106 +26,104 @@ train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
         --exp_dir ./output/movie_tagging/LoRA-Composition-evo
 """
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from prime import cli
+from prime import settings as opt
+from prime.attack.evidence import References, Scorer, attack_group, owned_records
 from prime.attack.scoring import ATTACKS
 from prime.attack.subjects import (
     Owners,
-    References,
-    Scorer,
     Subject,
-    attack_group,
     check_members,
     deployments,
     own_subjects,
-    owned_records,
     read_owners,
     trained_alone,
     with_members,
 )
-from prime.checkpoints import plan
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.run import Run, read_settings
-from prime.runs.workers import share
-
-# No attack depends on the gates or on what else is attacked, and the results lie in the experiment's own folder.
-NOT_SETTINGS = ("gate_dir", "exp_dir", "skip_sharers")
+from prime.runs.workers import open_groups, share
+from prime.users.texts import load_candidates, load_test_users, load_texts
 
 Groups = Sequence[Sequence[Subject]]  # whose adapters are in the bank together
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--exp_dir", required=True, help="output of stage 4, whose adapters are attacked")
-    parser.add_argument("--anchor_dir", required=True, help="output of stage 3, the anchors' adapters")
-    parser.add_argument("--gate_dir", help="Per-Pcs' gates: has to exist if given; the attack itself reads none")
-    parser.add_argument("--n_sim", type=cli.natural, default=0, help="nearest merged sharers that are members; 0 = all")
-    parser.add_argument(
-        "--max_records", type=cli.natural, default=0, help="records of an anchor, the last ones; 0 = all (published)"
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """No attack depends on the gates or on what else is attacked, and the results lie in the experiment's folder."""
+
+    data: opt.DataSettings = opt.group()
+    exp_dir: str = opt.setting(help="output of stage 4, whose adapters are attacked", neutral=True)
+    anchor_dir: str = opt.setting(help="output of stage 3, the anchors' adapters")
+    gate_dir: str | None = opt.setting(
+        None, "Per-Pcs' gates: has to exist if given; the attack itself reads none", neutral=True
     )
-    parser.add_argument(
-        "--references", type=cli.natural, default=4, help="anchors' adapters that RMIA compares with; 0 = no RMIA"
-    )
-    parser.add_argument("--skip_sharers", action="store_true", help="do not attack the sharers' own adapters once more")
-    parser.add_argument("--users_per_batch", type=cli.positive, default=8, help="adapters in the bank together")
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_device_map(parser)
-    cli.add_history(parser)
-    return parser
+    n_sim: int = opt.setting(0, "nearest merged sharers that are members; 0 = all", parse=opt.natural)
+    max_records: int = opt.setting(0, "records of an anchor, the last ones; 0 = all (published)", parse=opt.natural)
+    references: int = opt.setting(4, "anchors' adapters that RMIA compares with; 0 = no RMIA", parse=opt.natural)
+    skip_sharers: bool = opt.setting(False, "do not attack the sharers' own adapters once more", neutral=True)
+    users_per_batch: int = opt.setting(8, "adapters in the bank together", parse=opt.positive, neutral=True)
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group()
+    prompts: opt.HistorySettings = opt.group()
 
 
-def attack_open(args: argparse.Namespace, owners: Owners, todo: Sequence[tuple[Run, Groups]]) -> None:
+def attack_open(settings: Settings, owners: Owners, todo: Sequence[tuple[Run, Groups]]) -> None:
     """Attack the groups of subjects that hold one without a result."""
-    texts = cli.load_texts(args)
-    load: Callable = cli.load_test_users if owners.folder == Path(args.exp_dir) else cli.load_candidates
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    records = owned_records(args, owners, load(args, texts.task), texts, engine)
-    references = References.draw(owners.ids, args.references, args.seed)
+    data, prompts = settings.data, settings.prompts
+    texts = load_texts(data.folder, data.task_name, prompts.prompt_path)
+    load = load_test_users if owners.are_test_users else load_candidates
+    users = load(data.folder, texts.task)
+    engine = load_engine(settings.model, prompts.max_length)
+    records = owned_records(owners, users, texts, engine.encoder, prompts.recent_k, settings.max_records)
+    references = References.draw(owners.ids, settings.references, settings.seed)
     # In the references' order, so that with --skip_sharers few other owners are scored beside them.
-    scorer = Scorer(engine, records, args.users_per_batch, [owners.adapter(name) for name in references.order])
+    adapters = [owners.adapter(name) for name in references.order]
+    scorer = Scorer(engine, records, settings.users_per_batch, adapters)
     for run, groups in todo:
-        for group in share(run, groups, lambda group: [s.user_id for s in group], len):
+        for subjects in share(run, groups, lambda group: [subject.user_id for subject in group], len):
             started = time.perf_counter()
-            results = attack_group(scorer, owners, references, group)
-            seconds = {"attack": round((time.perf_counter() - started) / len(group), 3)}
+            results = attack_group(scorer, owners, references, subjects)
+            seconds = {"attack": round((time.perf_counter() - started) / len(subjects), 3)}
             run.finish_all([result | {"seconds": seconds} for result in results])
 
 
+def results_of(run: Run, subjects: Sequence[Subject]) -> list[dict]:
+    return [read_json(run.result_path(subject.user_id)) for subject in subjects]
+
+
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.plan:
-        return plan.show("mia", args)
-    exp_dir = Path(args.exp_dir)
-    if args.gate_dir and not Path(args.gate_dir).is_dir():
-        raise InputError(f"--gate_dir {args.gate_dir}: no such directory")
+    settings = cli.parse(Settings, __doc__, argv)
+    exp_dir = Path(settings.exp_dir)
+    if settings.gate_dir and not Path(settings.gate_dir).is_dir():
+        raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")
     alone = trained_alone(exp_dir)
-    owners = read_owners(exp_dir if alone else args.anchor_dir, args)
-    users = own_subjects(owners) if alone else deployments(exp_dir, args.n_sim)
-    sharers = [] if alone or args.skip_sharers else own_subjects(owners)
+    owners = read_owners(exp_dir if alone else Path(settings.anchor_dir), opt.recorded(settings), are_test_users=alone)
+    users = own_subjects(owners) if alone else deployments(exp_dir, settings.n_sim)
+    sharers = [] if alone or settings.skip_sharers else own_subjects(owners)
     users = with_members(users, owners)
     check_members([*users, *sharers], owners.ids)
     stage = read_settings(exp_dir)
-    settings = {key: value for key, value in cli.settings_of(args).items() if key not in NOT_SETTINGS}
-    settings |= {"attacked": stage["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
-    attacks = [
-        (Run(exp_dir / "mia", "mia", "users", settings, args.parser.get_default), users),
-        (Run(exp_dir / "mia" / "sharers", "mia", "sharers", settings, args.parser.get_default), sharers),
-    ]
-    todo = [(run, cli.open_groups(subjects, args.users_per_batch, run.done)) for run, subjects in attacks]
+    about = {"attacked": stage["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
+    of_users = cli.open_run(settings, exp_dir / "mia", "mia", "users", **about)
+    of_sharers = cli.open_run(settings, exp_dir / "mia" / "sharers", "mia", "sharers", **about)
+    todo = []
+    for run, subjects in ((of_users, users), (of_sharers, sharers)):
+        todo.append((run, open_groups(subjects, settings.users_per_batch, run.done)))
     if any(groups for _, groups in todo):
-        attack_open(args, owners, todo)
-    by_user, by_sharer = ([read_json(run.result_path(s.user_id)) for s in subjects] for run, subjects in attacks)
-    with attacks[0][0].turn("the summary"):
-        summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, args.seed)
+        attack_open(settings, owners, todo)
+    by_user, by_sharer = results_of(of_users, users), results_of(of_sharers, sharers)
+    with of_users.turn("the summary"):
+        summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, settings.seed)
         add_attacks(exp_dir, summary["per_user"])
     print(attack_table(summary))
 

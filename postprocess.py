@@ -14,10 +14,11 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
     python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from prime import cli
+from prime import settings as opt
 from prime.report.frontier import frontier_table, write_frontier
 from prime.report.page import write_pages
 from prime.report.predictions import check_golds, check_stage, check_users, gather
@@ -31,20 +32,20 @@ from prime.users.data import LABEL_FILE, TEST_FILE, load_labels, load_users
 from prime.users.tasks import get_task
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", required=True, help="output of a stage that predicts")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.setting(help="output of a stage that predicts")
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    task, stage_dir = get_task(args.task_name), Path(args.output_dir)
+    settings = cli.parse(Settings, __doc__, argv)
+    task, stage_dir = get_task(settings.data.task_name), Path(settings.output_dir)
     penalties = penalty_runs(stage_dir)
     runs = penalties or [stage_dir]
     for run in runs:
         check_stage(run, task)
-    users_path, labels_path = cli.data_dir(args) / TEST_FILE, cli.data_dir(args) / LABEL_FILE
+    users_path, labels_path = settings.data.folder / TEST_FILE, settings.data.folder / LABEL_FILE
     users, golds = load_users(users_path, task), load_labels(labels_path)
     user_ids = [user.user_id for user in users]
     for run in runs:

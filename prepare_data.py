@@ -11,12 +11,14 @@ Takes   about a minute per GB, within a few hundred MB of memory. A second run m
 docs/real_data.md: where the files are, what is done to them, and what differs from those of the Per-Pcs authors.
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from prime import cli
+from prime import settings as opt
 from prime.errors import InputError
 from prime.report.tables import aligned
+from prime.runs.progress import bar
 from prime.sources.gather import OVERLAP
 from prime.sources.prepare import (
     BASE_SHARE,
@@ -32,48 +34,53 @@ from prime.users.data import load_profiles
 from prime.users.tasks import get_task
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__, reads_data=False)
-    parser.add_argument("--lamp_dir", required=True, help="folder of the official files of this task")
-    parser.add_argument("--output_dir", help="default ./data/<task_name>")
-    parser.add_argument(
-        "--split",
-        default="auto",
-        choices=("auto", "user", "time"),
-        help="time: histories end strictly before the user's first query; auto: time where most items have a date",
+@dataclass(frozen=True, kw_only=True)
+class SplitSettings:
+    """Who goes where."""
+
+    test_users: int = opt.setting(TEST_USERS, "those with the longest histories", parse=opt.positive)
+    base_share: float = opt.setting(BASE_SHARE, "of the others: train the task", parse=opt.below_one)
+    reserve_share: float = opt.setting(
+        RESERVE_SHARE,
+        "of the others: set aside, no stage reads them; the rest are candidates for anchors",
+        parse=opt.below_one,
     )
-    parser.add_argument("--citations", help="citation only: JSON file {title: cited title} for papers of histories")
-    cli.add_seed(parser)
-    group = parser.add_argument_group("who goes where")
-    group.add_argument("--test_users", type=cli.positive, default=TEST_USERS, help="those with the longest histories")
-    group.add_argument("--base_share", type=cli.below_one, default=BASE_SHARE, help="of the others: train the task")
-    group.add_argument(
-        "--reserve_share",
-        type=cli.below_one,
-        default=RESERVE_SHARE,
-        help="of the others: set aside, no stage reads them; the rest are candidates for anchors",
-    )
-    group.add_argument("--min_items", type=cli.positive, default=1, help="history items of a user at least")
-    group.add_argument(
-        "--overlap",
-        type=cli.fraction,
-        default=OVERLAP,
-        help="where questions have no user_id: two profiles are of one user if |both| / |either| is at least this and "
+    min_items: int = opt.setting(1, "history items of a user at least", parse=opt.positive)
+    overlap: float = opt.setting(
+        OVERLAP,
+        "where questions have no user_id: two profiles are of one user if |both| / |either| is at least this and "
         "chance does not explain it",
+        parse=opt.fraction,
     )
-    return parser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group(without=("data_dir",))
+    lamp_dir: str = opt.setting(help="folder of the official files of this task")
+    output_dir: str = opt.task_path("./data/<task_name>", "where the files go")
+    split: str = opt.setting(
+        "auto",
+        "time: histories end strictly before the user's first query; auto: time where most items have a date",
+        choices=("auto", "user", "time"),
+    )
+    citations: str | None = opt.setting(
+        None, "citation only: JSON file {title: cited title} for papers of histories"
+    )
+    seed: int = opt.seed()
+    who_goes_where: SplitSettings = opt.group()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    task = get_task(args.task_name)
-    if args.citations and task.query_parts == 1:
+    settings = cli.parse(Settings, __doc__, argv)
+    task, who = get_task(settings.data.task_name), settings.who_goes_where
+    if settings.citations and task.query_parts == 1:
         raise InputError(f"--citations: {task.name} has no citations")
-    cited = load_profiles(args.citations) if args.citations else {}
-    shares = Shares(args.test_users, args.base_share, args.reserve_share)
-    options = Options(args.split, shares, args.min_items, args.overlap, args.seed)
-    target = Path(args.output_dir or f"./data/{args.task_name}")
-    report = prepare(task, Path(args.lamp_dir), target, options, cited, cli.bar)
+    cited = load_profiles(settings.citations) if settings.citations else {}
+    shares = Shares(who.test_users, who.base_share, who.reserve_share)
+    options = Options(settings.split, shares, who.min_items, who.overlap, settings.seed)
+    target = Path(settings.output_dir)
+    report = prepare(task, Path(settings.lamp_dir), target, options, cited, bar)
     print(f"{aligned(report_rows(report))}\n\n{report_notes(report)}\n\nwritten: {target}")
 
 

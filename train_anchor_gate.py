@@ -20,126 +20,127 @@ back up behind the last of them.
 on the same items: result.json also tells the budget of both together, or that the adapter was not trained privately.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from prime import cli
+from prime import settings as opt
 from prime.bank.dp import Terms, terms_of
-from prime.bank.train import Learner, train, train_settings
-from prime.checkpoints import plan
+from prime.bank.train import Learner
 from prime.checkpoints.peft import load_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError, tell
 from prime.merging.gates import Gates, gate_file, save_gate
-from prime.merging.sharers import adapter_folder, add_selection, training_anchors
+from prime.merging.sharers import Selection, adapter_folder
 from prime.runs.files import read_json
 from prime.runs.run import Run
+from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import User, select
+from prime.users.data import User, select, user_cost
 from prime.users.holdout import trained_records, trained_split
+from prime.users.texts import Texts, load_candidates, load_texts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", help="default ./output/<task_name>/Anchor_PEFT/gate")
-    parser.add_argument("--anchor_path", help="anchors' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
-    parser.add_argument(
-        "--anchors_per_batch", type=cli.natural, default=16, help="anchors trained together; 0 = all of them"
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/gate", "where the gates go", neutral=True)
+    anchor_path: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "anchors' adapters")
+    anchors_per_batch: int = opt.anchors_per_batch()
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(without=("device_map",))
+    prompts: opt.HistorySettings = opt.group()
+    training: opt.TrainingSettings = opt.group(
+        without=("lora_r", "lora_alpha"),
+        max_step=opt.setting(50, "steps of a gate at most; 0 = all of --epochs", parse=opt.natural),
+        lr=2e-5,
+        weight_decay=0.0,
+        clip=opt.setting(0.3, "norm at most of a gate's gradient", parse=opt.non_negative),
+        batch_size=opt.setting(6, "records of one step of a gate", parse=opt.positive),
+        epochs=opt.setting(3, "passes over the records at most", parse=opt.positive),
+        lora_dropout=opt.setting(0.05, "dropout behind the gate", parse=opt.fraction),
     )
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_history(parser)
-    group = parser.add_argument_group("training")
-    group.add_argument("--max_step", type=cli.natural, default=50, help="steps of a gate at most; 0 = all of --epochs")
-    group.add_argument("--lr", type=cli.non_negative, default=2e-5, help="learning rate at the start of the cosine")
-    group.add_argument("--min_lr", type=cli.non_negative, default=0.0, help="learning rate at its end")
-    group.add_argument("--weight_decay", type=cli.non_negative, default=0.0, help="of AdamW")
-    group.add_argument("--clip", type=cli.non_negative, default=0.3, help="norm at most of a gate's gradient")
-    group.add_argument("--batch_size", type=cli.positive, default=6, help="records of one step of a gate")
-    group.add_argument("--epochs", type=cli.positive, default=3, help="passes over the records at most")
-    group.add_argument("--lora_dropout", type=cli.fraction, default=0.05, help="dropout behind the gate")
-    cli.add_checkpointing(group)
-    cli.add_privacy(parser)
-    add_selection(parser)
-    cli.add_users(parser, "anchors, counted in the order of the anchor file,")
-    return parser
+    privacy: opt.PrivacySettings = opt.group()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
 
 
-def learner_of(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None, anchor: User, place: int
-) -> Learner:
-    name, seed = f"anchor {anchor.user_id}", derive_seed("gate", args.seed, anchor.user_id)
-    split = trained_split(args.anchor_path)._replace(quoting=terms is None)
-    records = trained_records(texts, anchor, args.recent_k, split)
+@dataclass(frozen=True)
+class Stage:
+    """What all groups of gates are trained with."""
+
+    settings: Settings
+    texts: Texts
+    engine: Engine
+    run: Run
+    terms: Terms | None  # of differential privacy
+    order: dict[str, int]  # places of the anchors in the anchor file, by id
+
+
+def learner_of(stage: Stage, anchor: User, place: int) -> Learner:
+    settings, training = stage.settings, stage.settings.training
+    name, seed = f"anchor {anchor.user_id}", derive_seed("gate", settings.seed, anchor.user_id)
+    split = trained_split(settings.anchor_path)._replace(quoting=stage.terms is None)
+    records = trained_records(stage.texts, anchor, settings.prompts.recent_k, split)
     if not records:
         raise InputError(f"{name}: an empty history, nothing to train on")
-    encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
-    chosen = terms and terms.mechanism(name, seed, encoded, args.batch_size, args.epochs, args.max_step)
-    return Learner(place, name, seed, encoded, chosen)
+    encoded = stage.engine.encode_records(records)
+    steps = training.batch_size, training.epochs, training.max_step
+    mechanism = stage.terms and stage.terms.mechanism(name, seed, encoded, *steps)
+    return Learner(place, name, seed, encoded, mechanism)
 
 
-def privacy_of(args: argparse.Namespace, terms: Terms | None, learner: Learner, anchor: User) -> dict:
+def privacy_of(stage: Stage, learner: Learner, anchor: User) -> dict:
     """The gate's guarantee, and that of the gate and the adapter it was trained on together."""
+    terms = stage.terms
     if terms is None or learner.mechanism is None:
         return {}
-    path = adapter_folder(args.anchor_path, anchor.user_id).parent / "result.json"
+    path = adapter_folder(stage.settings.anchor_path, anchor.user_id).parent / "result.json"
     adapter = read_json(path).get("privacy") if path.exists() else None
     if adapter is None:
         tell(f"{learner.name}: its adapter is not private (--enable_dp); epsilon is the gate's alone")
     return {"privacy": terms.report(learner.mechanism) | terms.together(learner.mechanism, adapter)}
 
 
-def finish_group(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, terms: Terms | None, group: Sequence[User],
-    order: dict[str, int],
-) -> None:  # fmt: skip
+def finish_group(stage: Stage, group: Sequence[User]) -> None:
     """Train the gates of a group of anchors together and write those that are not there yet."""
+    settings, engine, run = stage.settings, stage.engine, stage.run
     started = time.perf_counter()
-    engine.bank.load([load_adapter(adapter_folder(args.anchor_path, anchor.user_id)) for anchor in group])
+    folders = [adapter_folder(settings.anchor_path, anchor.user_id) for anchor in group]
+    engine.bank.load([load_adapter(folder) for folder in folders])
     gates = Gates.zeros(engine.bank)
-    settings = replace(train_settings(args), max_step=args.max_step)
-    learners = [learner_of(args, texts, engine, terms, anchor, place) for place, anchor in enumerate(group)]
-    with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "gates", "step") as bar:
-        losses = train(engine.bank, learners, settings, args.max_batch_tokens, bar.update, gates.stacks, gates.scaler)
+    learners = [learner_of(stage, anchor, place) for place, anchor in enumerate(group)]
+    losses = engine.train(learners, settings.training, "gates", gates.stacks, gates.scaler)
     seconds = round((time.perf_counter() - started) / len(group), 3)
-    for place, anchor in enumerate(group):
-        if not run.done(anchor.user_id):
-            save_gate(gates.gate(place), gate_file(run.root, anchor.user_id))
-    run.finish_all(
-        [
-            {
-                "user_id": anchor.user_id,
-                "index": order[anchor.user_id],
-                "record_ids": [record.id for record in learner.records],
-                "losses": own,
-                **privacy_of(args, terms, learner, anchor),
-                "seconds": {"train": seconds},
-            }
-            for anchor, learner, own in zip(group, learners, losses, strict=True)
-        ]
-    )
+    results = []
+    for anchor, learner in zip(group, learners, strict=True):
+        name, place = anchor.user_id, learner.place
+        if not run.done(name):
+            save_gate(gates.gate(place), gate_file(run.root, name))
+        result = {"user_id": name, "index": stage.order[name], "record_ids": [record.id for record in learner.records]}
+        result |= {"losses": losses[place]} | privacy_of(stage, learner, anchor)
+        results.append(result | {"seconds": {"train": seconds}})
+    run.finish_all(results)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    args.anchor_path = args.anchor_path or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
-    if args.plan:
-        return plan.show("train_anchor_gate", args)
-    texts = cli.load_texts(args)
-    anchors = training_anchors(args, cli.load_candidates(args, texts.task))
-    order = {user.user_id: place for place, user in enumerate(anchors)}
-    folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/gate")
-    terms = terms_of(args, folder, cli.settings_of(args))
-    run = cli.open_run(args, folder, "train_anchor_gate", "gates")
-    groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
+    settings = cli.parse(Settings, __doc__, argv)
+    data, folder = settings.data, Path(settings.output_dir)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
+    anchors = selection.training_anchors()
+    terms = terms_of(settings.privacy, folder, opt.recorded(settings))
+    run = cli.open_run(settings, folder, "train_anchor_gate", "gates")
+    groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in cli.share_groups(args, run, groups):
-        finish_group(args, texts, engine, run, terms, group, order)
+    engine = load_engine(settings.model, settings.prompts.max_length)
+    stage = Stage(settings, texts, engine, run, terms, {user.user_id: place for place, user in enumerate(anchors)})
+    for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+        finish_group(stage, users)
 
 
 if __name__ == "__main__":

@@ -14,64 +14,81 @@ Takes   about 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor
 item, without records that quote other items, and the card then carries the guarantee, but no scores on the history.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from prime import cli
+from prime import settings as opt
 from prime.bank.batching import Pair
 from prime.bank.dp import Terms, terms_of
-from prime.bank.encoding import EncodedPrompt, EncodedRecord
+from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
-from prime.bank.train import Learner, train, train_settings
-from prime.checkpoints import plan
+from prime.bank.train import Learner
 from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
-from prime.merging.sharers import add_selection, training_anchors
+from prime.merging.sharers import Selection
 from prime.runs.run import Run
+from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import User, select
-from prime.users.holdout import add_holdout, split_of, trained_records
+from prime.users.data import User, select, user_cost
+from prime.users.holdout import Split, trained_records
 from prime.users.metrics import score
 from prime.users.prompts import Record
+from prime.users.texts import Texts, load_candidates, load_texts
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--output_dir", help="default ./output/<task_name>/Anchor_PEFT/LoRA")
-    parser.add_argument(
-        "--anchors_per_batch", type=cli.natural, default=16, help="anchors trained together; 0 = all of them"
-    )
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_history(parser)
-    add_holdout(parser, "each anchor's")
-    cli.add_training(parser, lr=2e-5, clip=1.0)
-    cli.add_privacy(parser)
-    cli.add_history_decoding(parser)
-    add_selection(parser)
-    cli.add_users(parser, "anchors, counted in the order of the anchor file,")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "where the adapters go", neutral=True)
+    anchors_per_batch: int = opt.anchors_per_batch()
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(without=("device_map",))
+    prompts: opt.HistorySettings = opt.group()
+    holdout: float = opt.holdout("each anchor's")
+    training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)
+    privacy: opt.PrivacySettings = opt.group()
+    train_gen_len: int = opt.train_gen_len()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all groups of anchors are trained with."""
+
+    settings: Settings
+    texts: Texts
+    engine: Engine
+    run: Run
+    terms: Terms | None  # of differential privacy
+    order: dict[str, int]  # places of the anchors in the anchor file, by id
 
 
 class Anchor:
-    """One anchor in training: its records as texts and as ids, and how they are kept private."""
+    """One anchor in training: the records as texts and as ids, and how they are kept private."""
 
-    def __init__(self, user: User, args: argparse.Namespace, texts: cli.Texts, engine: Engine, terms: Terms | None):
-        self.user, self.name, self.held_out = user, f"anchor {user.user_id}", split_of(args).told(user)
-        self.records: list[Record] = trained_records(texts, user, args.recent_k, split_of(args))
+    def __init__(self, stage: Stage, user: User):
+        settings, terms = stage.settings, stage.terms
+        split = Split(settings.holdout, settings.seed, settings.prompts.recent_k, quoting=terms is None)
+        self.user, self.name, self.held_out = user, f"anchor {user.user_id}", split.told(user)
+        self.records: list[Record] = trained_records(stage.texts, user, settings.prompts.recent_k, split)
         if not self.records:
             raise InputError(f"{self.name}: an empty history, nothing to train on")
-        self.encoded: list[EncodedRecord] = [engine.encoder.record(r.id, r.input, r.target) for r in self.records]
-        self.seed = derive_seed("anchor", args.seed, user.user_id)
-        self.mechanism = terms and terms.mechanism(
-            self.name, self.seed, self.encoded, args.batch_size, args.epochs
-        )
+        self.encoded = stage.engine.encode_records(self.records)
+        self.seed = derive_seed("anchor", settings.seed, user.user_id)
+        steps = settings.training.batch_size, settings.training.epochs
+        self.mechanism = terms and terms.mechanism(self.name, self.seed, self.encoded, *steps)
         self.privacy = {"privacy": terms.report(self.mechanism)} if terms and self.mechanism else {}
+
+    def learner(self, place: int) -> Learner:
+        return Learner(place, self.name, self.seed, self.encoded, self.mechanism)
 
     def card(self, task: str, scores: dict) -> dict:
         """What is published with the adapter; scores of a private one would tell of its history without noise."""
@@ -79,87 +96,74 @@ class Anchor:
         return about | (self.privacy or {"scores_on_history": scores})
 
 
-def train_group(args: argparse.Namespace, engine: Engine, anchors: Sequence[Anchor]) -> list[list[float | None]]:
-    settings = train_settings(args)
-    learners = [Learner(i, a.name, a.seed, a.encoded, a.mechanism) for i, a in enumerate(anchors)]
-    engine.bank.allocate([anchor.seed for anchor in anchors], args.lora_r, args.lora_alpha)
-    with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "anchors", "step") as progress:
-        return train(engine.bank, learners, settings, args.max_batch_tokens, progress.update)
-
-
-def history_scores(args: argparse.Namespace, texts: cli.Texts, engine: Engine, anchors: Sequence[Anchor]) -> list[dict]:
+def history_scores(stage: Stage, anchors: Sequence[Anchor]) -> list[dict]:
     """Scores of each anchor on its own history by the base and by its adapter, which is in the bank at its place."""
-    prompts = [engine.encoder.prompt(record.id, record.input) for anchor in anchors for record in anchor.records]
-    owner = [place for place, anchor in enumerate(anchors) for _ in anchor.records]
-    before = _texts(args, texts, engine, prompts, [(-1, index) for index in range(len(prompts))])
-    after = _texts(args, texts, engine, prompts, [(place, index) for index, place in enumerate(owner)])
-    reports = []
+    prompts: list[EncodedPrompt] = []
+    owner: list[int] = []  # place of the anchor whose prompt it is
     for place, anchor in enumerate(anchors):
-        own = [index for index, whose in enumerate(owner) if whose == place]
+        prompts += [stage.engine.encoder.prompt(record.id, record.input) for record in anchor.records]
+        owner += [place] * len(anchor.records)
+    before = greedy_answers(stage, prompts, [(-1, index) for index in range(len(prompts))])
+    after = greedy_answers(stage, prompts, [(place, index) for index, place in enumerate(owner)])
+    reports, start = [], 0
+    for anchor in anchors:
+        end = start + len(anchor.records)
         golds = [record.target.strip() for record in anchor.records]
-        by = {
-            name: score(texts.task.history_metrics, [found[i] for i in own], golds, texts.task.history_labels)
-            for name, found in (("before", before), ("after", after))
-        }
-        reports.append(by)
+        scores = partial(score_answers, stage.texts, golds)
+        reports.append({"before": scores(before[start:end]), "after": scores(after[start:end])})
+        start = end
     return reports
 
 
-def _texts(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, prompts: list[EncodedPrompt], pairs: list[Pair]
-) -> dict[int, str]:
-    limit = engine.limit(texts.task.history_labels, args.train_gen_len)
-    found = engine.answer(prompts, pairs, Sampler(temperature=0), limit)
-    return {index: engine.encoder.text(tokens) for (_, index), tokens in found.items()}
+def score_answers(texts: Texts, golds: list[str], answers: list[str]) -> dict[str, float]:
+    return score(texts.task.history_metrics, answers, golds, texts.task.history_labels)
 
 
-def finish_group(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, group: Sequence[Anchor], order: dict[str, int]
-) -> None:
+def greedy_answers(stage: Stage, prompts: list[EncodedPrompt], pairs: list[Pair]) -> list[str]:
+    """The answer to each prompt by the adapter it is paired with."""
+    limit = stage.engine.limit(stage.texts.task.history_labels, stage.settings.train_gen_len)
+    tokens = stage.engine.answer(prompts, pairs, Sampler(temperature=0), limit)
+    return [stage.engine.encoder.text(tokens[pair]) for pair in pairs]
+
+
+def finish_group(stage: Stage, users: Sequence[User]) -> None:
+    """Train a group of anchors together, and write the adapters and results that are not there yet."""
+    settings, engine, run = stage.settings, stage.engine, stage.run
+    group = [Anchor(stage, user) for user in users]
     started = time.perf_counter()
-    losses = train_group(args, engine, group)
+    engine.bank.allocate([anchor.seed for anchor in group], settings.training.lora_r, settings.training.lora_alpha)
+    learners = [anchor.learner(place) for place, anchor in enumerate(group)]
+    losses = engine.train(learners, settings.training, "anchors")
     seconds = round((time.perf_counter() - started) / len(group), 3)
     with torch.inference_mode():
-        reports = history_scores(args, texts, engine, group)
+        reports = history_scores(stage, group)
+    results = []
     for place, (anchor, report) in enumerate(zip(group, reports, strict=True)):
-        if not run.done(anchor.user.user_id):
-            folder = run.user_dir(anchor.user.user_id) / "adapter"
-            card = anchor.card(args.task_name, report)
-            save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card)
-    run.finish_all(
-        [
-            {
-                "user_id": anchor.user.user_id,
-                "index": order[anchor.user.user_id],
-                "record_ids": [record.id for record in anchor.records],
-                **anchor.held_out,
-                "losses": own,
-                "history": report,
-                **anchor.privacy,
-                "seconds": {"train": seconds},
-            }
-            for anchor, own, report in zip(group, losses, reports, strict=True)
-        ]
-    )
+        name = anchor.user.user_id
+        if not run.done(name):
+            card = anchor.card(settings.data.task_name, report)
+            save_adapter(engine.bank.adapter(place), run.user_dir(name) / "adapter", settings.model.base, card)
+        result = {"user_id": name, "index": stage.order[name], "record_ids": [record.id for record in anchor.records]}
+        result |= anchor.held_out | {"losses": losses[place], "history": report} | anchor.privacy
+        results.append(result | {"seconds": {"train": seconds}})
+    run.finish_all(results)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    if args.plan:
-        return plan.show("train_anchor_peft", args)
-    texts = cli.load_texts(args)
-    anchors = training_anchors(args, cli.load_candidates(args, texts.task))
-    order = {user.user_id: place for place, user in enumerate(anchors)}
-    folder = Path(args.output_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA")
-    terms = terms_of(args, folder, cli.settings_of(args))
-    run = cli.open_run(args, folder, "train_anchor_peft", "anchors")
-    groups = cli.open_groups(select(anchors, args.user_idxs), args.anchors_per_batch, run.done)
+    settings = cli.parse(Settings, __doc__, argv)
+    data, folder = settings.data, Path(settings.output_dir)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
+    anchors = selection.training_anchors()
+    terms = terms_of(settings.privacy, folder, opt.recorded(settings))
+    run = cli.open_run(settings, folder, "train_anchor_peft", "anchors")
+    groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in cli.share_groups(args, run, groups):
-        learners = [Anchor(user, args, texts, engine, terms) for user in group]
-        finish_group(args, texts, engine, run, learners, order)
+    engine = load_engine(settings.model, settings.prompts.max_length)
+    stage = Stage(settings, texts, engine, run, terms, {user.user_id: place for place, user in enumerate(anchors)})
+    for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+        finish_group(stage, users)
 
 
 if __name__ == "__main__":

@@ -19,75 +19,90 @@ A user without history has nothing to train on: oppu leaves the base to him, mta
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt --output_dir ./output/movie_tagging/OPPU
 """
 
-import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from prime import cli
+from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.lora import Adapter, merge
-from prime.bank.sampling import Sampler
-from prime.bank.train import Learner, train, train_settings
-from prime.checkpoints import plan
+from prime.bank.train import Learner
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
 from prime.merging.deploy import PERSONAL
-from prime.merging.sharers import Pool, add_selection, load_pool
+from prime.merging.sharers import Pool, Selection, load_pool
+from prime.report.methods import choices
+from prime.runs.progress import for_each
 from prime.runs.run import Run
+from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import User, select
-from prime.users.holdout import add_holdout, split_of, trained_records
+from prime.users.data import User, select, user_cost
+from prime.users.holdout import Split, trained_records
+from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
-FOLDERS = {"oppu": "OPPU", "mta": "Merge-then-adapt"}
+METHODS = choices("train_user_peft")
 RANKS = {"oppu": 8, "mta": 4}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = cli.new_parser(__doc__)
-    parser.add_argument("--method", required=True, choices=tuple(FOLDERS), help="see above")
-    parser.add_argument("--output_dir", help="default ./output/<task_name>/OPPU or Merge-then-adapt")
-    parser.add_argument("--anchor_dir", help="mta: sharers' adapters; default ./output/<task_name>/Anchor_PEFT/LoRA")
-    parser.add_argument("--n_sim", type=cli.natural, default=2, help="mta: most similar sharers to merge; 0 = all")
-    parser.add_argument(
-        "--users_per_batch", type=cli.natural, default=16, help="users trained together; 0 = all of them"
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    method: str = opt.setting(help="see above", choices=("oppu", "mta"))
+    output_dir: str | None = opt.setting(None, "default ./output/<task_name>/OPPU or Merge-then-adapt", neutral=True)
+    anchor_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "mta: sharers' adapters")
+    n_sim: int = opt.setting(2, "mta: most similar sharers to merge; 0 = all", parse=opt.natural)
+    users_per_batch: int = opt.setting(16, "users trained together; 0 = all of them", parse=opt.natural, neutral=True)
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(without=("device_map",))
+    prompts: opt.HistorySettings = opt.group()
+    holdout: float = opt.holdout("each user's")
+    training: opt.TrainingSettings = opt.group(
+        without=("max_step",),
+        lr=2e-5,
+        clip=1.0,
+        lora_r=opt.setting(None, "rank of the adapter; default 8 for oppu, 4 for mta", parse=opt.positive),
+        lora_alpha=opt.setting(None, "scale of the adapter times its rank; default the rank", parse=opt.positive),
     )
-    cli.add_seed(parser)
-    cli.add_model(parser, with_task_adapter=True)
-    cli.add_history(parser)
-    add_holdout(parser, "each user's")
-    cli.add_training(parser, lr=2e-5, clip=1.0, ranks="8 for oppu, 4 for mta")
-    cli.add_decoding(parser)
-    add_selection(parser)
-    cli.add_users(parser, "test users")
-    return parser
+    decoding: opt.DecodingSettings = opt.group()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("test users")
 
 
-def learner_of(args: argparse.Namespace, texts: cli.Texts, engine: Engine, user: User, place: int) -> Learner:
-    records = trained_records(texts, user, args.recent_k, split_of(args))
+@dataclass(frozen=True)
+class Stage:
+    """What all groups of users are trained with."""
+
+    settings: Settings
+    texts: Texts
+    engine: Engine
+    run: Run
+    pool: Pool | None  # of sharers; None: oppu merges nobody
+    order: dict[str, int]  # places of the test users in their file, by id
+
+    def split(self) -> Split:
+        settings = self.settings
+        return Split(settings.holdout, settings.seed, settings.prompts.recent_k)
+
+
+def learner_of(stage: Stage, user: User, place: int) -> Learner:
+    settings = stage.settings
+    records = trained_records(stage.texts, user, settings.prompts.recent_k, stage.split())
     if not records:
         tell(f"user {user.user_id}: an empty history, nothing to train on")
-    encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
-    return Learner(place, f"user {user.user_id}", derive_seed(args.method, args.seed, user.user_id), encoded)
+    seed = derive_seed(settings.method, settings.seed, user.user_id)
+    return Learner(place, f"user {user.user_id}", seed, stage.engine.encode_records(records))
 
 
 def merged_sharers(pool: Pool, index: int) -> Adapter:
     """The mean update of a test user's sharers."""
     adapters = pool.adapters(index)
     return merge(adapters, torch.full((len(adapters),), 1 / len(adapters)), "delta")
-
-
-def train_group(
-    args: argparse.Namespace, engine: Engine, learners: Sequence[Learner], under: Sequence[Adapter]
-) -> list[list[float]]:
-    """Losses of every user's steps; the bank then holds the users' adapters, each with its frozen one if there is."""
-    settings = train_settings(args)
-    engine.bank.allocate([learner.seed for learner in learners], args.lora_r, args.lora_alpha, under)
-    with cli.bar(sum(len(learner.batches(settings)) for learner in learners), "users", "step") as progress:
-        return train(engine.bank, learners, settings, args.max_batch_tokens, progress.update)
 
 
 def choice_of(pool: Pool | None, index: int) -> dict:
@@ -98,71 +113,73 @@ def choice_of(pool: Pool | None, index: int) -> dict:
     return {"deployed": "merge", "sharers": sharers, "weights": [1 / len(sharers)] * len(sharers), "rule": "delta"}
 
 
-def predict_user(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, results: Sequence[dict], place: int,
-    user: User, progress: Progress,
-) -> None:  # fmt: skip
+def predict_user(stage: Stage, results: Sequence[dict], place: int, user: User, progress: Progress) -> None:
     """Predict with the adapter at `place` of the bank; the result file comes last."""
     started = time.perf_counter()
-    sampler = Sampler(args.temperature, args.top_p, derive_seed(args.seed, user.user_id))
-    found = predict(engine, texts, user, {args.method: place}, sampler, args.k_list, args.max_gen_len, progress)
+    settings, methods = stage.settings, {stage.settings.method: place}
+    predictions = predict(stage.engine, stage.texts, user, methods, settings.decoding, settings.seed, progress)
     seconds = results[place]["seconds"] | {"predict": round(time.perf_counter() - started, 3)}
-    run.finish(user.user_id, results[place] | {"predictions": found, "seconds": seconds})
+    stage.run.finish(user.user_id, results[place] | {"predictions": predictions, "seconds": seconds})
 
 
-def learn_group(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool | None,
-    group: Sequence[tuple[int, User]],
-) -> list[dict]:  # fmt: skip
+def learn_group(stage: Stage, group: Sequence[User]) -> list[dict]:
     """Train a group of test users together; what will be in their results, while their adapters are on disk."""
     started = time.perf_counter()
-    learners = [learner_of(args, texts, engine, user, place) for place, (_, user) in enumerate(group)]
-    losses = train_group(args, engine, learners, [merged_sharers(pool, index) for index, _ in group] if pool else [])
+    settings, engine, run, pool = stage.settings, stage.engine, stage.run, stage.pool
+    learners = [learner_of(stage, user, place) for place, user in enumerate(group)]
+    frozen = [merged_sharers(pool, stage.order[user.user_id]) for user in group] if pool else []
+    seeds, training = [learner.seed for learner in learners], settings.training
+    engine.bank.allocate(seeds, training.lora_r, training.lora_alpha, frozen)
+    losses = engine.train(learners, training, "users")
     seconds = {"train": round((time.perf_counter() - started) / len(group), 3)}
     results = []
-    for place, (index, user) in enumerate(group):
+    for place, user in enumerate(group):
+        index = stage.order[user.user_id]
         ids = [record.id for record in learners[place].records]
-        own = {"user_id": user.user_id, **choice_of(pool, index), **split_of(args).told(user)}
+        about = {"user_id": user.user_id, **choice_of(pool, index), **stage.split().told(user)}
         if not run.done(user.user_id):
-            card = {"task": args.task_name, "method": args.method, "task_adapter": args.lora_ckpt, **own}
+            card: dict = {"task": settings.data.task_name, "method": settings.method}
+            card |= {"task_adapter": settings.model.lora_ckpt}
             folder = run.user_dir(user.user_id) / PERSONAL
-            save_adapter(engine.bank.adapter(place), folder, cli.base_name(args), card | {"records": len(ids)})
-        results.append(own | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds})
+            card |= about | {"records": len(ids)}
+            save_adapter(engine.bank.adapter(place), folder, settings.model.base, card)
+        results.append(about | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds})
     return results
 
 
-def finish_group(
-    args: argparse.Namespace, texts: cli.Texts, engine: Engine, run: Run, pool: Pool | None,
-    group: Sequence[tuple[int, User]],
-) -> None:  # fmt: skip
+def finish_group(stage: Stage, group: Sequence[User]) -> None:
     """Train a group of test users, or go on where that is done, and predict for those who are not finished."""
-    journal = run.journal([user.user_id for _, user in group])
-    results = journal.call("trained", partial(learn_group, args, texts, engine, run, pool, group))
-    engine.bank.load([load_adapter(run.user_dir(user.user_id) / PERSONAL) for _, user in group])
-    todo = [(place, user) for place, (_, user) in enumerate(group) if not run.done(user.user_id)]
-    cli.for_each(todo, len(todo), partial(predict_user, args, texts, engine, run, results))
+    run = stage.run
+    journal = run.journal([user.user_id for user in group])
+    results = journal.call("trained", partial(learn_group, stage, group))
+    stage.engine.bank.load([load_adapter(run.user_dir(user.user_id) / PERSONAL) for user in group])
+    todo = [(place, user) for place, user in enumerate(group) if not run.done(user.user_id)]
+    for_each(todo, len(todo), partial(predict_user, stage, results))
     journal.drop()
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
-    args.anchor_dir = args.anchor_dir or f"./output/{args.task_name}/Anchor_PEFT/LoRA"
-    args.lora_r = args.lora_r or RANKS[args.method]
-    args.lora_alpha = args.lora_alpha or args.lora_r
-    if args.plan:
-        return plan.show("train_user_peft", args)
-    texts = cli.load_texts(args)
-    users = cli.load_test_users(args, texts.task)
-    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users)) if args.method == "mta" else None
-    folder = args.output_dir or f"./output/{args.task_name}/{FOLDERS[args.method]}"
-    run = cli.open_run(args, folder, "train_user_peft", args.method)
-    groups = cli.open_groups(select(users, args.user_idxs), args.users_per_batch, run.done)
+    settings = cli.parse(Settings, __doc__, argv)
+    rank = settings.training.lora_r or RANKS[settings.method]
+    training = replace(settings.training, lora_r=rank, lora_alpha=settings.training.lora_alpha or rank)
+    settings = replace(settings, training=training)
+    data = settings.data
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    users = load_test_users(data.folder, texts.task)
+    pool = None
+    if settings.method == "mta":
+        selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
+        pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), settings.n_sim)
+    folder = settings.output_dir or f"./output/{data.task_name}/{METHODS[settings.method].folder}"
+    run = cli.open_run(settings, Path(folder), "train_user_peft", settings.method)
+    groups = open_groups(select(users, settings.user_idxs), settings.users_per_batch, run.done)
     if not groups:
         return
+    engine = load_engine(settings.model, settings.prompts.max_length)
     order = {user.user_id: index for index, user in enumerate(users)}
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    for group in cli.share_groups(args, run, groups):
-        finish_group(args, texts, engine, run, pool, [(order[user.user_id], user) for user in group])
+    stage = Stage(settings, texts, engine, run, pool, order)
+    for users_of_group in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+        finish_group(stage, users_of_group)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Model, adapter bank and tokenizer as one thing that answers prompts and scores records for adapters in the bank."""
 
-import argparse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from prime.bank.bank import AdapterBank
 from prime.bank.batching import Pair, every_pair
 from prime.bank.decode import Counts, Progress, Request, decode
-from prime.bank.encoding import EncodedPrompt, Encoder, Tokens
+from prime.bank.encoding import EncodedPrompt, EncodedRecord, Encoder, Tokens
 from prime.bank.sampling import Sampler
+from prime.bank.train import Learner, Scalers, train
 from prime.checkpoints.loading import (
     check_model_dir,
     check_vocabulary,
@@ -17,9 +19,12 @@ from prime.checkpoints.loading import (
     load_tokenizer,
 )
 from prime.checkpoints.meta_conversion import kept_conversion
-from prime.cli import Texts, base_name, target_modules
+from prime.runs.progress import bar
+from prime.seeds import derive_seed
+from prime.settings import DecodingSettings, ModelSettings, TrainingSettings
 from prime.users.data import User
-from prime.users.prompts import Prompt, test_prompts
+from prime.users.prompts import Prompt, Record, test_prompts
+from prime.users.texts import Texts
 
 Predictions = dict[str, dict[str, list[dict[str, str]]]]  # {method: {setting: [{"id", "output"}]}}
 
@@ -36,6 +41,9 @@ class Engine:
 
     def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
         return [self.encoder.prompt(prompt.id, prompt.text) for prompt in prompts]
+
+    def encode_records(self, records: Iterable[Record]) -> list[EncodedRecord]:
+        return [self.encoder.record(record.id, record.input, record.target) for record in records]
 
     def answer(
         self,
@@ -54,20 +62,40 @@ class Engine:
         """New tokens at most: where the task has labels, one more than the longest needs."""
         return max_gen_len if labels is None else min(max_gen_len, self.encoder.label_tokens(labels))
 
+    def train(
+        self,
+        learners: Sequence[Learner],
+        settings: TrainingSettings,
+        what: str,
+        stacks: Sequence[Tensor] | None = None,
+        scalers: Scalers | None = None,
+    ) -> list[list[float | None]]:
+        """Train what is in the bank under a progress bar of `what`; returns each learner's loss of every step.
 
-def load_engine(args: argparse.Namespace, *, task_adapter: str | None = None) -> Engine:
-    """Model (with the task adapter folded in, if given), bank and tokenizer by the shared options."""
-    if args.convert_to:
-        kept_conversion(args.llama_model_path, args.convert_to, args.tokenizer_path)
-    base = base_name(args)
-    if not args.tokenizer_path:
-        check_model_dir(base)  # else a wrong model directory is told as a wrong tokenizer's
-    tokenizer = load_tokenizer(args.tokenizer_path or base)
-    model = load_model(base, args.device, args.dtype, task_adapter, args.device_map)
-    embeddings = check_vocabulary(tokenizer, model, args.tokenizer_path or base)
-    bank = AdapterBank(model, target_modules(args))
-    encoder = Encoder(tokenizer, args.max_length, embeddings)
-    return Engine(bank, encoder, eos_ids(tokenizer, model), args.max_batch_tokens)
+        `stacks` and `scalers` as of `prime.bank.train.train`: gates in front of frozen adapters.
+        """
+        steps = sum(len(learner.batches(settings)) for learner in learners)
+        with bar(steps, what, "step") as progress:
+            return train(self.bank, learners, settings, self.max_batch_tokens, progress.update, stacks, scalers)
+
+
+def load_engine(settings: ModelSettings, max_length: int) -> Engine:
+    """Model (with the task adapter folded in, if there is one), bank and tokenizer.
+
+    Args:
+        max_length: tokens of a prompt with its answer.
+    """
+    if settings.convert_to:
+        kept_conversion(settings.llama_model_path, settings.convert_to, settings.tokenizer_path)
+    base = settings.base
+    if not settings.tokenizer_path:
+        check_model_dir(base)  # else a wrong model directory would be reported as a wrong tokenizer's
+    tokenizer = load_tokenizer(settings.tokenizer_path or base)
+    model = load_model(base, settings.device, settings.dtype, settings.lora_ckpt, settings.device_map)
+    embeddings = check_vocabulary(tokenizer, model, settings.tokenizer_path or base)
+    bank = AdapterBank(model, settings.modules)
+    encoder = Encoder(tokenizer, max_length, embeddings)
+    return Engine(bank, encoder, eos_ids(tokenizer, model), settings.max_batch_tokens)
 
 
 def setting_name(k: int, profile: bool) -> str:
@@ -80,38 +108,50 @@ def predict(
     texts: Texts,
     user: User,
     methods: Mapping[str, int],
-    sampler: Sampler,
-    k_list: Sequence[int],
-    max_gen_len: int,
+    decoding: DecodingSettings,
+    seed: int,
     progress: Progress | None = None,
 ) -> Predictions:
-    """Answers to a user's test queries by each method, without and with profile, for k = 0 and each of k_list.
+    """Answers to a user's test queries by each method, without and with profile, for k = 0 and each of `k_list`.
 
     Args:
         methods: name of each method and its adapter in the bank. Methods after the first are decoded with the
             answers of the first as drafts, which saves time and changes nothing.
+        seed: of the run; the user's own is derived from it.
     """
-    profile = (texts.profiles or {}).get(user.user_id, "")
-    with_and_without = (False,) if texts.profiles is None else (False, True)
-    settings = [(k, with_profile) for k in (0, *k_list) for with_profile in with_and_without]
-    prompts: list[EncodedPrompt] = []
-    for k, with_profile in settings:
-        listed = test_prompts(user, texts.task, texts.templates, k, profile if with_profile else None)
-        prompts += engine.encode(listed)
-    limit = engine.limit(texts.task.labels, max_gen_len)
+    sampler = Sampler(decoding.temperature, decoding.top_p, derive_seed(seed, user.user_id))
+    names, prompts = _prompts_by_setting(engine, texts, user, decoding.k_list)
+    limit = engine.limit(texts.task.labels, decoding.max_gen_len)
     first, *others = dict.fromkeys(methods.values())
-    found = engine.answer(prompts, every_pair([first], len(prompts)), sampler, limit, progress=progress)
+    answers = engine.answer(prompts, every_pair([first], len(prompts)), sampler, limit, progress=progress)
     if others:
-        drafts = [[found[first, index]] for index in range(len(prompts))]
-        found |= engine.answer(prompts, every_pair(others, len(prompts)), sampler, limit, drafts, progress)
-    per_setting = len(user.queries)
-    return {
-        method: {
-            setting_name(*setting): [
-                {"id": prompts[index].id, "output": engine.encoder.text(found[adapter, index])}
-                for index in range(place * per_setting, (place + 1) * per_setting)
-            ]
-            for place, setting in enumerate(settings)
-        }
-        for method, adapter in methods.items()
-    }
+        drafts = [[answers[first, index]] for index in range(len(prompts))]
+        answers |= engine.answer(prompts, every_pair(others, len(prompts)), sampler, limit, drafts, progress)
+    predictions: Predictions = {}
+    for method, adapter in methods.items():
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            outputs.append({"id": prompt.id, "output": engine.encoder.text(answers[adapter, index])})
+        predictions[method] = _parted(names, outputs)
+    return predictions
+
+
+def _prompts_by_setting(
+    engine: Engine, texts: Texts, user: User, k_list: Sequence[int]
+) -> tuple[list[str], list[EncodedPrompt]]:
+    """Names of the ways to prompt, and the prompts of all queries one way after the other."""
+    profile = (texts.profiles or {}).get(user.user_id, "")
+    names: list[str] = []
+    prompts: list[EncodedPrompt] = []
+    for k in (0, *k_list):
+        for with_profile in (False,) if texts.profiles is None else (False, True):
+            names.append(setting_name(k, with_profile))
+            listed = test_prompts(user, texts.task, texts.templates, k, profile if with_profile else None)
+            prompts += engine.encode(listed)
+    return names, prompts
+
+
+def _parted(names: Sequence[str], outputs: Sequence[dict[str, str]]) -> dict[str, list[dict[str, str]]]:
+    """Outputs by the way to prompt; each way has as many, in one stretch."""
+    size = len(outputs) // len(names)
+    return {name: list(outputs[place * size : (place + 1) * size]) for place, name in enumerate(names)}

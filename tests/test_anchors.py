@@ -1,6 +1,5 @@
 """Embeddings, clustering, the choice of anchors, and the published files."""
 
-import argparse
 import pickle
 import zipfile
 from pathlib import Path
@@ -62,8 +61,7 @@ def test_what_of_an_item_is_embedded(embed, expected):
     import history_anchor
 
     one = User("u", ({"id": "7", "description": "a heist", "tag": "action"},), ())
-    args = argparse.Namespace(embed=embed, prompt_path=None)
-    assert history_anchor.item_texts(args, one, TASK) == [expected]
+    assert history_anchor.item_texts(embed, None, one, TASK) == [expected]
 
 
 def test_embedding_is_the_mean_over_own_tokens_whatever_the_batch(encoder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ import torch
 
 import mia
 from prime import cli
-from prime.attack import subjects as attacks
+from prime.attack import evidence, subjects
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.runs.run import Run
+from prime.settings import TrainingSettings, recorded
 from prime.users.holdout import Split, records_of, trained_records
+from prime.users.texts import load_candidates, load_texts
 
 TASK_NAME, RECORDS = "movie_tagging", 7  # four trained items, and a second record for all but the first of them
 HOLDOUT = Split(1 / 3, seed=0, recent_k=50)
@@ -53,22 +56,25 @@ def write_model(folder):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(words), eos_token_id=2, **size)).save_pretrained(folder)
 
 
-def train_sharers(args, folder):
+def train_sharers(settings, folder):
     """Stage 3 in short: every anchor's adapter learns its records by heart, but those of a third of the items."""
-    from prime.bank.train import Learner, TrainSettings, train
+    from prime.bank.train import Learner, train
     from prime.checkpoints.peft import save_adapter
 
-    engine, texts = load_engine(args), cli.load_texts(args)
+    without_task = replace(settings.model, lora_ckpt=None)
+    engine = load_engine(without_task, settings.prompts.max_length)
+    texts = load_texts(settings.data.folder, settings.data.task_name, None)
     engine.bank.allocate(range(4), 8, 8)
-    save_adapter(engine.bank.adapter(0), args.lora_ckpt, "tiny")  # B is zero: the task adapter changes nothing
+    # B is zero: the task adapter changes nothing.
+    save_adapter(engine.bank.adapter(0), settings.model.lora_ckpt, "tiny")
     learners = []
-    for place, user in enumerate(cli.load_candidates(args, texts.task)):
+    for place, user in enumerate(load_candidates(settings.data.folder, texts.task)):
         records = trained_records(texts, user, 50, HOLDOUT)
         encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
         learners.append(Learner(place, user.user_id, place, encoded))
-    train(engine.bank, learners, TrainSettings(lr=0.03, clip=1.0, epochs=40))
-    settings = {key: getattr(args, key) for key in attacks.RECORD_OPTIONS}
-    run = Run(folder, "train_anchor_peft", "anchors", settings | {"seed": HOLDOUT.seed, "holdout": HOLDOUT.share})
+    train(engine.bank, learners, TrainingSettings(lr=0.03, clip=1.0, epochs=40))
+    about = {key: recorded(settings)[key] for key in subjects.RECORD_OPTIONS}
+    run = Run(folder, "train_anchor_peft", "anchors", about | {"seed": HOLDOUT.seed, "holdout": HOLDOUT.share})
     for learner in learners:
         save_adapter(engine.bank.adapter(learner.slot), run.user_dir(learner.name) / "adapter", "tiny")
         ids = [record.id for record in learner.records]
@@ -98,7 +104,7 @@ def world(tmp_path_factory):
     }
     argv = ["--task_name", TASK_NAME, "--n_sim", "3", "--device", "cpu"]
     argv += [text for key, name in paths.items() for text in (f"--{key}", str(root / name))]
-    train_sharers(mia.build_parser().parse_args(argv), root / "LoRA")
+    train_sharers(cli.parse(mia.Settings, None, argv), root / "LoRA")
     write_experiment(root / "evo", root / "LoRA")
     mia.main(argv)
     return argv, root / "evo"
@@ -131,13 +137,13 @@ def losses_and_lengths(argv, adapter, anchor, held_out=False):
     from transformers import AutoModelForCausalLM
 
 
-    args = mia.build_parser().parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(args.llama_model_path)
+    settings = cli.parse(mia.Settings, None, argv)
+    model = AutoModelForCausalLM.from_pretrained(settings.model.llama_model_path)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    encoder = load_engine(args).encoder
-    texts = cli.load_texts(args)
-    user = next(u for u in cli.load_candidates(args, texts.task) if u.user_id == anchor)
+    encoder = load_engine(replace(settings.model, lora_ckpt=None), settings.prompts.max_length).encoder
+    texts = load_texts(settings.data.folder, settings.data.task_name, None)
+    user = next(u for u in load_candidates(settings.data.folder, texts.task) if u.user_id == anchor)
     losses = []
     for record in (records_of if held_out else trained_records)(texts, user, 50, HOLDOUT):
         own = encoder.record(record.id, record.input, record.target)
@@ -196,7 +202,7 @@ def test_wrong_input_is_told(world, tmp_path):
     with pytest.raises(InputError, match="no finished users"):
         mia.main([*argv, "--exp_dir", str(tmp_path)])
     with pytest.raises(InputError, match="merged no sharer's adapter"):
-        attacks.deployment(tmp_path, {"user_id": "1", "index": 0}, 3)
+        subjects.deployment(tmp_path, {"user_id": "1", "index": 0}, 3)
 
 
 def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tmp_path):
@@ -207,15 +213,15 @@ def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tm
         ([[0.0, 0.0], [0.0, 0.1], [0.0, 0.0]], 3, ["b"]),  # --piece_merge
     ]
     for weights, n_sim, members in cases:
-        subject = attacks.deployment(tmp_path, result | {"weights": weights}, n_sim)
+        subject = subjects.deployment(tmp_path, result | {"weights": weights}, n_sim)
         assert subject.members == members
         assert sorted([*subject.members, *subject.neither]) == ["a", "b", "c"]
-    on_base = attacks.deployment(tmp_path, result | {"weights": [0.0] * 3, "deployed": "base"}, 2)
+    on_base = subjects.deployment(tmp_path, result | {"weights": [0.0] * 3, "deployed": "base"}, 2)
     assert on_base.members == ["a", "b"] and on_base.adapter is None
     with pytest.raises(InputError, match="user 1: all 3 anchors are sharers"):
-        attacks.check_members([subject], ["a", "b", "c"])
+        subjects.check_members([subject], ["a", "b", "c"])
     with pytest.raises(InputError, match="no results of sharers c"):
-        attacks.check_members([subject], ["a", "b", "d"])
+        subjects.check_members([subject], ["a", "b", "d"])
 
 
 
@@ -255,26 +261,26 @@ def test_a_random_adapter_is_not_caught_and_a_memorising_one_is(world, tmp_path)
 
 def test_references_are_other_peoples_and_as_many_for_every_record():
     owners = ["a", "b", "c", "d", "e", "f"]
-    subject = attacks.Subject("1", 0, None, ["b"], ["d"])
+    subject = subjects.Subject("1", 0, None, ["b"], ["d"])
     for seed in range(5):
-        drawn = attacks.References.draw(owners, 2, seed)
-        assert drawn == attacks.References.draw(owners[::-1], 2, seed)
+        drawn = evidence.References.draw(owners, 2, seed)
+        assert drawn == evidence.References.draw(owners[::-1], 2, seed)
         for owner in owners:
             chosen = drawn.of(subject, owner)
             assert len(set(chosen)) == 2 and not {owner, "b", "d"} & set(chosen)
-    few = attacks.References.draw(["a", "b"], 2, 0)  # nobody is left beside the record's owner
-    assert few.of(attacks.Subject("1", 0, None, ["b"]), "a") == []
-    assert attacks.References.draw(owners, 0, 0).pool(subject) == []
+    few = evidence.References.draw(["a", "b"], 2, 0)  # nobody is left beside the record's owner
+    assert few.of(subjects.Subject("1", 0, None, ["b"]), "a") == []
+    assert evidence.References.draw(owners, 0, 0).pool(subject) == []
 
 
 def test_rmia_of_a_result_is_the_definition_record_by_record(world):
     """From log-probabilities by PEFT: user 1's members under sharer 10, the one reference a record has."""
     argv, exp_dir = world
     result = json.loads((exp_dir / "mia" / "users" / "user_1" / "result.json").read_text())
-    args = mia.build_parser().parse_args(argv)
+    settings = cli.parse(mia.Settings, None, argv)
     anchors = exp_dir.parent / "LoRA" / "users"
-    order = attacks.References.draw(["10", "11", "12", "13"], args.references, args.seed)
-    subject = attacks.Subject("1", 0, None, ["10"], ["11"])
+    order = evidence.References.draw(["10", "11", "12", "13"], settings.references, settings.seed)
+    subject = subjects.Subject("1", 0, None, ["10"], ["11"])
     deployed = exp_dir / "users" / "user_1" / "adapter"
 
     def ratios(owner):
@@ -284,8 +290,8 @@ def test_rmia_of_a_result_is_the_definition_record_by_record(world):
 
     others = np.concatenate([ratios(owner) for owner in ("12", "13")])
     expected = np.array([np.mean(ratio / others >= 2) for ratio in ratios("10")])
-    texts = cli.load_texts(args)
-    user = next(u for u in cli.load_candidates(args, texts.task) if u.user_id == "10")
+    texts = load_texts(settings.data.folder, settings.data.task_name, None)
+    user = next(u for u in load_candidates(settings.data.folder, texts.task) if u.user_id == "10")
     out = np.array([record.held_out for record in records_of(texts, user, 50, HOLDOUT)])
     assert result["scores"]["rmia"]["member"] == pytest.approx(expected[~out])
     assert result["scores"]["rmia"]["held_out"] == pytest.approx(expected[out])

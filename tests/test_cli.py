@@ -4,17 +4,27 @@ import argparse
 import re
 import shlex
 import string
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import world
 
+from prime import cli
+from prime.settings import (
+    DataSettings,
+    defaults,
+    group,
+    int_list,
+    natural,
+    positive,
+    recorded,
+    setting,
+    task_path,
+)
+
 SCRIPTS = sorted(path.name for path in world.ROOT.glob("*.py"))
-SOURCE = "\n".join(path.read_text() for path in [*world.ROOT.glob("*.py"), *(world.ROOT / "prime").glob("*.py")])
-
-
-def parser(name: str) -> argparse.ArgumentParser:
-    return world.script(name).build_parser()
+SOURCE = "\n".join(path.read_text() for path in [*world.ROOT.glob("*.py"), *(world.ROOT / "prime").rglob("*.py")])
 
 
 def readme_commands() -> list[list[str]]:
@@ -39,7 +49,7 @@ def expanded_lines(block: str) -> list[str]:
 
 @pytest.mark.parametrize("words", world.announcement(), ids=lambda words: words[0])
 def test_announced_command_parses(words: list[str]) -> None:
-    args = parser(words[0]).parse_args(words[1:])
+    args = world.parser(words[0]).parse_args(words[1:])
     given = dict(zip(words[1::2], words[2::2], strict=True))
     for option, text in given.items():
         value = getattr(args, option.removeprefix("--"))
@@ -51,7 +61,7 @@ def test_readme_commands_parse() -> None:
     commands = readme_commands()
     assert {words[0] for words in commands} >= {"task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"}
     for words in commands:
-        parser(words[0]).parse_args(words[1:])
+        world.parser(words[0]).parse_args(words[1:])
 
 
 def test_readme_paths_exist() -> None:
@@ -64,13 +74,13 @@ def test_readme_paths_exist() -> None:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_option_has_help_and_is_read(name: str) -> None:
-    for action in parser(name)._actions:
+    for action in world.parser(name)._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         assert action.help, f"{name} {action.option_strings}: no help"
-        assert "None" not in parser(name)._get_formatter()._expand_help(action), f"{name} {action.dest}"
+        assert "None" not in world.parser(name)._get_formatter()._expand_help(action), f"{name} {action.dest}"
         assert action.type is not bool, f"{name} {action.option_strings}: type=bool"
-        read = re.search(rf"args\.{action.dest}\b", SOURCE) or action.dest == "debug"
+        read = re.search(rf"\.{action.dest}\b|\"{action.dest}\"", SOURCE) or action.dest == "debug"
         assert read, f"{name} {action.option_strings}: never read"
 
 
@@ -86,5 +96,45 @@ def test_wrong_values_are_refused_with_the_value(capsys: pytest.CaptureFixture[s
     words = next(words for words in world.announcement() if words[0] == "lora_composition_evo.py")
     for option, value in (("--opt_budget", "-1"), ("--top_p", "1.5"), ("--k_list", "1,x"), ("--task_name", "movies")):
         with pytest.raises(SystemExit) as stopped:
-            parser(words[0]).parse_args([*words[1:], option, value])
+            world.parser(words[0]).parse_args([*words[1:], option, value])
         assert stopped.value.code == 2 and value.split(",")[-1] in capsys.readouterr().err
+
+
+@dataclass(frozen=True, kw_only=True)
+class Oven:
+    degrees: int = setting(200, "of the oven", parse=positive)
+    fan: bool = setting(False, "with the fan", neutral=True)
+    tray: str | None = setting(None, "which tray", required=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baking:
+    data: DataSettings = group()
+    output_dir: str = task_path("./bread/<task_name>", "where it goes", neutral=True)
+    first: Oven = group(degrees=180)
+    flour: tuple[int, ...] = setting((1, 2), "sorts", parse=int_list)
+
+
+def test_settings_become_options_and_options_settings() -> None:
+    words = ["--task_name", "citation", "--tray", "low", "--fan", "--flour", "3"]
+    baking = cli.parse(Baking, "Bakes.", words)
+    assert baking.first == Oven(degrees=180, fan=True, tray="low") and baking.flour == (3,)
+    assert baking.output_dir == "./bread/citation" and baking.data.folder == Path("data/citation")
+    assert recorded(baking) == {
+        "task_name": "citation", "data_dir": None, "degrees": 180, "tray": "low", "flour": (3,),
+    }  # fmt: skip
+    assert defaults(Baking)["degrees"] == 180 and "tray" not in defaults(Baking)
+
+
+def test_a_stage_leaves_out_what_it_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Raw:
+        data: DataSettings = group(without=("data_dir",))
+        first: Oven = group(without=("tray",), degrees=setting(90, "warm", parse=natural))
+
+    assert cli.parse(Raw, None, ["--task_name", "citation"]).first == Oven(degrees=90)
+    with pytest.raises(SystemExit):
+        cli.parse(Raw, None, ["--task_name", "citation", "--tray", "low"])
+    with pytest.raises(SystemExit):
+        cli.parse(Baking, None, ["--task_name", "citation"])
+    assert "the following arguments are required: --tray" in capsys.readouterr().err

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from scipy.stats import entropy
 
-from prime.merging.objective import PENALTIES, Objective, Score, score_by_likelihood, size, unevenness
+from prime.merging.objective import Objective, Score, score_by_likelihood
 from prime.users.tasks import TASKS, Task
 
 Texts = list[list[str]]
@@ -76,28 +75,10 @@ def test_without_history_lorahub_stays_at_the_base() -> None:
     assert score_by_likelihood([], torch.zeros(3)).loss == 0.0 < score_by_likelihood([], torch.ones(3)).loss
 
 
-def test_unevenness_is_one_minus_the_normalised_entropy_of_the_shares() -> None:
-    assert unevenness(torch.tensor([0.4, -0.4, 0.4])) == pytest.approx(0, abs=1e-12)
-    assert unevenness(torch.tensor([0.0, 0.7, 0.0])) == pytest.approx(1)
-    assert unevenness(torch.zeros(3)) == 0.0 == unevenness(torch.tensor([0.5]))
-    expected = 1 - entropy([0.5, 0.3, 0.2], base=3)
-    assert unevenness(torch.tensor([1.0, -0.6, 0.4])) == pytest.approx(expected)  # of size, not of sign or scale
-    by_layer = torch.tensor([[1.0, 0.0], [-0.6, 2.0], [0.4, 0.0]])
-    assert unevenness(by_layer) == pytest.approx((expected + 1) / 2)
-
-
-def test_size_is_the_euclidean_norm() -> None:
-    assert size(torch.tensor([3.0, -4.0])) == pytest.approx(5)
-    assert size(torch.tensor([[3.0, 0.0], [4.0, 1.0]])) == pytest.approx(3)
-
-
-@pytest.mark.parametrize("kind", PENALTIES)
 @pytest.mark.parametrize("task", [MOVIE, RATING], ids=lambda task: task.name)
-def test_the_loss_is_unpenalised_plus_penalty_times_cost(kind: str, task: Task) -> None:
+def test_the_loss_is_unpenalised_plus_penalty_times_cost(task: Task) -> None:
     golds, answers, sharers = ["5", "1"], [["5", "3"]], [[["4", "3"]], [["5", "1"]]]
-    weights = (0.9, -0.3)
-    by = [scored(Objective(task, golds, penalty, kind=kind), answers, sharers, weights) for penalty in (0.0, 0.5)]
-    assert by[0].loss == by[0].unpenalised == by[1].unpenalised
-    assert by[1].loss == pytest.approx(by[1].unpenalised + 0.5 * by[1].cost) and by[0].cost == by[1].cost
-    costs = {"entropy": unevenness(torch.tensor(weights)), "norm": size(torch.tensor(weights))}
-    assert by[0].cost == pytest.approx(costs.get(kind, by[0].similarity if task is MOVIE else -by[0].similarity))
+    free, dear = (scored(Objective(task, golds, penalty), answers, sharers) for penalty in (0.0, 0.5))
+    assert free.loss == free.unpenalised == dear.unpenalised
+    assert dear.loss == pytest.approx(dear.unpenalised + 0.5 * dear.cost) and free.cost == dear.cost
+    assert free.cost == pytest.approx(free.similarity if task is MOVIE else -free.similarity)

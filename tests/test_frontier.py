@@ -1,9 +1,10 @@
 """Several penalties in one run: each search goes the way it would go alone, and what they share is answered once."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,14 +15,14 @@ from torch import Tensor
 import lora_composition_evo
 import postprocess
 from prime.errors import InputError
-from prime.merging.evolution import Evaluation, check_search, chosen, distinct, evolve
+from prime.merging.evolution import Evaluation, Memo, check_search, choose, evolve
 from prime.merging.objective import Objective, Trial
-from prime.merging.optimizer import Search, lockstep, minimise
 from prime.report.frontier import frontier_table, write_frontier
 from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
 from prime.runs.penalties import penalty_runs, sharing_text
 from prime.runs.run import Run
+from prime.settings import FitnessSettings, SearchSettings
 from prime.users.data import User
 from prime.users.tasks import TASKS
 
@@ -29,16 +30,11 @@ MOVIE, RATING = TASKS["movie_tagging"], TASKS["product_rating"]
 PENALTIES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-def options(**given: object) -> argparse.Namespace:
-    search = {"start": "ranked", "step": 0.3, "opt_type": "cma", "opt_budget": 10}
-    return argparse.Namespace(**search | {"search_only": False, "top_share": 1.0, "baseline": None} | given)
-
-
 class Hills:
     """Stands in for a `Population`: utility and similarity are rough functions of the weights, without any model."""
 
-    def __init__(self, n: int = 3, layers: int = 0, **given: object):
-        self.args = options(**given)
+    def __init__(self, n: int = 3, layers: int = 0, **given: Any):
+        self.search = SearchSettings(**given)
         self.n, self.shape = n, (n, layers) if layers else (n,)
         self.batches: list[int] = []
         self.journal = Journal(Path("/nonexistent"))
@@ -69,8 +65,10 @@ def objectives(penalties: Sequence[float] = PENALTIES, task=MOVIE) -> list[Objec
 
 
 def run(hills: Hills, penalties: Sequence[float], folder: Path, seed: int = 3, task=MOVIE) -> list[list[Evaluation]]:
+    made = objectives(penalties, task)
+    memo = Memo(hills, hills.trials(made[0]))
     logs = [folder / f"{penalty:g}.jsonl" for penalty in penalties]
-    return evolve(hills, objectives(penalties, task), seed, logs)
+    return [evolve(memo, one.score, hills.search, seed, log) for one, log in zip(made, logs, strict=True)]
 
 
 @pytest.mark.parametrize("layers", [0, 4])
@@ -85,31 +83,19 @@ def test_each_penalty_finds_what_it_finds_alone(tmp_path: Path, layers: int, opt
         assert all(torch.equal(one.weights, own.weights) for one, own in zip(found, alone, strict=True))
 
 
-def test_what_is_asked_twice_is_answered_once_and_new_points_together(tmp_path: Path) -> None:
+def test_what_is_asked_twice_is_answered_once(tmp_path: Path) -> None:
     hills = Hills()
     together = run(hills, PENALTIES, tmp_path)
-    different = {one.weights.numpy().tobytes() for found in together for one in found}
-    assert sum(hills.batches) == len(different) == distinct(*together) < sum(map(len, together))
-    assert hills.batches[0] == 4 and len(hills.batches) <= 4  # the known, the starts, two generations
+    different: set[bytes] = set()
+    for found in together:
+        different |= {one.weights.numpy().tobytes() for one in found}
+    assert sum(hills.batches) == len(different) < sum(map(len, together))
 
 
 def test_penalties_that_rank_alike_cost_nothing(tmp_path: Path) -> None:
     hills = Hills()
     run(hills, [0.0, 1e-9, 1e-8], tmp_path)
     assert hills.batches == [4, 1, 5, 5]
-
-
-def test_searches_of_unlike_length_end_each_at_its_own() -> None:
-    def loss(points: list[np.ndarray]) -> list[float]:
-        return [float(np.abs(point - 0.4).sum()) for point in points]
-
-    budgets = (0, 7, 23)
-    searches = [Search(np.zeros(3), "cma", budget, seed=5) for budget in budgets]
-    lockstep(searches, lambda asked: [loss(points) for points in asked])
-    for search, budget in zip(searches, budgets, strict=True):
-        alone = minimise(np.zeros(3), loss, "cma", budget, seed=5)
-        assert len(search.history) == budget
-        assert all(np.array_equal(x, y) and a == b for (x, a), (y, b) in zip(search.history, alone, strict=True))
 
 
 def dominated(one: Evaluation, others: Sequence[Evaluation]) -> bool:
@@ -128,7 +114,7 @@ def test_pareto_is_one_search_whose_deployed_points_nobody_dominates(tmp_path: P
     for penalty, found in zip(PENALTIES, together, strict=True):
         assert [one.weights.tolist() for one in found] == [one.weights.tolist() for one in together[0]]
         assert all(one.loss == pytest.approx(one.unpenalised + penalty * one.cost) for one in found)
-        best = chosen(options(), found, 3)
+        best = choose(found, SearchSettings())
         assert best.loss == min(one["loss"] for one in world.entries(tmp_path / f"{penalty:g}.jsonl"))
         assert penalty == 0 or not dominated(best, found)
 
@@ -145,18 +131,16 @@ def volume(found: Sequence[Evaluation]) -> float:
 def test_pareto_in_any_case_is_pareto_and_needs_a_resemblance(tmp_path: Path) -> None:
     one, other = (run(Hills(opt_type=name), PENALTIES, tmp_path / name) for name in ("pareto", "Pareto"))
     assert [[e.line() for e in found] for found in one] == [[e.line() for e in found] for found in other]
-    check_search(options(opt_type="Pareto", objective="metric"), 3)
+    pareto = SearchSettings(opt_type="Pareto")
+    check_search(pareto, FitnessSettings())
     with pytest.raises(InputError, match="--opt_type Pareto: --objective nll knows no resemblance"):
-        check_search(options(opt_type="Pareto", objective="nll"), 3)
-    with pytest.raises(InputError, match="--top_share 0.3: 3 sharers cannot"):
-        check_search(options(top_share=0.3, objective="metric"), 3)
+        check_search(pareto, FitnessSettings(objective="nll"))
 
 
-@pytest.mark.parametrize("ban", [{"search_only": True}, {"top_share": 0.5}])
-def test_a_single_sharer_is_not_deployed_where_none_may_be(ban: dict[str, object]) -> None:
-    check_search(options(objective="metric", baseline="uniform", **ban), 3)
-    with pytest.raises(InputError, match="--baseline best_sharer: under --search_only or --top_share"):
-        check_search(options(objective="metric", baseline="best_sharer", **ban), 3)
+def test_a_single_sharer_is_not_deployed_where_none_may_be() -> None:
+    check_search(SearchSettings(baseline="uniform", search_only=True), FitnessSettings())
+    with pytest.raises(InputError, match="--baseline best_sharer: under --search_only"):
+        check_search(SearchSettings(baseline="best_sharer", search_only=True), FitnessSettings())
 
 
 def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path: Path) -> None:
@@ -169,21 +153,20 @@ def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path
 
 def test_search_only_deploys_no_single_sharer(tmp_path: Path) -> None:
     (found,) = run(Hills(opt_budget=0, start="zero"), [0.0], tmp_path)
-    assert chosen(options(), found, 3).origin == "sharer"
-    assert chosen(options(search_only=True), found, 3) is found[0]
+    assert choose(found, SearchSettings()).origin == "sharer"
+    assert choose(found, SearchSettings(search_only=True)) is found[0]
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-def test_with_a_top_share_every_searched_candidate_keeps_to_it_and_no_single_sharer_wins(
-    tmp_path: Path, layers: int
-) -> None:
-    own = options(top_share=0.5)
-    (found,) = run(Hills(layers=layers, top_share=0.5), [0.0], tmp_path)
-    for one in found[4:]:
-        sizes = one.weights.double().abs().reshape(3, -1)
-        assert (sizes <= 0.5 * sizes.sum(0) + 1e-6).all()
-    assert chosen(own, found, 3).origin in ("base", "start", "search")
-    assert chosen(own, found, 3).loss == min(one.loss for one in [found[0], *found[4:]])
+def test_baselines_are_choices_without_a_search(tmp_path: Path, layers: int) -> None:
+    (found,) = run(Hills(layers=layers, baseline="best_sharer"), [0.1], tmp_path)
+    assert [one.origin for one in found] == ["base", "sharer", "sharer", "sharer"]
+    best = choose(found, SearchSettings(baseline="best_sharer"))
+    assert best.unpenalised == min(one.unpenalised for one in found[1:])
+    (found,) = run(Hills(layers=layers, baseline="uniform"), [0.1], tmp_path)
+    assert [one.origin for one in found] == ["base", "sharer", "sharer", "sharer", "start"]
+    average = choose(found, SearchSettings(baseline="uniform"))
+    assert torch.equal(average.weights, torch.full_like(average.weights, 1 / 3))
 
 
 # -- frontier.json --------------------------------------------------------------------------------------------------
@@ -281,8 +264,10 @@ def test_no_frontier_without_the_answers_predicted(tmp_path: Path) -> None:
 def test_weights_of_zero_deploy_the_base_however_they_were_found(tmp_path: Path) -> None:
     found = Evaluation(torch.zeros(2, 4), -1.0, 1.0, 0.5, -1.0, 0.0, "search")
     stage = Run(tmp_path, "lora_composition_evo", "prime", {})
-    who, sharers = {"user_id": "7", "index": 0}, [User("a", ()), User("b", ())]
-    lora_composition_evo.deploy(options(merge_rule="delta"), stage, who, sharers, [], found, {})
+    pool = Mock(sharers=lambda index: [User("a", ()), User("b", ())])
+    settings = Mock(search=SearchSettings())
+    work = lora_composition_evo.Stage(settings, Mock(), Mock(), pool, [stage])
+    lora_composition_evo.deploy(work, stage, 0, User("7", ()), found, {})
     result = read_json(stage.result_path("7"))
     assert (result["deployed"], result["origin"]) == ("base", "search")
     assert not (stage.user_dir("7") / "adapter").exists()

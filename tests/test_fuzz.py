@@ -2,13 +2,13 @@
 
 The world is a finished run, so the stages go through all their loaders and then have nothing left to compute.
 """
-
 import copy
 import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,6 @@ from prime.report.leakage import read_curves
 from prime.report.predictions import check_golds, check_stage, check_users, gather
 from prime.report.summary import about_methods
 from prime.runs.forms import EVALUATED_LOSS, read_form_lines
-from prime.runs.penalties import open_runs
 from prime.runs.run import Run, read_results, read_settings
 from prime.users.data import load_labels, load_users
 from prime.users.tasks import TASKS
@@ -83,9 +82,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_adapter(tiny.adapter(model, index), anchors.user_dir(user_id) / "adapter", "base", {"user_id": user_id})
         anchors.finish(user_id, {"user_id": user_id, "index": index, "record_ids": ["u1-1"]})
     world.write(folder / "prompts.json", {TASK.name: TEMPLATES[TASK.name]})
-    args = lora_composition_evo.build_parser().parse_args(evo_argv(folder))
-    args.name = "prime"
-    (run,) = open_runs(folder / "output" / "evo", args)
+    settings = world.settings(["lora_composition_evo.py", *evo_argv(folder)])
+    (run,) = lora_composition_evo.open_runs(replace(settings, name="prime"), folder / "output" / "evo")
     for index, user in enumerate(tests):
         answers = [{"id": query.id, "output": "comedy"} for query in user.queries]
         result = {

@@ -1,5 +1,4 @@
 """Gates against PEFT with a hand-written gate in front; composition against one module at a time; the two stages."""
-
 import json
 import math
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
-from prime.bank.train import Learner, TrainSettings, train
+from prime.bank.train import BETAS, Learner, train
 from prime.checkpoints.peft import load_adapter
 from prime.errors import InputError
 from prime.merging.gates import (
@@ -32,9 +31,10 @@ from prime.merging.gates import (
     teacher_forced,
 )
 from prime.runs.run import user_dirname
+from prime.settings import TrainingSettings
 from tests import tiny
 
-SETTINGS = TrainSettings(lr=2e-2, weight_decay=0.0, clip=0.3, batch_size=3, epochs=3, dropout=0.0)
+SETTINGS = TrainingSettings(lr=2e-2, weight_decay=0.0, clip=0.3, batch_size=3, epochs=3, lora_dropout=0.0)
 
 
 BASE = tiny.model()
@@ -49,7 +49,7 @@ def loaded(adapters: Sequence[Adapter]) -> AdapterBank:
 
 
 def trained(
-    learners: Sequence[Learner], adapters: Sequence[Adapter], settings: TrainSettings = SETTINGS
+    learners: Sequence[Learner], adapters: Sequence[Adapter], settings: TrainingSettings = SETTINGS
 ) -> tuple[Gates, list[list[float]]]:
     bank = loaded(adapters)
     gates = Gates.zeros(bank)
@@ -91,7 +91,7 @@ def test_gates_train_as_they_do_in_front_of_peft() -> None:
     learner, own = LEARNERS[1], ADAPTERS[1]
     model, vectors = gated_peft(own)
     plan = learner.batches(SETTINGS)
-    optimizer = torch.optim.AdamW(vectors.values(), lr=SETTINGS.lr, betas=SETTINGS.betas, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vectors.values(), lr=SETTINGS.lr, betas=BETAS, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(plan))
     expected, clipped = [], 0
     for batch in plan:
@@ -117,7 +117,7 @@ def test_first_gradients_are_those_in_front_of_peft() -> None:
     model, vectors = gated_peft(own)
     tiny.textbook_loss(model, batch).backward()
     with tiny.noted_gradients() as noted:
-        trained([Learner(0, "a", 1, batch)], [own], TrainSettings(batch_size=4, epochs=1, dropout=0.0))
+        trained([Learner(0, "a", 1, batch)], [own], TrainingSettings(batch_size=4, epochs=1, lora_dropout=0.0))
     assert len(noted[0]) == len(vectors) == 8
     for ours, vector in zip(noted[0], vectors.values(), strict=True):
         assert vector.grad.abs().max() > 1e-4
@@ -126,7 +126,7 @@ def test_first_gradients_are_those_in_front_of_peft() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_gates_trained_together_are_gates_trained_alone(dropout: float) -> None:
-    settings = replace(SETTINGS, dropout=dropout)
+    settings = replace(SETTINGS, lora_dropout=dropout)
     together, losses = trained(LEARNERS, ADAPTERS, settings)
     for learner, own in zip(LEARNERS, ADAPTERS, strict=True):
         gates, (alone,) = trained([replace(learner, slot=0)], [own], settings)

@@ -1,5 +1,4 @@
 """The stages in a row, on a small cut of the demo world: the announcement's commands, and the promises of a run."""
-
 import argparse
 import json
 import shutil
@@ -24,14 +23,16 @@ from prime.checkpoints.loading import load_tokenizer
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.merging.evolution import fitness_records
 from prime.merging.optimizer import ranked_weights
+from prime.merging.population import Setup, fitness_records
 from prime.merging.sharers import adapter_folder, load_pool
 from prime.runs.run import user_dirname
+from prime.settings import FitnessSettings, SamplingSettings, SearchSettings
 from prime.users.data import load_labels, load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
 from prime.users.templates import TEMPLATES
+from prime.users.texts import Texts, asked_as_queries, load_test_users, load_texts
 from tests import tiny
 
 TASK = "movie_tagging"
@@ -134,11 +135,12 @@ def test_fitness_by_queries_finds_the_same_where_history_and_test_ask_the_same(i
 
 
 def test_fitness_by_queries_counts_records_and_metrics_of_the_test() -> None:
-    args = argparse.Namespace(data_dir=str(world.DEMO / "citation"), fitness="query", recent_k=5)
-    texts = cli.asked_as_queries(args, cli.Texts(TASKS["citation"], TEMPLATES["citation"], None))
+    texts = asked_as_queries(world.DEMO / "citation", Texts(TASKS["citation"], TEMPLATES["citation"], None))
     assert texts.task.history_metrics == ("accuracy", "f1") and texts.task.history_labels == ("[1]", "[2]")
     user = load_users(world.DEMO / "citation/test_100/user_test_100.json", texts.task)[0]
-    records = fitness_records(args, texts, user, seed=1)
+    fitness = FitnessSettings(fitness="query")
+    setup = Setup(SearchSettings(), fitness, SamplingSettings(), 5, texts, Mock())
+    records = fitness_records(setup, user, seed=1)
     assert [record.id for record in records] == [f"u{user.user_id}-{item['id']}-q" for item in user.profile[-5:]]
     assert all(f" [{i}]: " in record.input for record in records for i in (1, 2))
     assert {record.target for record in records} <= {" [1]", " [2]"}
@@ -385,11 +387,12 @@ def test_lorahubs_losses_are_cross_entropies_of_each_record(inside: Path, rule: 
     assert settings["method"] == "lorahub" and settings["settings"]["sim_penalty"] == 0
     base = AutoModelForCausalLM.from_pretrained(world.CHECKPOINT, dtype=torch.float32)
     base = PeftModel.from_pretrained(base, f"output/{TASK}/task-base_LLM").merge_and_unload().eval()
-    args = world.script(words[0]).build_parser().parse_args(words[1:])
-    texts = cli.load_texts(args)
-    user = cli.load_test_users(args, texts.task)[0]
-    records = history_records(user, texts.task, texts.templates, texts.profiles[user.user_id], args.recent_k)
-    encoder = Encoder(load_tokenizer(world.CHECKPOINT), args.max_length)
+    settings = world.settings(words)
+    texts = load_texts(settings.data.folder, TASK, None)
+    user = load_test_users(settings.data.folder, texts.task)[0]
+    profile = texts.profile_of(user.user_id)
+    records = history_records(user, texts.task, texts.templates, profile, settings.prompts.recent_k)
+    encoder = Encoder(load_tokenizer(world.CHECKPOINT), settings.prompts.max_length)
     shared = [load_adapter(adapter_folder(ANCHORS, sharer)) for sharer in result["sharers"]]
     lines = (inside / f"output/lorahub-{rule}/users" / user_dirname(user.user_id) / "evaluations.jsonl").read_text()
     evaluated = [json.loads(line) for line in lines.splitlines()]

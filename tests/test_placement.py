@@ -162,6 +162,6 @@ WORDS = ["--task_name", "movie_tagging", "--llama_model_path", "m", "--lora_ckpt
 @pytest.mark.parametrize("stage", ["train_anchor_peft", "train_anchor_gate"])
 def test_training_stages_refuse(stage: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        world.script(stage).build_parser().parse_args(WORDS)
+        world.parser(stage).parse_args(WORDS)
     assert stopped.value.code == 2
     assert "a stage that trains keeps its model on one device" in capsys.readouterr().err

@@ -1,11 +1,10 @@
 """Private training: per-item gradients against micro-batches of one, accounting against Opacus and a formula."""
-
 import math
 import stat
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from prime.bank.dp import Mechanism, Terms, load_key, terms_of
 from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
 from prime.bank.passes import Passes, TrainRow, row_losses
-from prime.bank.train import Learner, TrainSettings, _accumulate_clipped, train
+from prime.bank.train import Learner, _accumulate_clipped, train
 from prime.checkpoints.loading import load_model
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.errors import InputError
@@ -29,6 +28,7 @@ from prime.merging.anchors import ANCHOR_IDX
 from prime.merging.gates import Gates
 from prime.merging.sharers import adapter_folder
 from prime.runs.run import read_results
+from prime.settings import PrivacySettings, TrainingSettings
 from prime.users.data import User
 from prime.users.prompts import history_records
 from prime.users.tasks import get_task
@@ -147,7 +147,7 @@ def test_what_is_summed_is_clipped_item_by_item() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_item_more_moves_the_sum_by_the_clip_norm_at_most(checkpointing: bool) -> None:
     """What the accountant counts on, with dropout, padding and micro-batches; the longest item is the one more."""
-    settings = replace(SETTINGS, dropout=0.3, gradient_checkpointing=checkpointing)
+    settings = replace(SETTINGS, lora_dropout=0.3, gradient_checkpointing=checkpointing)
     items = sorted(tiny.records(7, 4), key=lambda record: len(record.ids) + len(record.target))
     limit = 0.02  # below every item's norm, so that each weighs it
     with tiny.noted_gradients() as means:
@@ -187,7 +187,7 @@ def test_without_noise_and_clipping_full_batches_are_plain_training() -> None:
 
 @pytest.mark.parametrize("sigma", [0.0, 1.0])
 def test_private_training_together_is_private_training_alone(sigma: float) -> None:
-    settings = replace(SETTINGS, dropout=0.1, lr=1e-3)
+    settings = replace(SETTINGS, lora_dropout=0.1, lr=1e-3)
     learners = [private(one, sigma=sigma, max_norm=0.5, rate=0.4, steps=4) for one in LEARNERS]
     bank = bank_for(learners)
     together = train(bank, learners, settings, max_batch_tokens=50)
@@ -199,7 +199,7 @@ def test_private_training_together_is_private_training_alone(sigma: float) -> No
         assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=5e-4)
 
 
-def alone_private(learner: Learner, settings: TrainSettings) -> tuple[AdapterBank, list[float | None]]:
+def alone_private(learner: Learner, settings: TrainingSettings) -> tuple[AdapterBank, list[float | None]]:
     bank = bank_for([learner])
     return bank, train(bank, [replace(learner, slot=0)], settings)[0]
 
@@ -388,12 +388,8 @@ def test_a_budget_that_would_not_fit_into_memory_is_refused() -> None:
             count()
 
 
-def options(**changes: object) -> Namespace:
-    given = {
-        "enable_dp": True, "epsilon": None, "sigma": None, "delta": 1e-5, "max_per_sample_grad_norm": 1.0,
-        "accountant": "rdp", "noise_key": None,
-    }  # fmt: skip
-    return Namespace(**(given | changes))
+def options(**changes: Any) -> PrivacySettings:
+    return PrivacySettings(**({"enable_dp": True} | changes))
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
 """oneDNN's products of frozen layers against PyTorch's own and fp64, and what is computed with them."""
-
 import copy
 
 import pytest
@@ -14,7 +13,8 @@ from prime.bank.decode import Request, decode
 from prime.bank.encoding import EncodedPrompt, EncodedRecord
 from prime.bank.logprobs import target_logprobs
 from prime.bank.sampling import Sampler
-from prime.bank.train import Learner, TrainSettings, train
+from prime.bank.train import Learner, train
+from prime.settings import TrainingSettings
 from tests import tiny
 
 pytestmark = pytest.mark.skipif(not products.built(), reason="this PyTorch has no oneDNN")
@@ -159,7 +159,7 @@ def test_answers_and_scores_are_the_plain_banks() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_losses_are_the_plain_banks(checkpointing: bool) -> None:
     records = [EncodedRecord(str(i), tiny.text_ids(i, 5, 20), tiny.text_ids(i + 9, 3, 5)) for i in range(8)]
-    settings = TrainSettings(lr=1e-2, batch_size=2, epochs=2, gradient_checkpointing=checkpointing)
+    settings = TrainingSettings(lr=1e-2, batch_size=2, epochs=2, gradient_checkpointing=checkpointing)
     found = []
     for bank in banks():
         bank.allocate([0, 1], 4, 4)

@@ -72,7 +72,7 @@ def test_missing_data_is_told_with_the_command_that_makes_it(here: Path, name: s
     told, command = done.stderr.splitlines()
     assert done.returncode == 2 and f"{here}/data/movie_tagging/{name} is not there" in told
     words = shlex.split(command)
-    args = world.script(words[1]).build_parser().parse_args(words[2:])
+    args = world.parser(words[1]).parse_args(words[2:])
     assert args.task_name == "movie_tagging" and args.output_dir == f"{here}/data/movie_tagging"
 
 
@@ -90,7 +90,7 @@ def test_small_data_take_fewer_clusters_and_stage_2_comes_first(here: Path) -> N
             "postprocess.py",
         ]  # fmt: skip
         for script, *options in run:
-            args = world.script(script).build_parser().parse_args(options)
+            args = world.parser(script).parse_args(options)
             assert args.task_name == "movie_tagging"
         assert run[0][run[0].index("--k") :][:2] == found if found else "--k" not in run[0]
 
@@ -99,7 +99,7 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
     """On the same sharers; all searches but PriME's own as published, and whatever merges or trains is attacked."""
     done = reproduce(here, "--llama_model_path", "llama", "--data_dir", "data", "--methods", "all")
     assert done.returncode == 0, done.stderr
-    parsed = [(name, world.script(name).build_parser().parse_args(options)) for name, *options in commands(here)]
+    parsed = [(name, world.parser(name).parse_args(options)) for name, *options in commands(here)]
     assert [name for name, _ in parsed] == [
         "history_anchor.py", "task_lora.py", "train_anchor_peft.py", "lora_composition_evo.py", "mia.py",
         *["lora_composition_evo.py", "mia.py"] * 2, "train_anchor_gate.py", "lora_composition.py", "mia.py",

@@ -1,5 +1,7 @@
 """The search against plain nevergrad, asked and told one candidate at a time."""
 
+from collections.abc import Callable
+
 import nevergrad as ng
 import numpy as np
 import pytest
@@ -7,10 +9,10 @@ import pytest
 from prime.errors import InputError
 from prime.merging.optimizer import (
     BOUND,
-    capped,
+    STEP,
+    Search,
     generation_size,
     make_optimizer,
-    minimise,
     optimizer_name,
     ranked_weights,
 )
@@ -21,6 +23,17 @@ def loss(weights: np.ndarray) -> float:
     flat = np.asarray(weights).ravel()
     slope = np.cumsum(flat) - 2.0
     return float(np.sum(slope**2) + 0.3 * np.sum(np.sin(5 * flat)))
+
+
+def minimise(
+    start: np.ndarray, evaluate: Callable[[list[np.ndarray]], list[float]], opt_type: str, budget: int, seed: int,
+    step: float = STEP,
+) -> list[tuple[np.ndarray, float]]:  # fmt: skip
+    """One search from beginning to end, as `prime.merging.evolution.evolve` runs it: all points with their losses."""
+    search = Search(start, opt_type, budget, seed, step)
+    while search.open:
+        search.tell(evaluate(search.ask()))
+    return search.history
 
 
 def one_at_a_time(name: str, shape: tuple[int, ...], budget: int, seed: int) -> list[tuple[np.ndarray, float]]:
@@ -178,25 +191,3 @@ def test_a_smaller_budget_is_the_beginning_of_a_larger_one(shape: tuple[int, ...
     small, large = (minimise(np.zeros(shape), losses, "cma", budget, seed=7) for budget in (10, 30))
     for (point, loss), (other, other_loss) in zip(small, large, strict=False):
         assert np.array_equal(point, other) and loss == other_loss
-
-
-@pytest.mark.parametrize("share", [0.25, 0.3, 0.5, 0.9])
-def test_capped_cuts_only_the_largest_and_no_more_than_needed(share: float) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        before = rng.normal(size=4) * rng.choice([0.1, 1.0, 1.5], size=4)
-        after = capped(before, share)
-        sizes, total = np.abs(after), np.abs(after).sum()
-        assert (sizes <= share * total * (1 + 1e-9)).all()
-        assert (np.sign(after) == np.sign(before)).all()
-        cut = ~np.isclose(after, before)
-        assert np.allclose(sizes[cut], sizes.max())  # all that are cut end at the limit ...
-        assert not cut.any() or np.isclose(sizes.max(), share * total)  # ... which is the highest that holds
-
-
-def test_capped_by_hand_and_column_by_column() -> None:
-    assert capped(np.array([1.0, 0.2, -0.2]), 0.5) == pytest.approx([0.4, 0.2, -0.2])
-    assert capped(np.array([1.0, -0.5]), 0.5) == pytest.approx([0.5, -0.5])
-    assert np.array_equal(capped(np.zeros(3), 0.4), np.zeros(3))
-    both = np.array([[1.0, 0.1], [0.2, 0.1], [0.2, 0.1]])
-    assert capped(both, 0.5) == pytest.approx(np.array([[0.4, 0.1], [0.2, 0.1], [0.2, 0.1]]))

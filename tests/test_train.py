@@ -1,5 +1,4 @@
 """Joint training against PEFT with torch's own AdamW, clipping and schedule; neighbours change nothing."""
-
 import math
 from dataclasses import replace
 
@@ -9,11 +8,12 @@ import torch
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord
 from prime.bank.passes import TrainRow, dropout_scaler
-from prime.bank.train import Learner, TrainSettings, clip_by_adapter, cosine_lr, train
+from prime.bank.train import BETAS, Learner, clip_by_adapter, cosine_lr, train
 from prime.errors import InputError
+from prime.settings import TrainingSettings
 from tests import tiny
 
-SETTINGS = TrainSettings(lr=5e-3, clip=0.3, batch_size=3, epochs=2, dropout=0.0)
+SETTINGS = TrainingSettings(lr=5e-3, clip=0.3, batch_size=3, epochs=2, lora_dropout=0.0)
 
 
 LEARNERS = [Learner(place, f"user {place}", 10 + place, tiny.records(n, place)) for place, n in enumerate((5, 9, 2))]
@@ -25,7 +25,7 @@ def bank_for(learners: list[Learner]) -> AdapterBank:
     return bank
 
 
-def alone(learner: Learner, settings: TrainSettings) -> tuple[AdapterBank, list[float]]:
+def alone(learner: Learner, settings: TrainingSettings) -> tuple[AdapterBank, list[float]]:
     bank = bank_for([learner])
     return bank, train(bank, [replace(learner, slot=0)], settings)[0]
 
@@ -38,13 +38,13 @@ def assert_close(one: dict, other: dict, atol: float) -> None:
 # -- PEFT -----------------------------------------------------------------------------------------------------------
 
 
-def peft_training(start: AdapterBank, learner: Learner, settings: TrainSettings) -> tuple[list, list, torch.nn.Module]:
+def peft_training(start: AdapterBank, learner: Learner, settings: TrainingSettings) -> tuple[list, list, torch.nn.Module]:
     """Losses and gradient norms of each step, and the trained model, from the bank's own initial A."""
     model = tiny.peft_model(tiny.model(), start.adapter(0))
     model.requires_grad_(False)
     own = [p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name]
     plan = learner.batches(settings)
-    optimizer = torch.optim.AdamW(own, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(own, lr=settings.lr, betas=BETAS, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(plan), eta_min=settings.min_lr)
     losses, norms = [], []
     for batch in plan:
@@ -86,7 +86,7 @@ def test_first_gradients_are_pefts() -> None:
     lora = {name: p.requires_grad_() for name, p in model.named_parameters() if "lora_" in name}
     tiny.textbook_loss(model, batch).backward()
     with tiny.noted_gradients() as noted:
-        settings = TrainSettings(lr=1e-3, batch_size=4, epochs=1, dropout=0.0)
+        settings = TrainingSettings(lr=1e-3, batch_size=4, epochs=1, lora_dropout=0.0)
         train(bank, [Learner(0, "u", 1, batch)], settings, max_batch_tokens=20)
     theirs = list(lora.values())
     assert len(theirs) == len(noted[0]) == 16
@@ -100,7 +100,7 @@ def test_first_gradients_are_pefts() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_training_together_is_training_alone(dropout: float) -> None:
-    settings = replace(SETTINGS, dropout=dropout)
+    settings = replace(SETTINGS, lora_dropout=dropout)
     bank = bank_for(LEARNERS)
     together = train(bank, LEARNERS, settings)
     assert [len(losses) for losses in together] == [4, 6, 2]
@@ -124,7 +124,7 @@ def test_a_finished_learner_rests() -> None:
 
 @pytest.mark.parametrize("budget", [1, 40, 10**6])
 def test_micro_batches_change_nothing(budget: int) -> None:
-    settings = replace(SETTINGS, dropout=0.1)
+    settings = replace(SETTINGS, lora_dropout=0.1)
     reference, bank = bank_for(LEARNERS), bank_for(LEARNERS)
     expected = train(reference, LEARNERS, settings)
     found = train(bank, LEARNERS, settings, max_batch_tokens=budget)
@@ -143,7 +143,7 @@ def test_the_place_in_the_bank_is_free_and_progress_counts_batches() -> None:
 
 
 def test_the_same_again_and_other_seeds() -> None:
-    settings = replace(SETTINGS, dropout=0.1)
+    settings = replace(SETTINGS, lora_dropout=0.1)
     torch.manual_seed(1)
     first = alone(LEARNERS[0], settings)[1]
     bank = bank_for([LEARNERS[0]])
@@ -159,7 +159,7 @@ def test_the_same_again_and_other_seeds() -> None:
 # -- gradient checkpointing -----------------------------------------------------------------------------------------
 
 
-def kept_bytes(bank: AdapterBank, settings: TrainSettings) -> tuple[list, list[torch.Tensor], int]:
+def kept_bytes(bank: AdapterBank, settings: TrainingSettings) -> tuple[list, list[torch.Tensor], int]:
     """Losses and first gradients of all learners, and the bytes that the forward passes kept for the backward ones."""
     kept: list[int] = []
     gradients: list[torch.Tensor] = []
@@ -184,7 +184,7 @@ def test_checkpointing_changes_nothing_but_memory(family: str) -> None:
     for wanted in (False, True):
         bank = AdapterBank(tiny.model(family, attention_dropout=0.5))
         bank.allocate([learner.seed for learner in LEARNERS], rank=4, alpha=8)
-        settings = replace(SETTINGS, dropout=0.1, gradient_checkpointing=wanted)
+        settings = replace(SETTINGS, lora_dropout=0.1, gradient_checkpointing=wanted)
         found.append(kept_bytes(bank, settings))
         assert [m for m in bank.model.modules() if m.training] == [*bank.wrappers.values()]
     (losses, gradients, kept), (again, recomputed, less) = found
@@ -198,7 +198,7 @@ def test_a_model_that_cannot_recompute_its_layers_is_refused(monkeypatch: pytest
     bank = bank_for(LEARNERS)
     monkeypatch.setattr("prime.bank.bank.GradientCheckpointingLayer", int)
     with pytest.raises(InputError, match="LlamaForCausalLM cannot recompute its layers"):
-        train(bank, LEARNERS, TrainSettings(gradient_checkpointing=True))
+        train(bank, LEARNERS, TrainingSettings(gradient_checkpointing=True))
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
@@ -206,16 +206,16 @@ def test_a_model_that_cannot_recompute_its_layers_is_refused(monkeypatch: pytest
 
 def test_batches_hold_every_record_once_an_epoch_in_changing_order() -> None:
     learner = LEARNERS[1]
-    plan = learner.batches(TrainSettings(batch_size=4, epochs=3))
+    plan = learner.batches(TrainingSettings(batch_size=4, epochs=3))
     assert [len(batch) for batch in plan] == [4, 4, 1] * 3
     epochs = [[r.id for batch in plan[i : i + 3] for r in batch] for i in (0, 3, 6)]
     assert all(sorted(epoch) == sorted(r.id for r in learner.records) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert Learner(7, "another name", learner.seed, learner.records).batches(TrainSettings(batch_size=4)) == plan
+    assert Learner(7, "another name", learner.seed, learner.records).batches(TrainingSettings(batch_size=4)) == plan
 
 
 def test_the_schedule_is_the_cosine() -> None:
-    settings = TrainSettings(lr=0.4, min_lr=0.1)
+    settings = TrainingSettings(lr=0.4, min_lr=0.1)
     assert cosine_lr(settings, 0, 8) == 0.4
     assert cosine_lr(settings, 4, 8) == pytest.approx(0.25)
     assert cosine_lr(settings, 8, 8) == pytest.approx(0.1)
@@ -258,7 +258,7 @@ def test_dropout_belongs_to_the_row_and_the_module() -> None:
 
 
 def test_dropout_takes_part_in_training() -> None:
-    dry = alone(LEARNERS[0], replace(SETTINGS, dropout=0.5))[1]
+    dry = alone(LEARNERS[0], replace(SETTINGS, lora_dropout=0.5))[1]
     plain = alone(LEARNERS[0], SETTINGS)[1]
     assert dry[0] == plain[0]  # B is zero at the start, so dropout cannot show
     assert dry[-1] != pytest.approx(plain[-1], abs=1e-4)
@@ -266,7 +266,7 @@ def test_dropout_takes_part_in_training() -> None:
 
 def test_training_learns() -> None:
     learner = Learner(0, "user", 0, tiny.records(6, 3))
-    losses = alone(learner, TrainSettings(lr=2e-2, clip=1.0, batch_size=6, epochs=15, dropout=0.0))[1]
+    losses = alone(learner, TrainingSettings(lr=2e-2, clip=1.0, batch_size=6, epochs=15, lora_dropout=0.0))[1]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -291,4 +291,4 @@ def test_a_gradient_that_is_not_finite_names_the_learner() -> None:
     bank.parameters()[1].data[1] = float("nan")  # B of the first q_proj
     learner = Learner(1, "user 1", 11, LEARNERS[1].records[:2])
     with pytest.raises(InputError, match="user 1"):
-        train(bank, [learner], TrainSettings(batch_size=6, epochs=1, dropout=0.0))
+        train(bank, [learner], TrainingSettings(batch_size=6, epochs=1, lora_dropout=0.0))

@@ -1,8 +1,8 @@
 """OPPU and merge-then-adapt: training against PEFT, what is frozen stays, what is saved is what was trained."""
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,20 +11,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_train import LEARNERS, SETTINGS, assert_close, peft_training
 from transformers import AutoModelForCausalLM
 
-from prime import cli
+import train_user_peft
 from prime.bank.bank import AdapterBank
 from prime.bank.lora import merge
-from prime.bank.train import Learner, train, train_settings
+from prime.bank.train import Learner, train
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.runs.run import read_results, user_dirname
+from prime.settings import TrainingSettings
 from prime.users.prompts import history_records
+from prime.users.texts import load_test_users, load_texts
 from tests import tiny
 
 # -- training on top of a frozen adapter ----------------------------------------------------------------------------
 
-DROPOUT = replace(SETTINGS, dropout=0.1)
+DROPOUT = replace(SETTINGS, lora_dropout=0.1)
 MERGED = [
     merge([tiny.adapter(tiny.model(), 2 * i), tiny.adapter(tiny.model(), 2 * i + 1)], torch.full((2,), 0.5), "delta")
     for i in range(len(LEARNERS))
@@ -146,12 +148,12 @@ FOLDERS = {"oppu": f"output/{TASK}/OPPU", "mta": f"output/{TASK}/Merge-then-adap
 
 def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(inside: Path) -> None:
     words = ["--method", "oppu", *ADAPTED, *QUICK]
-    args = world.script("train_user_peft.py").build_parser().parse_args(words)
-    args.lora_r = args.lora_alpha = 8
-    texts = cli.load_texts(args)
-    user = cli.load_test_users(args, texts.task)[1]
-    engine = load_engine(args, task_adapter=args.lora_ckpt)
-    learner = world.script("train_user_peft.py").learner_of(args, texts, engine, user, 0)
+    settings = world.settings(["train_user_peft.py", *words])
+    texts = load_texts(settings.data.folder, settings.data.task_name, None)
+    user = load_test_users(settings.data.folder, texts.task)[1]
+    engine = load_engine(settings.model, settings.prompts.max_length)
+    stage = train_user_peft.Stage(settings, texts, engine, Mock(), None, {})
+    learner = train_user_peft.learner_of(stage, user, 0)
     engine.bank.allocate([learner.seed], 8, 8)
 
     base = AutoModelForCausalLM.from_pretrained(world.CHECKPOINT, dtype=torch.float32)
@@ -159,22 +161,23 @@ def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(inside: Path) 
     model = get_peft_model(base, LoraConfig(r=8, lora_alpha=8, lora_dropout=0, target_modules=list(tiny.TARGETS)))
     for name, (a, _) in engine.bank.adapter(0).factors.items():
         model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(a)
-    settings, plan = train_settings(args), learner.batches(train_settings(args))
+    training, plan = settings.training, learner.batches(settings.training)
     own = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(own, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    adamw = torch.optim.AdamW(own, lr=training.lr, betas=(0.9, 0.95), weight_decay=training.weight_decay)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adamw, T_max=len(plan))
     expected = []
     for batch in plan[:5]:
         adamw.zero_grad()
         loss = tiny.textbook_loss(model, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(own, settings.clip)
+        torch.nn.utils.clip_grad_norm_(own, training.clip)
         adamw.step()
         cosine.step()
         expected.append(float(loss.detach()))
     result = world.results(FOLDERS["oppu"])[user.user_id]
     assert len(result["losses"]) == len(plan) and result["losses"][:5] == pytest.approx(expected, abs=1e-4)
-    records = history_records(user, texts.task, texts.templates, texts.profiles[user.user_id], args.recent_k)
+    profile = texts.profile_of(user.user_id)
+    records = history_records(user, texts.task, texts.templates, profile, settings.prompts.recent_k)
     assert result["record_ids"] == [record.id for record in records]
 
 

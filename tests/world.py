@@ -1,10 +1,13 @@
 """A small cut of the demo world laid out as the announcement expects it: ./data, ./llama/checkpoints/Llama-2-7b."""
 
+import argparse
 import importlib
 import json
 import shlex
 import shutil
 from pathlib import Path
+
+from prime import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "data" / "demo"
@@ -61,6 +64,16 @@ def announcement() -> list[list[str]]:
 def script(name: str):
     """A stage script as a module."""
     return importlib.import_module(name.removesuffix(".py"))
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The parser of a stage script."""
+    return cli.parser_of(script(name).Settings, script(name).__doc__)
+
+
+def settings(command: list[str]):
+    """The settings of a stage script's command."""
+    return cli.parse(script(command[0]).Settings, script(command[0]).__doc__, command[1:])
 
 
 def run(command: list[str]) -> None:

@@ -18,8 +18,6 @@ result.json, and the rounding of floating-point noise (Mironov, CCS 2012).
 
 Shapes: `b` rows, `n` adapters.
 """
-
-import argparse
 import hashlib
 import json
 import os
@@ -36,6 +34,7 @@ from torch import Tensor
 
 from prime.bank.accounting import Spent, sigma_for, spent_epsilon
 from prime.errors import InputError
+from prime.settings import PrivacySettings
 
 UNIT = "history item, added or removed"
 KEY_FILE = "noise.key"
@@ -145,26 +144,32 @@ class Terms:
         return {"epsilon_with_adapter": spent_epsilon(history, self.delta, self.accountant)}
 
 
-def terms_of(args: argparse.Namespace, folder: Path, settings: Mapping[str, Any]) -> Terms | None:
+def terms_of(settings: PrivacySettings, folder: Path, recorded: Mapping[str, Any]) -> Terms | None:
     """The differential-privacy options of a stage script that writes to `folder`; None without `--enable_dp`.
 
     Args:
-        settings: all options that results depend on.
+        recorded: all settings that results depend on.
 
     Raises:
         InputError: options that contradict each other.
     """
-    given = [name for name in ("epsilon", "sigma", "noise_key") if getattr(args, name) is not None]
-    if not args.enable_dp:
+    given = [name for name in ("epsilon", "sigma", "noise_key") if getattr(settings, name) is not None]
+    if not settings.enable_dp:
         if given:
             raise InputError(f"--{given[0]} does nothing without --enable_dp")
         return None
-    if (args.epsilon is None) == (args.sigma is None):
-        told = "both are" if args.epsilon is not None else "none is"
-        raise InputError(f"--enable_dp needs one of --epsilon (the budget) and --sigma (the noise); {told} given")
-    key_file = Path(args.noise_key) if args.noise_key else folder / KEY_FILE
-    asked = (args.epsilon, args.sigma, args.delta, args.max_per_sample_grad_norm, args.accountant)
-    return Terms(*asked, key_file, json.dumps(dict(settings), sort_keys=True))
+    if (settings.epsilon is None) == (settings.sigma is None):
+        which = "both are" if settings.epsilon is not None else "none is"
+        raise InputError(f"--enable_dp needs one of --epsilon (the budget) and --sigma (the noise); {which} given")
+    return Terms(
+        settings.epsilon,
+        settings.sigma,
+        settings.delta,
+        settings.max_per_sample_grad_norm,
+        settings.accountant,
+        Path(settings.noise_key) if settings.noise_key else folder / KEY_FILE,
+        json.dumps(dict(recorded), sort_keys=True),
+    )
 
 
 # -- randomness -----------------------------------------------------------------------------------------------------

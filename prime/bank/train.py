@@ -10,7 +10,6 @@ of their items' clipped gradients instead.
 Shapes: `n` adapters.
 """
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,24 +23,10 @@ from prime.bank.encoding import EncodedRecord
 from prime.bank.passes import Passes, Scalers, TrainRow
 from prime.errors import InputError
 from prime.seeds import derive_seed
+from prime.settings import TrainingSettings
 
+BETAS = (0.9, 0.95)  # of AdamW, as published
 TRAIN_BATCH_TOKENS = 2048  # tokens of one forward and backward pass
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Published settings of the task adapter; anchors use lr 2e-5 and clip 1.0 (FACTS: Per-Pcs, PriME)."""
-
-    lr: float = 1e-4
-    min_lr: float = 0.0
-    weight_decay: float = 0.01
-    clip: float = 0.3
-    batch_size: int = 6
-    epochs: int = 3
-    dropout: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_step: int = 0  # steps at most; 0: as many as the epochs have
-    gradient_checkpointing: bool = False  # less memory, more time, the same numbers
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class Learner:
     records: Sequence[EncodedRecord]
     mechanism: Mechanism | None = None  # then every record is one protected item
 
-    def batches(self, settings: TrainSettings) -> list[list[EncodedRecord]]:
+    def batches(self, settings: TrainingSettings) -> list[list[EncodedRecord]]:
         """The batches of all epochs, at most `max_step`, in this learner's own order; a mechanism draws its own."""
         if self.mechanism:
             return self.mechanism.batches(self.records)
@@ -67,7 +52,7 @@ class Learner:
         return batches[: settings.max_step or None]
 
 
-def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
+def cosine_lr(settings: TrainingSettings, step: int, steps: int) -> float:
     """Cosine decay from lr to min_lr by step (published schedule, no warm-up)."""
     return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
@@ -75,7 +60,7 @@ def cosine_lr(settings: TrainSettings, step: int, steps: int) -> float:
 def train(
     bank: AdapterBank,
     learners: Sequence[Learner],
-    settings: TrainSettings,
+    settings: TrainingSettings,
     max_batch_tokens: int = 0,
     progress: Callable[[int], object] | None = None,
     stacks: Sequence[Tensor] | None = None,
@@ -103,7 +88,7 @@ def train(
         _Optimizer(trained, learner.slot, len(steps), settings)
         for learner, steps in zip(learners, batches, strict=True)
     ]
-    passes = Passes(bank, settings.dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
+    passes = Passes(bank, settings.lora_dropout, max_batch_tokens or TRAIN_BATCH_TOKENS, scalers, trained)
     mechanisms = _mechanisms(learners)
     losses: list[list[float | None]] = [[] for _ in learners]
     with bank.checkpointing(settings.gradient_checkpointing):
@@ -216,11 +201,11 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
 class _Optimizer:
     """AdamW over one adapter's slices of the stacked tensors, with its own cosine schedule."""
 
-    def __init__(self, stacks: list[Tensor], slot: int, steps: int, settings: TrainSettings):
+    def __init__(self, stacks: list[Tensor], slot: int, steps: int, settings: TrainingSettings):
         self.stacks, self.slot, self.steps, self.settings = stacks, slot, steps, settings
         self.slices = [torch.nn.Parameter(stack.data[slot]) for stack in self.stacks]
         self.adamw = torch.optim.AdamW(
-            self.slices, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            self.slices, lr=settings.lr, betas=BETAS, weight_decay=settings.weight_decay, fused=True
         )
 
     def step(self, step: int) -> None:
@@ -228,17 +213,3 @@ class _Optimizer:
         for part, stack in zip(self.slices, self.stacks, strict=True):
             part.grad = None if stack.grad is None else stack.grad[self.slot]
         self.adamw.step()
-
-
-def train_settings(args: argparse.Namespace) -> TrainSettings:
-    """The training options of a stage script."""
-    return TrainSettings(
-        lr=args.lr,
-        min_lr=args.min_lr,
-        weight_decay=args.weight_decay,
-        clip=args.clip,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        dropout=args.lora_dropout,
-        gradient_checkpointing=args.gradient_checkpointing,
-    )

@@ -120,14 +120,17 @@ def embed_users(
 ) -> torch.Tensor:
     """[n, h] mean over the embedded texts of each user; one without any gets zeros, and a warning says so."""
     # Equal texts (items shared between users, labels) are embedded once.
-    place = {text: i for i, text in enumerate(dict.fromkeys(text for own in texts for text in own))}
+    distinct: dict[str, None] = {}
+    for texts_of_user in texts:
+        distinct |= dict.fromkeys(texts_of_user)
+    place = {text: i for i, text in enumerate(distinct)}
     if not place:
         raise InputError(f"none of the {len(texts)} users has a history item to embed")
     items = embed_texts(list(place), encoder, max_batch_tokens)
     out = torch.zeros(len(texts), items.shape[1])
-    for row, (user_id, own) in enumerate(zip(user_ids, texts, strict=True)):
-        if own:
-            out[row] = items[[place[text] for text in own]].mean(0)
+    for row, (user_id, texts_of_user) in enumerate(zip(user_ids, texts, strict=True)):
+        if texts_of_user:
+            out[row] = items[[place[text] for text in texts_of_user]].mean(0)
         else:
             warnings.warn(harmless(f"user {user_id}: empty history, embedded as zeros"), stacklevel=2)
     return out
@@ -230,10 +233,13 @@ def load_embeddings(path: str | Path, n_users: int) -> torch.Tensor:
         raise InputError(f"{path}: expected floating point numbers, found {shown_value(value)}")
     if len(value) != n_users:
         raise InputError(f"{path}: holds {len(value)} users, the data {n_users}: run history_anchor.py again")
-    wrong = [i * ROWS + row for i, part in enumerate(value.split(ROWS)) for row in _odd_rows(part)]
+    wrong: list[int] = []
+    for i, part in enumerate(value.split(ROWS)):
+        wrong += [i * ROWS + row for row in _odd_rows(part)]
     if wrong:
-        told = f"{path}: {len(wrong)} users have an embedding that is not finite or above {MAX_EMBEDDING:g}"
-        raise InputError(f"{told}: rows {', '.join(map(str, wrong[:10]))}{', ...' if len(wrong) > 10 else ''}")
+        rows = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        what = "users have an embedding that is not finite or above"
+        raise InputError(f"{path}: {len(wrong)} {what} {MAX_EMBEDDING:g}: rows {rows}")
     return value.float()
 
 

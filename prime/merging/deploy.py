@@ -5,59 +5,58 @@ users/<user>/adapter_full/   --export_full: relative to the base as it was downl
                              form that `PeftModel.from_pretrained(base, ...)` and multi-LoRA servers load
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime import cli
 from prime.bank.lora import Adapter, concatenate
 from prime.checkpoints.peft import load_adapter, save_adapter, write_card
 from prime.checkpoints.published import open_adapter
 from prime.runs.files import read_json
 from prime.runs.forms import read_form
 from prime.runs.run import Run, library_versions
+from prime.settings import ModelSettings
 from prime.users.data import User
 
 PERSONAL, FULL = "adapter", "adapter_full"
 NOT_IN_CARD = ("predictions", "seconds", "index")
 
 
-def card_of(args: argparse.Namespace, result: Mapping[str, Any], relative_to: str) -> dict[str, Any]:
+def card_of(model: ModelSettings, run: Run, result: Mapping[str, Any], relative_to: str) -> dict[str, Any]:
     """The model card: base, task, sharers with weights, scores (all of the user's result but predictions), settings."""
-    own = {key: value for key, value in result.items() if key not in NOT_IN_CARD}
-    about = {"task": args.task_name, "base_model": cli.base_name(args), "task_adapter": args.lora_ckpt}
+    shown = {key: value for key, value in result.items() if key not in NOT_IN_CARD}
+    about = {"task": run.settings["task_name"], "base_model": model.base, "task_adapter": model.lora_ckpt}
     versions = library_versions()
-    return about | {"relative_to": relative_to} | own | {"settings": cli.settings_of(args), "versions": versions}
+    return about | {"relative_to": relative_to} | shown | {"settings": run.settings, "versions": versions}
 
 
-def save_personal(args: argparse.Namespace, run: Run, personal: Adapter, result: Mapping[str, Any]) -> None:
+def save_personal(model: ModelSettings, run: Run, personal: Adapter, result: Mapping[str, Any]) -> None:
     """Write a user's deployed adapter; its base is the one with the task adapter folded in."""
-    card = card_of(args, result, "base_model with task_adapter folded in")
-    save_adapter(personal, run.user_dir(result["user_id"]) / PERSONAL, cli.base_name(args), card)
+    card = card_of(model, run, result, "base_model with task_adapter folded in")
+    save_adapter(personal, run.user_dir(result["user_id"]) / PERSONAL, model.base, card)
 
 
-def export_full(args: argparse.Namespace, run: Run, users: Sequence[User]) -> None:
+def export_full(model: ModelSettings, run: Run, users: Sequence[User]) -> None:
     """One adapter relative to the downloaded base for each finished user: task adapter and personal one, concatenated.
 
     Where the base was deployed (there is no personal adapter), it is the task adapter alone.
     """
-    task = open_adapter(args.lora_ckpt, args.llama_model_path)
+    task = open_adapter(str(model.lora_ckpt), model.llama_model_path)
     with run.turn("the full adapters"):
         for user in users:
             if run.done(user.user_id):
-                _export_user(args, run, user.user_id, task)
+                _export_user(model, run, user.user_id, task)
 
 
-def _export_user(args: argparse.Namespace, run: Run, user_id: str, task: Adapter) -> None:
+def _export_user(model: ModelSettings, run: Run, user_id: str, task: Adapter) -> None:
     folder = run.user_dir(user_id)
     if (folder / FULL / "adapter_config.json").exists():
         return
     personal = folder / PERSONAL
     deployed = (personal / "adapter_config.json").exists()
     full = concatenate(task, load_adapter(personal)) if deployed else task
-    card = card_of(args, read_json(run.result_path(user_id)), "base_model")
-    save_adapter(full, folder / FULL, cli.base_name(args), card)
+    card = card_of(model, run, read_json(run.result_path(user_id)), "base_model")
+    save_adapter(full, folder / FULL, model.base, card)
 
 
 def add_attacks(exp_dir: Path, by_user: Mapping[str, Mapping[str, Any]]) -> None:

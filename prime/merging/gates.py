@@ -229,7 +229,8 @@ def teacher_forced(batch: Sequence[EncodedRecord]) -> tuple[Tensor, Tensor]:
 def history_batches(records: Sequence[EncodedRecord], size: int, seed: int) -> list[list[EncodedRecord]]:
     """The records in an order drawn by the user's seed (published: shuffled), `size` at a time."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [[records[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    shuffled = [records[place] for place in order]
+    return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
 
 
 def sharing_places(n: int, ratio: float, seed: int) -> set[int]:

@@ -10,13 +10,11 @@ LoraHub's objective (Huang et al., 2023), `nll`, asks for no text: the cross-ent
 0.05 times the mean |w|. It knows no sharers to resemble.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from prime.users.metrics import METRICS, score
@@ -37,13 +35,6 @@ class Trial(NamedTuple):
     similarity: float
 
 
-class Candidate(NamedTuple):
-    """What a penalty may look at: `resemblance` is the similarity, signed so that more of it is more alike."""
-
-    resemblance: float
-    weights: Tensor  # [n] or [n, l]
-
-
 @dataclass(frozen=True)
 class Score:
     """One evaluated candidate: `loss` is minimised; `utility` and `similarity` are means over the repeats."""
@@ -52,33 +43,7 @@ class Score:
     unpenalised: float  # the loss at penalty 0
     utility: float
     similarity: float
-    cost: float = 0.0  # what the penalty weighs; the similarity, where it is the published one
-
-
-def unevenness(weights: Tensor) -> float:
-    """1 - entropy of the shares |w| / sum |w|, over ln n: 0 for equal weights, 1 for a single sharer; 0 for the base.
-
-    Weights `[n, l]` are taken layer by layer, and averaged.
-    """
-    sizes = weights.abs().double().reshape(len(weights), -1)
-    if len(sizes) < 2:
-        return 0.0
-    shares = sizes / sizes.sum(0).clamp(min=torch.finfo(torch.float64).tiny)
-    entropy = -torch.xlogy(shares, shares).sum(0) / math.log(len(sizes))
-    return float(((1 - entropy) * (sizes.sum(0) > 0)).mean())
-
-
-def size(weights: Tensor) -> float:
-    """Euclidean norm of the weights `[n]`; of `[n, l]` the mean over layers."""
-    return float(weights.double().reshape(len(weights), -1).norm(dim=0).mean())
-
-
-# What `--sim_penalty` is the weight of.
-PENALTIES: dict[str, Callable[[Candidate], float]] = {
-    "output": lambda candidate: candidate.resemblance,  # published: the sharers' own answers
-    "entropy": lambda candidate: unevenness(candidate.weights),
-    "norm": lambda candidate: size(candidate.weights),
-}
+    cost: float = 0.0  # what the penalty weighs: the similarity, signed so that more of it is more alike
 
 
 class Objective:
@@ -90,17 +55,12 @@ class Objective:
         penalty: weight of the similarity (published `--sim_penalty`; 0.1 in the announcement).
         m_reduce: how a task's metrics become one number (published: sum).
         t_reduce: how the losses of repeated decodings (`--num_repeat`) become one.
-        kind: what `penalty` is the weight of, a name of `PENALTIES` (published: output).
     """
 
-    def __init__(
-        self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean",
-        kind: str = "output",
-    ):  # fmt: skip
+    def __init__(self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean"):
         self.task, self.golds, self.penalty = task, golds, penalty
         self.reduce_metrics = METRIC_REDUCERS[m_reduce]
         self.reduce_trials = TRIAL_REDUCERS[t_reduce]
-        self.of_candidate = PENALTIES[kind]
         self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
 
     def agreement(self, answers: Answers, reference: Answers) -> float:
@@ -117,21 +77,23 @@ class Objective:
             trials: `[repeats]` answers to the history records.
             sharers: `[n][repeats]` the sharers' own answers to the same records, decoded with the same noise.
         """
-        return [
-            Trial(self.agreement(answers, self.golds), fmean(self.agreement(answers, own[i]) for own in sharers))
-            for i, answers in enumerate(trials)
-        ]
+        measured = []
+        for repeat, answers in enumerate(trials):
+            similarity = fmean(self.agreement(answers, sharer[repeat]) for sharer in sharers)
+            measured.append(Trial(self.agreement(answers, self.golds), similarity))
+        return measured
 
     def score(self, trials: Sequence[Trial], weights: Tensor) -> Score:
-        """Score of the candidate of these weights, `[n]` or `[n, l]`."""
+        """Score of a candidate. Every objective is given the candidate's weights; this one does not look at them."""
         # For errors both terms change sign: a small error is utility, a small distance to the sharers resemblance.
-        unpenalised = [self.sign * one.utility for one in trials]
-        costs = [self.of_candidate(Candidate(-self.sign * one.similarity, weights)) for one in trials]
+        unpenalised = [self.sign * trial.utility for trial in trials]
+        costs = [-self.sign * trial.similarity for trial in trials]
+        losses = [loss + self.penalty * cost for loss, cost in zip(unpenalised, costs, strict=True)]
         return Score(
-            self.reduce_trials([loss + self.penalty * cost for loss, cost in zip(unpenalised, costs, strict=True)]),
+            self.reduce_trials(losses),
             self.reduce_trials(unpenalised),
-            fmean(one.utility for one in trials),
-            fmean(one.similarity for one in trials),
+            fmean(trial.utility for trial in trials),
+            fmean(trial.similarity for trial in trials),
             self.reduce_trials(costs),
         )
 
@@ -143,5 +105,5 @@ def score_by_likelihood(logprobs: Sequence[Tensor], weights: Tensor) -> Score:
         logprobs: log-probabilities of each history record's target tokens under the candidate.
         weights: `[n]` or `[n, l]`.
     """
-    nll = -fmean(float(own.mean()) for own in logprobs) if logprobs else 0.0
+    nll = -fmean(float(record.mean()) for record in logprobs) if logprobs else 0.0
     return Score(nll + LORAHUB_L1 * float(weights.abs().mean()), unpenalised=nll, utility=-nll, similarity=0.0)

@@ -6,7 +6,8 @@ order: the trajectory is bit for bit that of one candidate at a time (num_worker
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -19,8 +20,6 @@ with warnings.catch_warnings():  # nevergrad and its dependencies warn on import
 
 Loss = float | list[float]  # a list: one loss per objective
 Points = list[np.ndarray]
-Evaluate = Callable[[Points], Sequence[Loss]]
-EvaluateAll = Callable[[list[Points]], Sequence[Sequence[Loss]]]  # of several searches
 
 BOUND = 1.5  # weights live in [-1.5, 1.5] (published)
 STEP = 1.0  # standard deviation of the first generation (published: nevergrad's default)
@@ -104,7 +103,8 @@ class Search:
         if self._optimizer is None or not self.open:
             return []
         size = min(generation_size(self._optimizer), self.budget - len(self.history))
-        self._asked = [self._optimizer.ask() for _ in range(size)]
+        with _quiet():
+            self._asked = [self._optimizer.ask() for _ in range(size)]
         return [np.array(candidate.value, dtype=np.float64) for candidate in self._asked]
 
     def tell(self, losses: Sequence[Loss]) -> None:
@@ -114,40 +114,24 @@ class Search:
             ValueError: not as many losses as points were asked.
         """
         for candidate, loss in zip(self._asked, losses, strict=True):
-            told = [float(one) for one in loss] if isinstance(loss, Sequence) else float(loss)
+            value = [float(part) for part in loss] if isinstance(loss, Sequence) else float(loss)
             if self._optimizer is not None:
-                self._optimizer.tell(candidate, told)
-            self.history.append((np.array(candidate.value, dtype=np.float64), told))
+                with _quiet():
+                    self._optimizer.tell(candidate, value)
+            self.history.append((np.array(candidate.value, dtype=np.float64), value))
         self._asked = []
 
 
-def lockstep(searches: Sequence[Search], evaluate: EvaluateAll) -> None:
-    """Run searches side by side, generation by generation, each to the end of its own budget.
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the optimisers' harmless remarks about missing plots and their own tolerances.
 
-    Args:
-        evaluate: takes the next points of every search (none of one that has ended), returns their losses alike. What
-            searches ask in common can so be evaluated once; each search goes the way it would go alone.
+    With several objectives, nevergrad's own loss of a dominated point may be infinite; it clips that by itself.
     """
     with warnings.catch_warnings():
-        # Harmless remarks of the optimisers about missing plots and their own tolerances.
         warnings.filterwarnings("ignore", module=r"(cma|scipy)\.")
-        # With several objectives, nevergrad's own loss of a dominated point may be infinite; it clips that by itself.
         warnings.filterwarnings("ignore", "Updating fitness with inf|Clipping very high value inf")
-        while any(search.open for search in searches):
-            points = [search.ask() for search in searches]
-            for search, losses in zip(searches, evaluate(points), strict=True):
-                search.tell(losses)
-
-
-def minimise(
-    start: np.ndarray, evaluate: Evaluate, opt_type: str, budget: int, seed: int, step: float = STEP
-) -> list[tuple[np.ndarray, Loss]]:
-    """One search from beginning to end: all evaluated points in order, `(weights, loss)`. Arguments as of `Search`;
-    `evaluate` gives the losses of a list of points.
-    """
-    search = Search(start, opt_type, budget, seed, step)
-    lockstep([search], lambda points: [evaluate(points[0])])
-    return search.history
+        yield
 
 
 def ranked_weights(losses: Sequence[float]) -> np.ndarray:
@@ -158,18 +142,3 @@ def ranked_weights(losses: Sequence[float]) -> np.ndarray:
     weights = np.empty(len(order))
     weights[order] = np.log(len(order) + 0.5) - np.log(np.arange(1, len(order) + 1))
     return weights / weights.sum()
-
-
-def capped(weights: np.ndarray, share: float) -> np.ndarray:
-    """Weights `[n]` or `[n, l]` with the largest cut until none is more than `share` of sum |w|, in each column.
-
-    The others stay as they are. `share` is at least 1 / n; at 1 / n all end as large as the smallest.
-    """
-    if weights.ndim == 2:
-        return np.stack([capped(column, share) for column in weights.T], axis=1)
-    sizes = np.sort(np.abs(weights))[::-1]
-    for cut, largest in enumerate(sizes):  # the first that fits under the limit when all before it are cut to it
-        limit = share * sizes[cut:].sum() / (1 - share * cut)
-        if largest <= limit * (1 + 1e-12):
-            break
-    return np.clip(weights, -limit, limit)

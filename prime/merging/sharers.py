@@ -1,6 +1,5 @@
 """The pool of sharers: anchor users, their adapters on disk, and who is similar to whom. Sharers are known by id."""
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -12,37 +11,38 @@ from prime.errors import InputError
 from prime.merging.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings
 from prime.merging.nearest import top_similar
 from prime.runs.run import user_dirname
+from prime.settings import ModelSettings, SelectionSettings
 from prime.users.data import User
 
 
-def anchor_users(args: argparse.Namespace, candidates: Sequence[User]) -> list[User]:
-    """The anchors of `--anchor_idx_path`, in its order."""
-    return [candidates[index] for index in load_anchor_idx(anchor_idx_path(args), len(candidates))]
+@dataclass(frozen=True)
+class Selection:
+    """What stage 2 chose among the candidates, and where its files lie."""
 
+    folder: Path
+    idx_path: Path
+    candidates: Sequence[User]
 
-def training_anchors(args: argparse.Namespace, candidates: Sequence[User]) -> list[User]:
-    """The anchors, each with something to train on; InputError naming all that have an empty history."""
-    anchors = anchor_users(args, candidates)
-    empty = [anchor.user_id for anchor in anchors if not anchor.profile]
-    if empty:
-        path = anchor_idx_path(args)
-        raise InputError.many([f"{path}: anchor {name}: an empty history, nothing to train on" for name in empty])
-    return anchors
+    @classmethod
+    def of(cls, settings: SelectionSettings, task_name: str, candidates: Sequence[User]) -> "Selection":
+        folder = Path(settings.anchor_selection_dir or f"./anchor_selection/{task_name}")
+        return cls(folder, Path(settings.anchor_idx_path or folder / ANCHOR_IDX), candidates)
 
+    def places(self) -> list[int]:
+        """Places of the anchors among the candidates."""
+        return load_anchor_idx(self.idx_path, len(self.candidates))
 
-def selection_dir(args: argparse.Namespace) -> Path:
-    return Path(args.anchor_selection_dir or f"./anchor_selection/{args.task_name}")
+    def anchors(self) -> list[User]:
+        return [self.candidates[place] for place in self.places()]
 
-
-def anchor_idx_path(args: argparse.Namespace) -> Path:
-    return Path(args.anchor_idx_path) if args.anchor_idx_path else selection_dir(args) / ANCHOR_IDX
-
-
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """Options that say where stage 2 put its files."""
-    group = parser.add_argument_group("anchors")
-    group.add_argument("--anchor_idx_path", help=f"default <anchor_selection_dir>/{ANCHOR_IDX}")
-    group.add_argument("--anchor_selection_dir", help="outputs of stage 2; default ./anchor_selection/<task_name>")
+    def training_anchors(self) -> list[User]:
+        """The anchors, each with something to train on; InputError naming all that have an empty history."""
+        anchors = self.anchors()
+        empty = [anchor.user_id for anchor in anchors if not anchor.profile]
+        if empty:
+            problems = [f"{self.idx_path}: anchor {name}: an empty history, nothing to train on" for name in empty]
+            raise InputError.many(problems)
+        return anchors
 
 
 @dataclass(frozen=True)
@@ -73,28 +73,36 @@ def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:
 
 
 def load_pool(
-    args: argparse.Namespace, candidates: Sequence[User], n_test: int, sharing: Sequence[int] | None = None
+    selection: Selection,
+    model: ModelSettings,
+    anchor_dir: str,
+    n_test: int,
+    n_sim: int,
+    sharing: Sequence[int] | None = None,
 ) -> Pool:
     """Anchors, adapters and similarity for a stage that merges.
 
     Args:
+        anchor_dir: the anchors' adapters, output of stage 3.
         n_test: number of test users.
+        n_sim: most similar sharers of a test user; 0 = all.
         sharing: places among the anchors of those that share; None: all of them.
 
     Raises:
         InputError: an anchor without adapter, or embeddings that do not belong to this data.
     """
-    places = load_anchor_idx(anchor_idx_path(args), len(candidates))
-    anchors = tuple(candidates[place] for place in places)
-    folders = tuple(adapter_folder(args.anchor_dir, anchor.user_id) for anchor in anchors)
+    places = selection.places()
+    anchors = tuple(selection.candidates[place] for place in places)
+    folders = tuple(adapter_folder(anchor_dir, anchor.user_id) for anchor in anchors)
     missing = [a.user_id for a, f in zip(anchors, folders, strict=True) if not has_adapter(f)]
     if missing:
         named = ", ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-        raise InputError(f"{args.anchor_dir}: no adapter of {len(missing)} anchors ({named}); run train_anchor_peft.py")
-    selection = selection_dir(args)
-    candidate_emb = load_embeddings(selection / CANDIDATE_EMB, len(candidates))
-    test_emb = load_embeddings(selection / TEST_EMB, n_test)
+        raise InputError(f"{anchor_dir}: no adapter of {len(missing)} anchors ({named}); run train_anchor_peft.py")
+    candidate_emb = load_embeddings(selection.folder / CANDIDATE_EMB, len(selection.candidates))
+    test_emb = load_embeddings(selection.folder / TEST_EMB, n_test)
     sharing = range(len(places)) if sharing is None else sharing
-    nearest = top_similar(test_emb, candidate_emb, args.n_sim, [places[place] for place in sharing])
-    ranking = tuple(tuple(sharing[number] for number in row) for row in nearest)
-    return Pool(anchors, folders, ranking, args.llama_model_path)
+    nearest = top_similar(test_emb, candidate_emb, n_sim, [places[place] for place in sharing])
+    ranking = []
+    for row in nearest:
+        ranking.append(tuple(sharing[number] for number in row))
+    return Pool(anchors, folders, tuple(ranking), model.llama_model_path)

@@ -1,31 +1,14 @@
 """A run of several penalties: a run directory for each in one folder, and what their searches shared."""
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime import cli
 from prime.errors import InputError
 from prime.runs.forms import EVALUATED_WEIGHTS, PENALTY_SETTINGS, SEARCH_RESULT, form_problems, read_form_lines
-from prime.runs.run import Run, read_results, read_settings, user_dirname
+from prime.runs.run import read_results, read_settings, user_dirname
 
 PENALTY_DIR = "penalty-"
-
-
-def alone(args: argparse.Namespace, place: int) -> argparse.Namespace:
-    """The options of a run at one of the penalties alone."""
-    return argparse.Namespace(**vars(args) | {"sim_penalty": args.sim_penalty[place]})
-
-
-def open_runs(folder: Path, args: argparse.Namespace) -> list[Run]:
-    """A run directory for each penalty: `folder` itself, or penalty-<p> in it where there are several."""
-    several = len(args.sim_penalty) > 1
-    folders = [folder / f"{PENALTY_DIR}{penalty:g}" if several else folder for penalty in args.sim_penalty]
-    return [
-        cli.open_run(alone(args, place), root, "lora_composition_evo", args.name)
-        for place, root in enumerate(folders)
-    ]
 
 
 def penalty_runs(folder: Path) -> list[Path]:

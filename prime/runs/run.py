@@ -90,7 +90,8 @@ class Run:
         self.root = Path(root)
         self.working = self.root / "working"
         self._path, self._default = self.root / "settings.json", default
-        wanted: dict[str, Any] = {"stage": stage, "method": method, "settings": _as_json(dict(settings))}
+        self.settings: dict[str, Any] = _as_json(dict(settings))
+        wanted: dict[str, Any] = {"stage": stage, "method": method, "settings": self.settings}
         if not self._path.exists() or self._problem(wanted):
             with self.turn("settings"):
                 self._write_settings(wanted)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
+from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
-from prime.engine import Engine, load_engine
+from prime.engine import load_engine
 from prime.errors import InputError
+from prime.settings import ModelSettings, SamplingSettings
 from prime.users.data import User
 from prime.users.profiles import fit, whole_sentences
 
@@ -57,46 +59,57 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return str(found).removeprefix(str(tokenizer.bos_token or ""))
 
 
-class Describer:
-    """Writes texts about users.
+@dataclass(frozen=True)
+class Asking:
+    """What is asked about a user.
 
     Args:
-        args: the options of gen_profile.py.
         prompts: `profile` and `retrieval_history`, see `prime.users.profiles.load_profile_prompts`.
+        item_words: words of an item's field at most.
+        max_length: tokens of a question with its answer.
     """
 
-    def __init__(self, args: argparse.Namespace, prompts: Mapping[str, str]):
-        self.args, self.prompts = args, prompts
-        local = vars(args) | {"llama_model_path": model_dir(args.llama_model_path)}
-        self.engine: Engine = load_engine(argparse.Namespace(**local))
-        self.sampler = Sampler(args.temperature, args.top_p, args.seed)
+    prompts: Mapping[str, str]
+    item_words: int
+    max_length: int
+
+
+class Describer:
+    """Writes texts about users."""
+
+    def __init__(self, model: ModelSettings, sampling: SamplingSettings, seed: int, asking: Asking):
+        self.asking, self.max_gen_len = asking, sampling.max_gen_len
+        local = replace(model, llama_model_path=model_dir(model.llama_model_path))
+        self.engine = load_engine(local, asking.max_length)
+        self.sampler = Sampler(sampling.temperature, sampling.top_p, seed)
 
     def texts(self, users: Sequence[User], progress: Progress) -> dict[str, dict[str, Any]]:
         """`text`, and `items`, the number of items it is about, by user id; empty for an empty history."""
-        asked, found = [], {}
+        questions: list[EncodedPrompt] = []
+        texts: dict[str, dict[str, Any]] = {}
         for user in users:
-            found[user.user_id] = {"text": "", "items": 0}
+            texts[user.user_id] = {"text": "", "items": 0}
             if user.profile:
-                text, found[user.user_id]["items"] = self._question(user)
-                asked.append(self.engine.encoder.prompt(user.user_id, text))
-        pairs = every_pair([BASE], len(asked))
-        answers = self.engine.answer(asked, pairs, self.sampler, self.args.max_gen_len, progress=progress)
+                question, texts[user.user_id]["items"] = self._question(user)
+                questions.append(self.engine.encoder.prompt(user.user_id, question))
+        pairs = every_pair([BASE], len(questions))
+        answers = self.engine.answer(questions, pairs, self.sampler, self.max_gen_len, progress=progress)
         for (_, place), ids in answers.items():
             text = self.engine.encoder.text(ids)
-            cut = len(ids) >= self.args.max_gen_len
-            found[asked[place].id]["text"] = whole_sentences(text) if cut else text
-        return found
+            cut = len(ids) >= self.max_gen_len
+            texts[questions[place].id]["text"] = whole_sentences(text) if cut else text
+        return texts
 
     def _question(self, user: User) -> tuple[str, int]:
         """The question about as many items as leave room for the answer, and their number."""
         encoder = self.engine.encoder
-        room = self.args.max_length - self.args.max_gen_len
+        room = self.asking.max_length - self.max_gen_len
 
         def fits(text: str) -> bool:
             tokens = encoder.tokenizer(as_chat(encoder.tokenizer, text), add_special_tokens=False)["input_ids"]
             return len(encoder.bos) + len(tokens) <= room
 
-        text, number = fit(user.profile, self.prompts, self.args.item_words, fits)
+        text, number = fit(user.profile, self.asking.prompts, self.asking.item_words, fits)
         if not number:
-            raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.args.max_length})")
+            raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.asking.max_length})")
         return as_chat(encoder.tokenizer, text), number

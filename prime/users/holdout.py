@@ -4,18 +4,17 @@ Trained and held-out records of one user differ in nothing but training, so an a
 memory, and not that users are alike (the "controlled" experiment of mia.py).
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prime import cli
 from prime.errors import InputError
 from prime.runs.forms import RECORD_SETTINGS, form_problems
 from prime.runs.run import read_settings
 from prime.seeds import derive_seed
 from prime.users.data import User
 from prime.users.prompts import Record, history_records
+from prime.users.texts import Texts
 
 
 class Split(NamedTuple):
@@ -53,20 +52,6 @@ class Split(NamedTuple):
         return {"held_out_ids": self.item_ids(user)} if self.share else {}
 
 
-def add_holdout(parser: argparse.ArgumentParser, whose: str) -> None:
-    parser.add_argument(
-        "--holdout",
-        type=cli.below_one,
-        default=0.0,
-        help=f"share of {whose} history items that nothing trains on, for mia.py's controlled attack; 0 = none",
-    )
-
-
-def split_of(args: argparse.Namespace) -> Split:
-    """As asked by a training stage's options."""
-    return Split(args.holdout, args.seed, args.recent_k, quoting=not getattr(args, "enable_dp", False))
-
-
 def trained_split(folder: str | Path) -> Split:
     """As the adapters in a stage's directory were trained; adapters from elsewhere held nothing out."""
     path = Path(folder) / "settings.json"
@@ -75,16 +60,17 @@ def trained_split(folder: str | Path) -> Split:
     found = read_settings(folder)["settings"]
     if problems := form_problems(found, RECORD_SETTINGS, f"{path}: settings"):
         raise InputError.many(problems)
-    return split_of(argparse.Namespace(**{"holdout": 0.0} | found))
+    share, quoting = found.get("holdout", 0.0), not found.get("enable_dp", False)
+    return Split(share, found["seed"], found["recent_k"], quoting)
 
 
-def records_of(texts: cli.Texts, user: User, recent_k: int, split: Split) -> list[Record]:
+def records_of(texts: Texts, user: User, recent_k: int, split: Split) -> list[Record]:
     """All records of a user's history, those of held-out items marked."""
     profile = (texts.profiles or {}).get(user.user_id)
     return history_records(user, texts.task, texts.templates, profile, recent_k, split.positions(user), split.quoting)
 
 
-def trained_records(texts: cli.Texts, user: User, recent_k: int, split: Split) -> list[Record]:
+def trained_records(texts: Texts, user: User, recent_k: int, split: Split) -> list[Record]:
     """The records of a user's history that an adapter is trained on."""
     return [record for record in records_of(texts, user, recent_k, split) if not record.held_out]
 
