@@ -1,5 +1,4 @@
 """Textual profiles: the rule against counting by hand, the model against transformers' own generate."""
-
 import json
 import shutil
 import subprocess
@@ -11,7 +10,7 @@ import world
 
 import gen_profile
 from prime.errors import InputError
-from prime.users.data import load_profiles, load_users
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, TEST_FILE, load_profiles, load_users
 from prime.users.profiles import PROFILE_PROMPTS, fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
 from prime.users.tasks import TASKS
 
@@ -77,7 +76,7 @@ def test_queries_and_their_answers_play_no_part(tmp_path: Path) -> None:
     data = world.build(tmp_path)
     (data / "profile-id2text.json").unlink()
     rule(tmp_path / "before.json", data)
-    for name in gen_profile.FILES:
+    for name in (BASE_FILE, CANDIDATE_FILE, TEST_FILE):
         users = [dict(user, query=[{"id": "1", "input": "x", "gold": "y"}]) for user in world.read(data / name)]
         world.write(data / name, users)
     rule(tmp_path / "after.json", data)
@@ -175,7 +174,7 @@ def test_texts_are_what_transformers_generates(here: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(here / world.CHECKPOINT)
     users = [
         user
-        for name in gen_profile.FILES
+        for name in (BASE_FILE, CANDIDATE_FILE, TEST_FILE)
         for user in load_users(here / "data/movie_tagging" / name, TASKS["movie_tagging"])
     ]
     assert list(found) == [user.user_id for user in users]
