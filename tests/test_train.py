@@ -38,7 +38,9 @@ def assert_close(one: dict, other: dict, atol: float) -> None:
 # -- PEFT -----------------------------------------------------------------------------------------------------------
 
 
-def peft_training(start: AdapterBank, learner: Learner, settings: TrainingSettings) -> tuple[list, list, torch.nn.Module]:
+def peft_training(
+    start: AdapterBank, learner: Learner, settings: TrainingSettings
+) -> tuple[list, list, torch.nn.Module]:
     """Losses and gradient norms of each step, and the trained model, from the bank's own initial A."""
     model = tiny.peft_model(tiny.model(), start.adapter(0))
     model.requires_grad_(False)

@@ -19,7 +19,6 @@ from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.runs.run import read_results, user_dirname
-from prime.settings import TrainingSettings
 from prime.users.prompts import history_records
 from prime.users.texts import load_test_users, load_texts
 from tests import tiny
