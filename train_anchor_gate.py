@@ -117,7 +117,7 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
     seconds = round((time.perf_counter() - started) / len(group), 3)
     results = []
     for anchor, learner in zip(group, learners, strict=True):
-        name, place = anchor.user_id, learner.place
+        name, place = anchor.user_id, learner.slot
         if not run.done(name):
             save_gate(gates.gate(place), gate_file(run.root, name))
         result = {"user_id": name, "index": stage.order[name], "record_ids": [record.id for record in learner.records]}
