@@ -59,7 +59,7 @@ def load_everybody(data_dir: Path, task: Task, recent_k: int) -> tuple[list[User
     for name in (BASE_FILE, CANDIDATE_FILE, TEST_FILE):
         users |= {user.user_id: user for user in load_users(data_dir / name, task)}
         digest.update((data_dir / name).read_bytes())
-    recent = [User(user.user_id, user.profile[-recent_k:]) for user in users.values()]
+    recent = [User(user.user_id, user.recent(recent_k)) for user in users.values()]
     return recent, digest.hexdigest()
 
 

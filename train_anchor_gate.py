@@ -88,9 +88,10 @@ def learner_of(stage: Stage, anchor: User, place: int) -> Learner:
     if not records:
         raise InputError(f"{name}: an empty history, nothing to train on")
     encoded = stage.engine.encode_records(records)
+    if stage.terms is None:
+        return Learner(place, name, seed, encoded)
     steps = training.batch_size, training.epochs, training.max_step
-    mechanism = stage.terms and stage.terms.mechanism(name, seed, encoded, *steps)
-    return Learner(place, name, seed, encoded, mechanism)
+    return Learner(place, name, seed, encoded, stage.terms.mechanism(name, seed, encoded, *steps))
 
 
 def privacy_of(stage: Stage, learner: Learner, anchor: User) -> dict:
@@ -120,7 +121,8 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
         name, place = anchor.user_id, learner.slot
         if not run.done(name):
             save_gate(gates.gate(place), gate_file(run.root, name))
-        result = {"user_id": name, "index": stage.order[name], "record_ids": [record.id for record in learner.records]}
+        ids = [record.id for record in learner.records]
+        result: dict = {"user_id": name, "index": stage.order[name], "record_ids": ids}
         result |= {"losses": losses[place]} | privacy_of(stage, learner, anchor)
         results.append(result | {"seconds": {"train": seconds}})
     run.finish_all(results)

@@ -25,7 +25,7 @@ import torch
 from prime import cli
 from prime import settings as opt
 from prime.bank.batching import Pair
-from prime.bank.dp import Terms, terms_of
+from prime.bank.dp import Mechanism, Terms, terms_of
 from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner
@@ -83,8 +83,11 @@ class Anchor:
             raise InputError(f"{self.name}: an empty history, nothing to train on")
         self.encoded = stage.engine.encode_records(self.records)
         self.seed = derive_seed("anchor", settings.seed, user.user_id)
-        steps = settings.training.batch_size, settings.training.epochs
-        self.mechanism = terms and terms.mechanism(self.name, self.seed, self.encoded, *steps)
+        training = settings.training
+        self.mechanism: Mechanism | None = None
+        if terms:
+            steps = training.batch_size, training.epochs
+            self.mechanism = terms.mechanism(self.name, self.seed, self.encoded, *steps)
         self.privacy = {"privacy": terms.report(self.mechanism)} if terms and self.mechanism else {}
 
     def learner(self, place: int) -> Learner:
@@ -143,7 +146,8 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
         if not run.done(name):
             card = anchor.card(settings.data.task_name, report)
             save_adapter(engine.bank.adapter(place), run.user_dir(name) / "adapter", settings.model.base, card)
-        result = {"user_id": name, "index": stage.order[name], "record_ids": [record.id for record in anchor.records]}
+        ids = [record.id for record in anchor.records]
+        result: dict = {"user_id": name, "index": stage.order[name], "record_ids": ids}
         result |= anchor.held_out | {"losses": losses[place], "history": report} | anchor.privacy
         results.append(result | {"seconds": {"train": seconds}})
     run.finish_all(results)

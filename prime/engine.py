@@ -140,7 +140,7 @@ def _prompts_by_setting(
     engine: Engine, texts: Texts, user: User, k_list: Sequence[int]
 ) -> tuple[list[str], list[EncodedPrompt]]:
     """Names of the ways to prompt, and the prompts of all queries one way after the other."""
-    profile = (texts.profiles or {}).get(user.user_id, "")
+    profile = texts.profile_of(user.user_id) or ""
     names: list[str] = []
     prompts: list[EncodedPrompt] = []
     for k in (0, *k_list):

@@ -139,7 +139,7 @@ def fitness_records(setup: Setup, user: User, seed: int) -> list[Record]:
     texts = setup.texts
     if setup.fitness.fitness == "query":
         return query_records(user, texts.task, texts.templates, texts.others, random.Random(seed), setup.recent_k)
-    profile = (texts.profiles or {}).get(user.user_id)
+    profile = texts.profile_of(user.user_id)
     return history_records(user, texts.task, texts.templates, profile, setup.recent_k)
 
 

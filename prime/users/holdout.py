@@ -41,7 +41,10 @@ class Split(NamedTuple):
         if self.share == 0 or len(places) < 2:
             return frozenset()
         size = min(max(1, round(self.share * len(places))), len(places) - 1)
-        return frozenset(place for draw in sorted(places)[:size] for place in places[draw])
+        held_out: set[int] = set()
+        for draw in sorted(places)[:size]:
+            held_out |= set(places[draw])
+        return frozenset(held_out)
 
     def item_ids(self, user: User) -> list[str]:
         """The held-out items' ids, oldest first."""
@@ -57,16 +60,16 @@ def trained_split(folder: str | Path) -> Split:
     path = Path(folder) / "settings.json"
     if not path.is_file():
         return Split()
-    found = read_settings(folder)["settings"]
-    if problems := form_problems(found, RECORD_SETTINGS, f"{path}: settings"):
+    settings = read_settings(folder)["settings"]
+    if problems := form_problems(settings, RECORD_SETTINGS, f"{path}: settings"):
         raise InputError.many(problems)
-    share, quoting = found.get("holdout", 0.0), not found.get("enable_dp", False)
-    return Split(share, found["seed"], found["recent_k"], quoting)
+    share, quoting = settings.get("holdout", 0.0), not settings.get("enable_dp", False)
+    return Split(share, settings["seed"], settings["recent_k"], quoting)
 
 
 def records_of(texts: Texts, user: User, recent_k: int, split: Split) -> list[Record]:
     """All records of a user's history, those of held-out items marked."""
-    profile = (texts.profiles or {}).get(user.user_id)
+    profile = texts.profile_of(user.user_id)
     return history_records(user, texts.task, texts.templates, profile, recent_k, split.positions(user), split.quoting)
 
 
@@ -79,5 +82,5 @@ def check_split(folder: str | Path, result: Mapping[str, Any], records: Sequence
     """InputError unless these are the records that the adapter of `result` was trained on."""
     trained = [record.id for record in records if not record.held_out]
     if trained != result["record_ids"]:
-        name, told = result["user_id"], len(result["record_ids"])
-        raise InputError(f"{folder}: {name} was trained on {told} other records than the {len(trained)} of the data")
+        name, count = result["user_id"], len(result["record_ids"])
+        raise InputError(f"{folder}: {name} was trained on {count} other records than the {len(trained)} of the data")

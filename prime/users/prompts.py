@@ -11,6 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prime.errors import InputError
+from prime.settings import RECENT_K
 from prime.users.data import Query, User
 from prime.users.retrieval import top_k
 from prime.users.tasks import Task, extract
@@ -18,7 +19,6 @@ from prime.users.templates import Templates
 
 RECORD_WORDS = 768  # published cut of a history item's fields
 RETRIEVED_WORDS = 368  # published cut of a retrieved item's fields
-RECENT_K = 50  # published number of history items used
 RECORD_K = 1  # items retrieved for training records
 
 
