@@ -68,8 +68,8 @@ whole --seed "$seed" 0
 [ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
 [[ "$holdout" =~ ^(0|0?\.[0-9]+)$ ]] || wrong "--holdout is a share from 0 to less than 1, not $holdout"
 
-# The demo's model is a thousand times smaller than the published ones and learns at larger rates (README, "The demo's
-# settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
+# The demo's model is a thousand times smaller than the published ones and learns at larger rates (docs/stages.md, "The
+# demo's settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
 # merge-then-adapt train as the sharers do (anchor_training): they train the same kind of adapter on histories alike.
 # What is only prompted gets all of the published k (1, 2, 4), everything else one, to save time.
 if [ -z "$model" ]; then
