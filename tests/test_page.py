@@ -22,7 +22,6 @@ from prime.report.figures.utility import draw_scores, pair_sentence
 from prime.report.frontier import read_frontier
 from prime.report.sections.content import Content
 from prime.report.sections.leakage import strongest
-from prime.report.sections.search import no_single_sharer
 from prime.report.sections.words import EXAMPLES, base_won
 from prime.runs.files import read_json, read_lines
 from prime.runs.run import Run, machine, user_dirname
@@ -235,14 +234,11 @@ def test_ten_examples_evenly_spaced(written: Path) -> None:
 
 
 def test_a_search_that_may_not_deploy_a_sharer_is_told_so() -> None:
-    """Under --search_only and under --top_share below 1 the winner told is the one deployed: never a single sharer."""
-    own = [{"loss": loss, "origin": origin} for loss, origin in ((-1.0, "base"), (-1.3, "sharer"), (-1.2, "search"))]
-    for settings, winner in (
-        ({}, "a single sharer"), ({"search_only": False, "top_share": 1.0}, "a single sharer"),
-        ({"search_only": True}, "a candidate of the search"), ({"top_share": 0.4}, "a candidate of the search"),
-    ):  # fmt: skip
-        _, sentence = draw_traces([own], no_single_sharer(settings))
-        assert f"{winner} for 1" in sentence
+    """Under --search_only the winner told is the one deployed: never a single sharer."""
+    candidates = ((-1.0, "base"), (-1.3, "sharer"), (-1.2, "search"))
+    search = [{"loss": loss, "origin": origin} for loss, origin in candidates]
+    assert "a single sharer for 1" in draw_traces([search], search_only=False)[1]
+    assert "a candidate of the search for 1" in draw_traces([search], search_only=True)[1]
 
 
 def test_every_figure_is_in_the_page_and_beside_it_with_its_sentence(written: Path) -> None:

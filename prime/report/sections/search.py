@@ -19,7 +19,8 @@ def trace_figures(content: Content, folder: Path) -> list[Shown]:
     shown = []
     for method, source, record in _own_runs(content):
         if searches := searches_of(source):
-            drawn = draw_traces(searches, no_single_sharer(record["settings"]))
+            search_only = bool(record["settings"].get("search_only"))  # then no single sharer was deployed
+            drawn = draw_traces(searches, search_only)
             shown.append(show(folder, f"search-{method}", f"Search of {method}", drawn))
     return shown
 
@@ -50,8 +51,3 @@ def searches_of(folder: Path) -> list[list[dict[str, Any]]]:
         if (path.parent / "result.json").is_file() and (lines := read_form_lines(path, EVALUATED_LOSS)):
             searches.append(lines)
     return searches
-
-
-def no_single_sharer(settings: Mapping[str, Any]) -> bool:
-    """Whether the options of a search kept single sharers from being deployed (`prime.merging.evolution.chosen`)."""
-    return bool(settings.get("search_only")) or settings.get("top_share", 1.0) != 1.0
