@@ -1,1 +1,1 @@
-"""PriME: shared LoRA adapters merged into personal ones, privately. One noun per module."""
+"""PriME: shared LoRA adapters merged into personal ones, privately. A folder is a question, a module one noun."""

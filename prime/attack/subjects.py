@@ -89,8 +89,8 @@ def deployment(exp_dir: Path, result: Mapping[str, Any], n_sim: int) -> Subject:
     """What a test user deployed. A sharer of weight 0 is not in it; where the base won, all listed are looked for."""
     user_id = result["user_id"]
     if "sharers" not in result:
-        told = "merged no sharer's adapter, so it has no members to look for (--exp_dir)"
-        raise InputError(f"{exp_dir}: user {user_id} {told}")
+        problem = "merged no sharer's adapter, so it has no members to look for (--exp_dir)"
+        raise InputError(f"{exp_dir}: user {user_id} {problem}")
     on_base = result.get("deployed") == "base"
     weights = result.get("weights", [1.0] * len(result["sharers"]))
     merged = [s for s, w in zip(result["sharers"], weights, strict=True) if on_base or np.any(w)]

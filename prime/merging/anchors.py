@@ -262,8 +262,8 @@ def load_anchor_idx(path: str | Path, n_candidates: int) -> list[int]:
     problems = [] if len(set(values)) == len(values) else [f"{path}: an anchor is listed twice"]
     wrong = [v for v in values if not 0 <= v < n_candidates]
     if wrong:
-        told = f"{str(wrong[:10])[:-1]}{', ...' if len(wrong) > 10 else ''}]"
-        problems.append(f"{path}: indices {told} lie outside the {n_candidates} candidates")
+        indices = f"{str(wrong[:10])[:-1]}{', ...' if len(wrong) > 10 else ''}]"
+        problems.append(f"{path}: indices {indices} lie outside the {n_candidates} candidates")
     if problems:
         raise InputError.many(problems)
     return values

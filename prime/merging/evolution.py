@@ -105,12 +105,12 @@ def evolve(memo: "Memo", score: ScoreOf, settings: SearchSettings, seed: int, lo
         return trace.evaluations
 
     # 3. Ask, evaluate, tell.
-    worst = [max(one.unpenalised for one in known), max(one.cost for one in known)] if pareto else []
+    worst = [max(e.unpenalised for e in known), max(e.cost for e in known)] if pareto else []
     search = Search(start, settings.opt_type, settings.opt_budget, seed, settings.step, worst)
     while search.open:
         points = search.ask()
         generation = trace.evaluate(as_weights(points, shape), ["search"] * len(points))
-        search.tell([[one.unpenalised, one.cost] if pareto else one.loss for one in generation])
+        search.tell([[e.unpenalised, e.cost] if pareto else e.loss for e in generation])
     return trace.evaluations
 
 
@@ -122,19 +122,19 @@ def choose(evaluations: Sequence[Evaluation], settings: SearchSettings) -> Evalu
     if settings.baseline == "best_sharer":
         return best_sharer(evaluations)
     if settings.baseline == "uniform":
-        return next(one for one in evaluations if one.origin == "start")
-    eligible = [one for one in evaluations if one.origin != "sharer" or not settings.search_only]
-    return min(eligible, key=lambda one: one.loss)
+        return next(evaluation for evaluation in evaluations if evaluation.origin == "start")
+    eligible = [e for e in evaluations if e.origin != "sharer" or not settings.search_only]
+    return min(eligible, key=lambda evaluation: evaluation.loss)
 
 
 def sharers_of(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     """The single sharers, most similar first."""
-    return [one for one in evaluations if one.origin == "sharer"]
+    return [evaluation for evaluation in evaluations if evaluation.origin == "sharer"]
 
 
 def best_sharer(evaluations: Sequence[Evaluation]) -> Evaluation:
     """The best single sharer, without any penalty."""
-    return min(sharers_of(evaluations), key=lambda one: one.unpenalised)
+    return min(sharers_of(evaluations), key=lambda evaluation: evaluation.unpenalised)
 
 
 # -- the parts ------------------------------------------------------------------------------------------------------
@@ -197,5 +197,5 @@ class Trace:
             s = self.score(measured, weights)
             new.append(Evaluation(weights, s.loss, s.utility, s.similarity, s.unpenalised, seconds, origin, s.cost))
         self.evaluations += new
-        write_text(self.log, "".join(one.line() for one in self.evaluations))
+        write_text(self.log, "".join(evaluation.line() for evaluation in self.evaluations))
         return new

@@ -52,9 +52,9 @@ def gate_file(gate_dir: str | Path, user_id: str) -> Path:
 
 def gate_path(gate_dir: str | Path, user_id: str) -> Path:
     """The gate to read: stage 3b's, or a published file put in its place as gate.pt."""
-    own = gate_file(gate_dir, user_id)
-    published = own.with_name("gate.pt")
-    return published if published.is_file() and not own.is_file() else own
+    path = gate_file(gate_dir, user_id)
+    published = path.with_name("gate.pt")
+    return published if published.is_file() and not path.is_file() else path
 
 
 def save_gate(gate: Gate, path: Path) -> None:
@@ -72,17 +72,17 @@ def load_gate(path: Path, widths: Mapping[str, int]) -> Gate:
         InputError: not a safetensors file, or (all of them at once) modules too many or too few, vectors of another
             shape, values that are not finite.
     """
-    found = load_published_gate(path) if path.suffix == ".pt" else read_safetensors(path)
-    problems = [f"{path}: no gate of {name}" for name in widths.keys() - found.keys()]
-    problems += [f"{path}: {shown(name)} is no module that carries an adapter" for name in found.keys() - widths.keys()]
-    for name in widths.keys() & found.keys():
-        if found[name].shape != (widths[name],):
-            problems.append(f"{path}: {name}: shape {tuple(found[name].shape)}, expected ({widths[name]},)")
-        elif told := finite_problem(found[name]):
-            problems.append(f"{path}: {name} {told}")
+    gate = load_published_gate(path) if path.suffix == ".pt" else read_safetensors(path)
+    problems = [f"{path}: no gate of {name}" for name in widths.keys() - gate.keys()]
+    problems += [f"{path}: {shown(name)} is no module that carries an adapter" for name in gate.keys() - widths.keys()]
+    for name in widths.keys() & gate.keys():
+        if gate[name].shape != (widths[name],):
+            problems.append(f"{path}: {name}: shape {tuple(gate[name].shape)}, expected ({widths[name]},)")
+        elif problem := finite_problem(gate[name]):
+            problems.append(f"{path}: {name} {problem}")
     if problems:
         raise InputError.many(sorted(problems))
-    return {name: found[name].float() for name in widths}
+    return {name: gate[name].float() for name in widths}
 
 
 def module_widths(bank: AdapterBank) -> dict[str, int]:
@@ -116,8 +116,8 @@ class Gates:
         index = torch.as_tensor(places, device=self.stacks[0].device)
 
         def scale(module: int, x: Tensor) -> Tensor:
-            own = self.stacks[module].index_select(0, index.to(x.device))
-            return x * torch.bmm(x, own[:, :, None]).sigmoid()
+            gates = self.stacks[module].index_select(0, index.to(x.device))
+            return x * torch.bmm(x, gates[:, :, None]).sigmoid()
 
         return scale
 
@@ -186,8 +186,8 @@ def compose(
 
     for batch in batches:
         ids, positions = teacher_forced(batch)
-        own = zip(gates.names, gates.stacks, strict=True)
-        hooks = {name: partial(hook, name, gate, positions) for name, gate in own}
+        stacks = zip(gates.names, gates.stacks, strict=True)
+        hooks = {name: partial(hook, name, gate, positions) for name, gate in stacks}
         with bank.routed([0]), _hooked(bank, hooks):
             bank.model(input_ids=ids.to(bank.device), logits_to_keep=1, use_cache=False)
         if progress:

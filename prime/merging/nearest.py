@@ -38,10 +38,10 @@ def top_similar(
     rows = torch.arange(len(anchor_emb)) if places is None else torch.as_tensor(list(places), dtype=torch.int64)
     if not 0 <= n_sim <= len(rows):
         raise InputError(f"--n_sim {n_sim}: must be 0 (all) to {len(rows)}, the number of anchors")
-    found: list[list[int]] = []
+    nearest: list[list[int]] = []
     for users in test_emb.split(USERS):
-        found += _nearest(_unit(users), anchor_emb, rows, n_sim or len(rows)).tolist()
-    return found
+        nearest += _nearest(_unit(users), anchor_emb, rows, n_sim or len(rows)).tolist()
+    return nearest
 
 
 def rounding(width: int, unit: float = 2.0**-24) -> float:
@@ -70,21 +70,21 @@ def _nearest(test: Tensor, anchor_emb: Tensor, rows: Tensor, size: int) -> Tenso
     """`[m, size]` anchors of highest cosine with unit vectors test `[m, h]` in fp64, best first."""
     low = test.float()
     scores = torch.full((len(test), size), -torch.inf, dtype=torch.float64)
-    found = torch.full((len(test), size), -1)
+    nearest = torch.full((len(test), size), -1)
     for start in range(0, len(rows), BLOCK):
-        own = rows[start : start + BLOCK]  # rows behind the last anchor are of nobody who shares
-        block = anchor_emb[start : start + len(own)] if _in_order(rows, start) else anchor_emb[own]
+        block_rows = rows[start : start + BLOCK]  # rows behind the last anchor are of nobody who shares
+        block = anchor_emb[start : start + len(block_rows)] if _in_order(block_rows, start) else anchor_emb[block_rows]
         users, columns = _in_doubt(_low_cosines(low, block), scores[:, -1], size, rounding(test.shape[1]))
         if len(users) > CROWDED * len(test) * len(block):  # fp32 tells too little apart
             users, columns = _in_doubt(test @ _unit(block).T, scores[:, -1], size, rounding(test.shape[1], 2.0**-53))
-        _insert(scores, found, users, columns + start, _cosines(test, block, users, columns))
-    return found
+        _insert(scores, nearest, users, columns + start, _cosines(test, block, users, columns))
+    return nearest
 
 
-def _in_order(rows: Tensor, start: int) -> bool:
+def _in_order(block_rows: Tensor, start: int) -> bool:
     """Whether a block of anchors is a stretch of the file, which can be read without gathering."""
-    own = rows[start : start + BLOCK]
-    return bool(own[0] == start and own[-1] == start + len(own) - 1 and (own.diff() == 1).all())
+    last = start + len(block_rows) - 1
+    return bool(block_rows[0] == start and block_rows[-1] == last and (block_rows.diff() == 1).all())
 
 
 def _in_doubt(cosines: Tensor, worst: Tensor, size: int, slack: float) -> tuple[Tensor, Tensor]:
@@ -110,16 +110,16 @@ def _cosines(test: Tensor, block: Tensor, users: Tensor, columns: Tensor) -> Ten
     return torch.cat(parts) if parts else test.new_empty(0)
 
 
-def _insert(scores: Tensor, found: Tensor, users: Tensor, anchors: Tensor, new: Tensor) -> None:
+def _insert(scores: Tensor, nearest: Tensor, users: Tensor, anchors: Tensor, new: Tensor) -> None:
     """Put new pairs among the users' best `[m, size]`, in place; of equal scores the earlier anchor stays in front."""
-    touched, own = users.unique(return_inverse=True)
+    touched, place = users.unique(return_inverse=True)
     size = scores.shape[1]
-    owner = torch.cat([torch.arange(len(touched)).repeat_interleave(size), own])
+    owner = torch.cat([torch.arange(len(touched)).repeat_interleave(size), place])
     score = torch.cat([scores[touched].flatten(), new])
-    anchor = torch.cat([found[touched].flatten(), anchors])
+    anchor = torch.cat([nearest[touched].flatten(), anchors])
     order = score.sort(descending=True, stable=True).indices
     order = order[owner[order].sort(stable=True).indices]
     counts = torch.bincount(owner, minlength=len(touched))
     rank = torch.arange(len(order)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     kept = order[rank < size]
-    scores[touched], found[touched] = score[kept].view(-1, size), anchor[kept].view(-1, size)
+    scores[touched], nearest[touched] = score[kept].view(-1, size), anchor[kept].view(-1, size)

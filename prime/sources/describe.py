@@ -53,10 +53,10 @@ def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
         return text
     try:
         question = [{"role": "user", "content": text}]
-        found = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise InputError(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
-    return str(found).removeprefix(str(tokenizer.bos_token or ""))
+    return str(prompt).removeprefix(str(tokenizer.bos_token or ""))
 
 
 @dataclass(frozen=True)
