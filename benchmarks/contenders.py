@@ -103,7 +103,7 @@ class Result:
 def answer_with_bank(
     bank: AdapterBank, sharers: Sequence[Adapter], weights: Tensor, rule: str, work: Work, max_batch_tokens: int
 ) -> Result:
-    """As `prime.merging.evolution.Population` does: base and sharers first, then generations; answers become drafts.
+    """As `prime.merging.population.Population` does: base and sharers first, then generations; answers become drafts.
 
     Each candidate has prompts of its own in the list only so that the script can tell candidates apart by prompt id.
     """

@@ -28,6 +28,7 @@ from benchmarks.measuring import child_report, report, status_mb
 from prime import cli
 from prime.checkpoints.loading import load_tokenizer
 from prime.checkpoints.meta_conversion import convert
+from prime.settings import positive
 
 WIDTH, VOCABULARY, SHARDS = 2048, 32_000, 2
 HIDDEN = 5632  # of params.json's multiple_of 256
@@ -35,7 +36,7 @@ HIDDEN = 5632  # of params.json's multiple_of 256
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--layers", type=cli.positive, default=9, help="of width 2,048; 9 make 1.0 GB")
+    parser.add_argument("--layers", type=positive, default=9, help="of width 2,048; 9 make 1.0 GB")
     parser.add_argument("--work_dir", default=str(ROOT / "output/benchmarks/convert"), help="what is made on the way")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser

@@ -27,8 +27,7 @@ from benchmarks.shapes import Shares, by_frequency
 from experiments import demo_runs
 from prime import cli
 from prime.bank.encoding import Tokens
-from prime.merging.evolution import Answers, Population, evolve
-from prime.merging.objective import Objective
+from prime.merging.population import Answers, Population
 from prime.runs.journal import Journal
 from prime.seeds import derive_seed
 
@@ -69,33 +68,39 @@ def shares_of(seen: list[tuple[Tokens, list[Tokens]]]) -> Shares:
     return Shares(accepted, known, agreed)
 
 
-def common(one: Tokens, other: Tokens) -> int:
+def common(answer: Tokens, draft: Tokens) -> int:
     """Length of the common beginning."""
-    places = (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y)
-    return next(places, min(len(one), len(other)))
+    places = (i for i, (x, y) in enumerate(zip(answer, draft, strict=False)) if x != y)
+    return next(places, min(len(answer), len(draft)))
 
 
 def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Shares over the searches of the first users of a task."""
     start = demo_runs.start(task, seed, args.output_dir)
-    own, seen, lengths = start.args, {phase: [] for phase in PHASES}, []
-    with tempfile.TemporaryDirectory() as scratch:
-        for index, user in enumerate(start.users[: args.users]):
-            start.engine.bank.load(start.pool.adapters(index))
-            user_seed = derive_seed(own.seed, user.user_id)
-            journal = Journal(Path(scratch) / f"{index}.jsonl")
-            population = Watched(own, start.texts, start.engine, user, user_seed, own.n_sim, journal)
-            objective = Objective(start.texts.task, population.golds, *own.sim_penalty, own.m_reduce, own.t_reduce)
-            evolve(population, [objective], user_seed, [Path(scratch) / "log.jsonl"])
-            for phase, answer, ranked in population.seen:
-                seen[phase].append((answer, ranked))
-                lengths.append(len(answer))
+    seen: dict[str, list] = {phase: [] for phase in PHASES}
+    lengths = []
+    for index in range(len(start.users[: args.users])):
+        for phase, answer, ranked in search(start, index).seen:
+            seen[phase].append((answer, ranked))
+            lengths.append(len(answer))
     counts = start.engine.counts
     return {phase: shares_of(rows)._asdict() for phase, rows in seen.items()} | {
         "answered_in_one_pass": round(counts.from_draft / counts.rows, 4),
         "answer_tokens": {"mean": round(fmean(lengths), 2), "longest": max(lengths)},
         "rows": counts.rows,
     }
+
+
+def search(start: demo_runs.Start, index: int) -> Watched:
+    """A test user's search; the population that it asked."""
+    start.engine.bank.load(start.pool.adapters(index))
+    user = start.users[index]
+    seed = derive_seed(start.settings.seed, user.user_id)
+    with tempfile.TemporaryDirectory() as scratch:
+        journal = Journal(Path(scratch) / "journal.jsonl")
+        population = Watched(start.setup(), user, seed, start.settings.search.n_sim, journal)
+        start.search(population)
+    return population
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,12 +24,13 @@ import forks
 import kills
 
 from prime import cli
+from prime.settings import positive
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--kills", type=cli.positive, default=20, help="of each stage")
-    parser.add_argument("--kills_per_run", type=cli.positive, default=4, help="of one run at most")
+    parser.add_argument("--kills", type=positive, default=20, help="of each stage")
+    parser.add_argument("--kills_per_run", type=positive, default=4, help="of one run at most")
     parser.add_argument("--stages", default=",".join(kills.STAGES), help="which are killed, with commas")
     parser.add_argument("--seed", type=int, default=0, help="of where the kills fall")
     return parser

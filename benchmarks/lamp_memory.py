@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from prime import cli
+from prime.settings import positive
 
 ASK = "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
 ASK += "further explanation. review: "
@@ -35,10 +36,10 @@ QUESTIONS = 20  # of a person with many
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--megabytes", type=cli.positive, default=2048, help="of the questions' file")
-    parser.add_argument("--items", type=cli.positive, default=150, help="of a history, on average")
-    parser.add_argument("--longest", type=cli.positive, default=LONG_HISTORY, help="items of the longest history")
-    parser.add_argument("--test_users", type=cli.positive, default=100, help="as of prepare_data.py")
+    parser.add_argument("--megabytes", type=positive, default=2048, help="of the questions' file")
+    parser.add_argument("--items", type=positive, default=150, help="of a history, on average")
+    parser.add_argument("--longest", type=positive, default=LONG_HISTORY, help="items of the longest history")
+    parser.add_argument("--test_users", type=positive, default=100, help="as of prepare_data.py")
     parser.add_argument("--folder", help="where to work; default a new one for temporary files")
     parser.add_argument("--keep", action="store_true", help="leave the files")
     parser.add_argument("--seed", type=int, default=0, help="of the texts")

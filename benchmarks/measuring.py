@@ -27,6 +27,7 @@ from torch import Tensor
 from prime import cli
 from prime.bank import cpu as products
 from prime.report.tables import markdown
+from prime.settings import natural, positive
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,7 @@ def new_parser(
         "--contenders", type=names_of(contenders), default=tuple(contenders), help="who is measured, with commas"
     )
     parser.add_argument(
-        "--repeats", type=cli.positive, default=3, help="measurements of each contender; the median counts"
+        "--repeats", type=positive, default=3, help="measurements of each contender; the median counts"
     )
     add_machine(parser)
     return parser
@@ -55,12 +56,12 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the base model"
     )
     parser.add_argument(
-        "--max_batch_tokens", type=cli.natural, default=0, help="tokens of one pass of ours; 0 = as the stages choose"
+        "--max_batch_tokens", type=natural, default=0, help="tokens of one pass of ours; 0 = as the stages choose"
     )
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=cli.natural, default=0, help="threads of torch; 0 = as it starts")
+    parser.add_argument("--threads", type=natural, default=0, help="threads of torch; 0 = as it starts")
 
 
 def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:

@@ -42,6 +42,7 @@ from prime.bank.budgets import auto_batch_tokens
 from prime.bank.encoding import EncodedRecord, Tokens
 from prime.bank.logprobs import target_logprobs
 from prime.bank.lora import Adapter
+from prime.settings import positive
 
 Losses = dict[Pair, float]  # mean over the target's tokens, the size a tolerance can be given for
 
@@ -53,9 +54,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
 def build_parser() -> argparse.ArgumentParser:
     names = (shapes.DEMO, *shapes.SHAPES)
     parser = measuring.new_parser(__doc__, names, "30m", (*SCORING, *LIMITS))
-    parser.add_argument("--adapters", type=cli.positive, default=8, help="deployed adapters, those of test users")
-    parser.add_argument("--records", type=cli.positive, default=99, help="scored under every adapter")
-    parser.add_argument("--rank", type=cli.positive, default=24, help="of a deployed adapter: n_sim x 8")
+    parser.add_argument("--adapters", type=positive, default=8, help="deployed adapters, those of test users")
+    parser.add_argument("--records", type=positive, default=99, help="scored under every adapter")
+    parser.add_argument("--rank", type=positive, default=24, help="of a deployed adapter: n_sim x 8")
     return parser
 
 

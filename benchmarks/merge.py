@@ -43,6 +43,7 @@ from prime import cli
 from prime.bank.bank import AdapterBank
 from prime.bank.budgets import auto_batch_tokens
 from prime.bank.lora import RULES, merge
+from prime.settings import fraction, natural, positive
 
 ANSWERING = ("ours", "peft_loop", "peft_sorted", "peft_mixed", "peft_onednn", "published")
 LIMITS = ("forward_limit", "distinct_limit", "distinct_onednn")
@@ -55,9 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     names = (shapes.DEMO, *shapes.SHAPES)
     parser = measuring.new_parser(__doc__, names, "30m", (*ANSWERING, *LIMITS))
     parser.add_argument("--workload", choices=tuple(shapes.WORKLOADS), default="tag", help="length of the answers")
-    parser.add_argument("--prompts", type=cli.positive, default=99, help="of the user, 60 shared and 60-200 own tokens")
-    parser.add_argument("--n_sim", type=cli.positive, default=3, help="sharers")
-    parser.add_argument("--budget", type=cli.natural, default=10, help="candidates of the search")
+    parser.add_argument("--prompts", type=positive, default=99, help="of the user, 60 shared and 60-200 own tokens")
+    parser.add_argument("--n_sim", type=positive, default=3, help="sharers")
+    parser.add_argument("--budget", type=natural, default=10, help="candidates of the search")
     parser.add_argument("--merge_rule", choices=RULES, default="delta", help="how candidates are made of sharers")
     parser.add_argument(
         "--accepted", type=shares, help="shares of rows whose answer is the first draft: base and sharers, search; "
@@ -68,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--agreed", type=shares, help="share of a new answer's tokens that its draft begins with; default measured"
     )
     parser.add_argument(
-        "--published_candidates", type=cli.natural, default=0,
+        "--published_candidates", type=natural, default=0,
         help="measure `published` on the first N candidates only and scale its seconds linearly; 0 = on all",
     )  # fmt: skip
     parser.add_argument("--scaling", action="store_true", help="also ours for users and budget x1, x2, x4")
@@ -77,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def shares(text: str) -> tuple[float, float]:
     """Option type: `0.5,0.8`."""
-    parts = tuple(cli.fraction(part) for part in text.split(","))
+    parts = tuple(fraction(part) for part in text.split(","))
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text!r}: two shares expected, base and sharers, search")
     return parts[0], parts[1]

@@ -27,16 +27,17 @@ import kills
 
 from experiments import demo_runs
 from prime import cli
+from prime.settings import int_list, positive
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--processes", type=cli.int_list, default=(1, 2, 4), help="how many at once, with commas")
+    parser.add_argument("--processes", type=int_list, default=(1, 2, 4), help="how many at once, with commas")
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
-    parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
-    parser.add_argument("--opt_budget", type=cli.positive, default=10, help="candidates of a search: how long it is")
+    parser.add_argument("--users", type=positive, default=24, help="test users, the first ones")
+    parser.add_argument("--opt_budget", type=positive, default=10, help="candidates of a search: how long it is")
     parser.add_argument("--demo_dir", help="folder of a task's finished stages 1 to 3; default: made by reproduce.sh")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="where stages 1 to 3 are made")
     return parser
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command(args: argparse.Namespace, demo: Path, processes: int, output: Path) -> list[str]:
     """Stage 4; one process is started without a launcher."""
-    words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.stage_words(args.task, 0, demo)]
+    words = [str(ROOT / "lora_composition_evo.py"), *demo_runs.search_options(args.task, 0, demo)]
     words += ["--user_idxs", f"0-{args.users}", "--opt_budget", str(args.opt_budget), "--output_dir", str(output)]
     launcher = [*TORCHRUN, str(processes)] if processes > 1 else []
     return [sys.executable, *launcher, *words]

@@ -25,17 +25,18 @@ from benchmarks.measuring import environment, measure, ratio, report
 from prime import cli
 from prime.merging.anchors import load_embeddings, save_tensor
 from prime.merging.nearest import top_similar
+from prime.settings import above_zero, natural, positive
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
-    parser.add_argument("--sharers", type=cli.positive, default=100_000, help="embeddings on disk")
-    parser.add_argument("--users", type=cli.positive, default=1000, help="test users")
-    parser.add_argument("--width", type=cli.positive, default=1024, help="numbers of an embedding")
-    parser.add_argument("--n_sim", type=cli.positive, default=3, help="nearest sharers of a user")
-    parser.add_argument("--spread", type=cli.above_zero, default=1.0, help="of the embeddings around their mean")
-    parser.add_argument("--check", type=cli.natural, default=20, help="users whose answer is compared; 0 = none")
-    parser.add_argument("--repeats", type=cli.positive, default=3, help="measurements of each; the median counts")
+    parser.add_argument("--sharers", type=positive, default=100_000, help="embeddings on disk")
+    parser.add_argument("--users", type=positive, default=1000, help="test users")
+    parser.add_argument("--width", type=positive, default=1024, help="numbers of an embedding")
+    parser.add_argument("--n_sim", type=positive, default=3, help="nearest sharers of a user")
+    parser.add_argument("--spread", type=above_zero, default=1.0, help="of the embeddings around their mean")
+    parser.add_argument("--check", type=natural, default=20, help="users whose answer is compared; 0 = none")
+    parser.add_argument("--repeats", type=positive, default=3, help="measurements of each; the median counts")
     parser.add_argument("--seed", type=int, default=0, help="of the embeddings")
     measuring.add_threads(parser)
     return parser

@@ -34,6 +34,7 @@ from prime import cli
 from prime.checkpoints.loading import pick_device, pick_dtype
 from prime.runs.files import write_text
 from prime.runs.run import read_results
+from prime.settings import positive
 
 MEMBERS = 3  # sharers of a merge, the announcement's --n_sim
 
@@ -43,12 +44,12 @@ def build_parser() -> argparse.ArgumentParser:
     names = (shapes.DEMO, *shapes.SHAPES)
     parser.add_argument("--shape", choices=names, default=shapes.DEMO, help="model; see benchmarks/shapes.py")
     parser.add_argument("--task_name", choices=tuple(make_world.WORLDS), default="movie_tagging", help="whose data")
-    parser.add_argument("--users", type=cli.positive, default=4, help="test users")
-    parser.add_argument("--queries", type=cli.positive, default=30, help="of a test user, at most")
-    parser.add_argument("--items", type=cli.positive, default=50, help="history items used (--recent_k)")
-    parser.add_argument("--anchors", type=cli.positive, default=16, help="at most, more than 3 (--k of stage 2)")
-    parser.add_argument("--base_users", type=cli.positive, default=40, help="whose queries train the task adapter")
-    parser.add_argument("--epochs", type=cli.positive, default=3, help="of stages 1 and 3")
+    parser.add_argument("--users", type=positive, default=4, help="test users")
+    parser.add_argument("--queries", type=positive, default=30, help="of a test user, at most")
+    parser.add_argument("--items", type=positive, default=50, help="history items used (--recent_k)")
+    parser.add_argument("--anchors", type=positive, default=16, help="at most, more than 3 (--k of stage 2)")
+    parser.add_argument("--base_users", type=positive, default=40, help="whose queries train the task adapter")
+    parser.add_argument("--epochs", type=positive, default=3, help="of stages 1 and 3")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="in stages 1 and 3")
     parser.add_argument("--work_dir", default=str(ROOT / "output/benchmarks/stages"), help="what is made on the way")
     measuring.add_machine(parser)
@@ -95,7 +96,8 @@ def child(words: Sequence[str]) -> dict[str, float]:
     started = time.perf_counter()
     stage.main(words[1:])
     seconds = time.perf_counter() - started
-    peak = measuring.peak_mb(pick_device(stage.build_parser().parse_args(words[1:]).device))
+    device = cli.parser_of(stage.Settings, stage.__doc__).parse_args(words[1:]).device
+    peak = measuring.peak_mb(pick_device(device))
     return {"work_seconds": seconds, "cpu_seconds": time.process_time(), "peak_mb": peak}
 
 

@@ -19,9 +19,10 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain, product
-from operator import itemgetter, ne
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,24 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import lora_composition_evo as stage
 from benchmarks import contenders, measuring
 from experiments import demo_runs
 from experiments.demo_runs import Start
 from prime import cli
-from prime.bank.lora import merge
-from prime.bank.sampling import Sampler
+from prime.bank.encoding import EncodedPrompt
+from prime.bank.lora import Adapter, merge
 from prime.engine import predict
-from prime.merging.evolution import Answers, Evaluation, Population, evolve
-from prime.merging.objective import Objective
+from prime.merging.evolution import Evaluation, choose
+from prime.merging.population import Answers, Population
 from prime.runs.journal import Journal
 from prime.seeds import derive_seed
+from prime.settings import int_list, natural, positive
 from prime.users.data import User
 from prime.users.metrics import METRICS, score
 
-# Merge rule, start and first step of the search.
-PUBLISHED = ("factor", "zero", 1.0)
-OURS = ("delta", "ranked", 0.3)
+# Settings of the search; ours are the defaults.
+PUBLISHED = {"merge_rule": "factor", "start": "zero", "step": 1.0, "search_only": True}
 
 Held = list[tuple[str, str]]  # answers to held-out queries and their golds
 
@@ -54,9 +56,9 @@ Held = list[tuple[str, str]]  # answers to held-out queries and their golds
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False)
     demo_runs.add_options(parser, users=4)
-    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
-    parser.add_argument("--budget", type=cli.positive, default=10, help="candidates of both searches (published: 10)")
-    parser.add_argument("--history", type=cli.natural, default=0, help="history items, the last ones; 0 = as stage 4")
+    parser.add_argument("--seeds", type=int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--budget", type=positive, default=10, help="candidates of both searches (published: 10)")
+    parser.add_argument("--history", type=natural, default=0, help="history items, the last ones; 0 = as stage 4")
     measuring.add_threads(parser)
     return parser
 
@@ -66,28 +68,30 @@ class Timed(Population):
 
     def __init__(self, start: Start, user: User, seed: int):
         journal = Journal(Path(tempfile.mkdtemp()) / "journal.jsonl")
-        super().__init__(start.args, start.texts, start.engine, user, seed, start.args.n_sim, journal)
-        self.asked: list[tuple[float, int]] = []
+        super().__init__(start.setup(), user, seed, start.settings.search.n_sim, journal)
+        self.phases: list[tuple[float, int]] = []
 
     def answers(self, weights: Tensor) -> list[Answers]:
-        self.asked.append((time.perf_counter(), len(weights)))
+        self.phases.append((time.perf_counter(), len(weights)))
         return super().answers(weights)
 
 
 class Published(Timed):
     """Answers by one PEFT adapter at a time, 100 new tokens each."""
 
-    model: Any
-    adapters: list
-    given: list[Answers]
+    def __init__(self, start: Start, user: User, seed: int, model: Any, adapters: Sequence[Adapter]):
+        super().__init__(start, user, seed)
+        self.model, self.adapters = model, adapters
+        self.given: list[Answers] = []
 
     def answers(self, weights: Tensor) -> list[Answers]:
-        self.asked.append((time.perf_counter(), len(weights)))
+        self.phases.append((time.perf_counter(), len(weights)))
         answers = [[self.answers_of(candidate)] for candidate in weights]
         self.given += answers
         return answers
 
     def answers_of(self, weights: Tensor) -> list[str]:
+        """The answers of one candidate `[n]` to all history records."""
         contenders.copy_factors(self.model, "0", merge(self.adapters, weights, "factor"))
         rows: list[list[int]] = []
         for start in range(0, len(self.prompts), contenders.BATCH):
@@ -95,13 +99,13 @@ class Published(Timed):
         return [self.engine.encoder.text(row) for row in rows]
 
     @torch.inference_mode()
-    def generate(self, prompts: list) -> list[list[int]]:
+    def generate(self, prompts: Sequence[EncodedPrompt]) -> list[list[int]]:
         ids, mask = contenders.padded([prompt.ids for prompt in prompts], self.model.device)
         self.model.generation_config.eos_token_id = None
+        tokens = contenders.PUBLISHED_TOKENS
         out = self.model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0,
-            max_new_tokens=contenders.PUBLISHED_TOKENS,
-        )  # fmt: skip
+            input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, max_new_tokens=tokens
+        )
         ends = set(self.engine.eos)
         return [cut(row, ends, self.limit) for row in out[:, ids.shape[1] :].tolist()]
 
@@ -115,81 +119,93 @@ def cut(row: list[int], ends: set[int], limit: int) -> list[int]:
 # -- one user -------------------------------------------------------------------------------------------------------
 
 
-def search(start: Start, population: Timed, began: float, budget: int, seed: int) -> tuple[list[Evaluation], list]:
+def search(start: Start, population: Timed, began: float) -> tuple[list[Evaluation], list[tuple[int, float]]]:
     """All evaluations, and for each phase: how many there were at its end, and seconds since the start."""
-    own = start.args
-    own.opt_budget = budget
-    objective = Objective(start.texts.task, population.golds, *own.sim_penalty, own.m_reduce, own.t_reduce)
-    with tempfile.TemporaryDirectory() as scratch:
-        (found,) = evolve(population, [objective], seed, [Path(scratch) / "log.jsonl"])
-    ends = [at for at, _ in population.asked[1:]] + [time.perf_counter()]
+    evaluations = start.search(population)
+    ends = [at for at, _ in population.phases[1:]] + [time.perf_counter()]
     phases, count = [], 0
-    for (_, size), end in zip(population.asked, ends, strict=True):
+    for (_, size), end in zip(population.phases, ends, strict=True):
         count += size
         phases.append((count, end - began))
-    return found, phases
+    return evaluations, phases
 
 
-def held_out(start: Start, user: User, weights: list[Tensor], rule: str) -> list[Held]:
+def held_out(start: Start, user: User, weights: list[Tensor]) -> list[Held]:
     """Answers to the user's queries (k = 0) by each of several candidates."""
-    start.engine.bank.combine(torch.stack(weights), rule)
+    settings = start.settings
+    start.engine.bank.combine(torch.stack(weights), settings.search.merge_rule)
     methods = {str(row): row for row in range(len(weights))}
-    predicted = predict(start.engine, start.texts, user, methods, Sampler(0.0), (), start.args.max_gen_len)
+    predictions = predict(start.engine, start.texts, user, methods, settings.decoding, settings.seed)
     held = []
-    for by_setting in predicted.values():
+    for by_setting in predictions.values():
         held.append([(sample["output"], start.golds[sample["id"]]) for sample in by_setting["k0"]])
     return held
 
 
-def run_published(start: Start, user: User, index: int, model: Any, budget: int, seed: int) -> dict[str, Any]:
+def run_published(start: Start, index: int, model: Any) -> dict[str, Any]:
     """Seconds, held-out answers at the end, and whether the bank answers alike under the factor rule."""
-    start.args.merge_rule, start.args.start, start.args.step = PUBLISHED
+    start = replace(start, settings=replace(start.settings, search=replace(start.settings.search, **PUBLISHED)))
+    user, adapters = start.users[index], start.pool.adapters(index)
+    seed = derive_seed(start.settings.seed, user.user_id)
     began = time.perf_counter()
-    population = Published(start, user, seed)
-    population.model, population.adapters, population.given = model, start.pool.adapters(index), []
-    found, phases = search(start, population, began, budget, seed)
-    start.engine.bank.load(start.pool.adapters(index))
-    bank = Timed(start, user, seed).answers(torch.stack([one.weights for one in found]))
-    eligible = [found[0], *found[1 + start.args.n_sim :]]
-    best = min(eligible, key=lambda one: one.loss)
-    held = held_out(start, user, [best.weights], "factor")[0]
-    rows = len(found) * len(population.prompts)
-    differing = 0
-    for (theirs,), (ours,) in zip(population.given, bank, strict=True):  # a candidate's answers, drawn once
-        differing += sum(map(ne, theirs, ours))
-    return {"seconds": phases[-1][1], "held": held, "differing": differing, "rows": rows}
+    population = Published(start, user, seed, model, adapters)
+    evaluations, phases = search(start, population, began)
+    start.engine.bank.load(adapters)
+    by_bank = Timed(start, user, seed).answers(torch.stack([evaluation.weights for evaluation in evaluations]))
+    best = choose(evaluations, start.settings.search)
+    return {
+        "seconds": phases[-1][1],
+        "held": held_out(start, user, [best.weights])[0],
+        "differing": differing(population.given, by_bank),
+        "rows": len(evaluations) * len(population.prompts),
+    }
 
 
-def run_ours(start: Start, user: User, index: int, budget: int, seed: int) -> dict[str, Any]:
+def differing(published: list[Answers], by_bank: list[Answers]) -> int:
+    """How many answers differ; both sides have one repeat."""
+    count = 0
+    for (answers,), (answers_by_bank,) in zip(published, by_bank, strict=True):
+        count += sum(text != other for text, other in zip(answers, answers_by_bank, strict=True))
+    return count
+
+
+def run_ours(start: Start, index: int) -> dict[str, Any]:
     """Seconds at the end of each phase, and held-out answers of the best candidate until then."""
-    start.args.merge_rule, start.args.start, start.args.step = OURS
-    counts = start.engine.counts
+    user, counts = start.users[index], start.engine.counts
     rows, drafted = counts.rows, counts.from_draft
     began = time.perf_counter()
     start.engine.bank.load(start.pool.adapters(index))
-    population = Timed(start, user, seed)
-    found, phases = search(start, population, began, budget, seed)
+    population = Timed(start, user, derive_seed(start.settings.seed, user.user_id))
+    evaluations, phases = search(start, population, began)
     rows, drafted = counts.rows - rows, counts.from_draft - drafted
-    best = [min(found[:count], key=lambda one: one.loss).weights for count, _ in phases]
-    held = held_out(start, user, best, "delta")
+    best = [choose(evaluations[:count], start.settings.search).weights for count, _ in phases]
+    held = held_out(start, user, best)
     return {"seconds": [end for _, end in phases], "held": held, "rows": rows, "from_draft": drafted}
 
 
 # -- one task and seed ----------------------------------------------------------------------------------------------
 
 
+def greedy(settings: stage.Settings, budget: int, history: int) -> stage.Settings:
+    """Settings of both searches: greedy, with this budget, on the last `history` items (0: as in stage 4)."""
+    return replace(
+        settings,
+        search=replace(settings.search, opt_budget=budget),
+        decoding=replace(settings.decoding, temperature=0.0),
+        prompts=replace(settings.prompts, recent_k=history or settings.prompts.recent_k),
+    )
+
+
 def run_one(task: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     start = demo_runs.start(task, seed, args.output_dir)
-    start.args.temperature = 0.0
-    start.args.recent_k = args.history or start.args.recent_k
+    start = replace(start, settings=greedy(start.settings, args.budget, args.history))
     bank = start.engine.bank
     model = contenders.peft_model(bank.unwrap(), start.pool.adapters(0)[:1])
     start.engine.bank = type(bank)(bank.model)
     published, ours = [], []
     for index, user in enumerate(start.users[: args.users]):
-        user_seed = derive_seed(seed, user.user_id)
-        published.append(run_published(start, user, index, model, args.budget, user_seed))
-        ours.append(run_ours(start, user, index, args.budget, user_seed))
+        published.append(run_published(start, index, model))
+        ours.append(run_ours(start, index))
         seconds = f"{published[-1]['seconds']:.1f} s published, {ours[-1]['seconds'][-1]:.1f} s ours"
         print(f"{task}, seed {seed}, user {user.user_id}: {seconds}", file=sys.stderr, flush=True)
     return summary(start, published, ours)

@@ -18,6 +18,7 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,9 +35,10 @@ from prime import cli
 from prime.bank.bank import AdapterBank
 from prime.bank.encoding import EncodedRecord, Encoder, Tokens
 from prime.bank.lora import Adapter
-from prime.bank.train import Learner, TrainSettings, cosine_lr, train
+from prime.bank.train import BETAS, Learner, cosine_lr, train
 from prime.checkpoints.loading import load_tokenizer
 from prime.seeds import derive_seed
+from prime.settings import TrainingSettings, below_one, non_negative, positive
 from prime.users.data import load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import get_task
@@ -51,14 +53,14 @@ TOLERANCE = 1e-4
 def build_parser() -> argparse.ArgumentParser:
     names = (shapes.DEMO, *shapes.SHAPES)
     parser = measuring.new_parser(__doc__, names, shapes.DEMO, CONTENDERS)
-    parser.add_argument("--anchors", type=cli.positive, default=16, help="adapters to train")
-    parser.add_argument("--records", type=cli.positive, default=30, help="records of an anchor, the last ones")
-    parser.add_argument("--epochs", type=cli.positive, default=1, help="passes over the records in the timed runs")
-    parser.add_argument("--batch_size", type=cli.positive, default=6, help="records of a step of an adapter")
-    parser.add_argument("--dropout", type=cli.below_one, default=0.05, help="of the timed runs, in front of adapters")
-    parser.add_argument("--lr", type=cli.non_negative, default=1e-3, help="learning rate at the start of the cosine")
-    parser.add_argument("--rank", type=cli.positive, default=8, help="of the adapters; alpha is the same")
-    parser.add_argument("--check_steps", type=cli.positive, default=5, help="steps whose losses are compared")
+    parser.add_argument("--anchors", type=positive, default=16, help="adapters to train")
+    parser.add_argument("--records", type=positive, default=30, help="records of an anchor, the last ones")
+    parser.add_argument("--epochs", type=positive, default=1, help="passes over the records in the timed runs")
+    parser.add_argument("--batch_size", type=positive, default=6, help="records of a step of an adapter")
+    parser.add_argument("--dropout", type=below_one, default=0.05, help="of the timed runs, in front of adapters")
+    parser.add_argument("--lr", type=non_negative, default=1e-3, help="learning rate at the start of the cosine")
+    parser.add_argument("--rank", type=positive, default=8, help="of the adapters; alpha is the same")
+    parser.add_argument("--check_steps", type=positive, default=5, help="steps whose losses are compared")
     return parser
 
 
@@ -100,37 +102,38 @@ def learners_of(args: argparse.Namespace, vocabulary: int) -> list[Learner]:
     return [Learner(i, f"anchor {i}", seed, records[i]) for i, seed in enumerate(seeds)]
 
 
-def settings_of(args: argparse.Namespace, **changes: Any) -> TrainSettings:
+def settings_of(args: argparse.Namespace) -> TrainingSettings:
     """The published settings of anchors but for the options."""
-    options = {name: getattr(args, name) for name in ("lr", "epochs", "batch_size", "dropout")}
-    return TrainSettings(**({"clip": 1.0} | options | changes))
+    return TrainingSettings(
+        lr=args.lr, epochs=args.epochs, batch_size=args.batch_size, lora_dropout=args.dropout, clip=1.0
+    )
 
 
 # -- contenders -----------------------------------------------------------------------------------------------------
 
 
-def ours(bank: AdapterBank, learners: Sequence[Learner], settings: TrainSettings, rank: int, tokens: int) -> Losses:
+def ours(bank: AdapterBank, learners: Sequence[Learner], settings: TrainingSettings, rank: int, tokens: int) -> Losses:
     bank.allocate([learner.seed for learner in learners], rank, rank)
     return train(bank, learners, settings, tokens)
 
 
 def peft_loop(
-    model: nn.Module, starts: Sequence[Adapter], learners: Sequence[Learner], settings: TrainSettings
+    model: nn.Module, starts: Sequence[Adapter], learners: Sequence[Learner], settings: TrainingSettings
 ) -> Losses:
     """One PEFT model after the other; the base is copied once, adapters are reset to their start."""
     losses: Losses = []
-    wrapped = contenders.peft_model(model, starts[:1], settings.dropout)
+    wrapped = contenders.peft_model(model, starts[:1], settings.lora_dropout)
     for start, learner in zip(starts, learners, strict=True):
         contenders.copy_factors(wrapped, "0", start)
         losses.append(peft_training(wrapped.train(), learner, settings))
     return losses
 
 
-def peft_training(model: Any, learner: Learner, settings: TrainSettings) -> list[float]:
+def peft_training(model: Any, learner: Learner, settings: TrainingSettings) -> list[float]:
     """The textbook loop: pad right, mean over target tokens, clip, AdamW, cosine by step."""
     trained = [parameter.requires_grad_() for name, parameter in model.named_parameters() if "lora_" in name]
     plan = learner.batches(settings)
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=BETAS, weight_decay=settings.weight_decay)
     losses = []
     for step, batch in enumerate(plan):
         optimizer.param_groups[0]["lr"] = cosine_lr(settings, step, len(plan))
@@ -155,7 +158,7 @@ def peft_loss(model: Any, batch: Sequence[EncodedRecord]) -> Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def rows_of(learners: Sequence[Learner], settings: TrainSettings) -> list[tuple[Tokens, int]]:
+def rows_of(learners: Sequence[Learner], settings: TrainingSettings) -> list[tuple[Tokens, int]]:
     """The rows of all steps: prompt and target without EOS, and the length of the target."""
     rows = []
     for learner in learners:
@@ -188,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     bank.allocate([learner.seed for learner in learners], args.rank, args.rank)
     starts = [bank.adapter(learner.slot) for learner in learners]
 
-    def runs(settings: TrainSettings) -> dict[str, Callable[[], Any]]:
+    def runs(settings: TrainingSettings) -> dict[str, Callable[[], Any]]:
         one_by_one = partial(peft_loop, plain, starts, learners, settings)
         return {
             "ours": partial(ours, bank, learners, settings, args.rank, args.max_batch_tokens),
@@ -197,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             "forward_limit": partial(contenders.forward_only, limit_model, rows_of(learners, settings), LIMIT_TOKENS),
         }
 
-    check = runs(settings_of(args, dropout=0.0, max_step=args.check_steps))
+    check = runs(replace(settings, lora_dropout=0.0, max_step=args.check_steps))
     losses = {name: check[name]() for name in ("ours", "peft_loop", "peft_onednn")}  # warms up, too
     apart = max(largest_difference(losses["ours"], theirs) for theirs in losses.values())
     peak = measuring.product_peak(device, dtype)

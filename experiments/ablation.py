@@ -29,11 +29,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,99 +45,114 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo as stage
 from experiments import demo_runs, seeds
 from prime import cli
-from prime.merging.evolution import Evaluation, Population, evolve, key_of
-from prime.merging.objective import Answers, Objective
+from prime.merging.evolution import Evaluation, Memo, ScoreOf, choose, evolve, key_of
+from prime.merging.objective import Objective, score_by_likelihood
+from prime.merging.population import Answers, Population
 from prime.report.scores import metric_intervals, paired_comparison, stack, user_stats
 from prime.report.tables import markdown
 from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
+from prime.runs.progress import bar
 from prime.seeds import derive_seed
-from prime.users.data import User, load_labels
+from prime.settings import int_list, positive
+from prime.users.data import User
 from prime.users.metrics import METRICS, score
-from prime.users.tasks import TASKS, Task, get_task
+from prime.users.prompts import Record
+from prime.users.tasks import Task, get_task
 
-BUDGET, LARGE = 10, 30
+LARGE = 30  # candidates of the long search; prime's has 10
 DRAWS = 1000
 REFERENCE = "prime"
 CHOSEN_BY_TEST = "other questions choose"
 ORIGINS = ("base", "sharer", "start", "search")
+OTHER_FITNESS = {"history": "query", "query": "history"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A choice of the best of a search's first candidates: how it differs from prime's, which has no arguments."""
+    """How a search and its choice differ from prime's, which changes nothing."""
 
-    changes: tuple[tuple[str, Any], ...] = ()  # options of stage 4
-    budget: int = BUDGET
-    singles: bool = True  # whether a single sharer may win
+    search: Mapping[str, Any] = field(default_factory=dict)  # changed settings of the search, by name
+    fitness: Mapping[str, Any] = field(default_factory=dict)  # changed settings of the fitness
+    other_fitness: bool = False  # test queries in place of the history's records, or the other way round
     searched: int | None = None  # half of the history that searches; None: all of it
     chosen: int | None = None  # half that chooses; None: what searched
 
+    def settings(self, settings: stage.Settings) -> stage.Settings:
+        """Stage 4's settings with these changes."""
+        fitness = replace(settings.fitness, **self.fitness)
+        if self.other_fitness:
+            fitness = replace(fitness, fitness=OTHER_FITNESS[fitness.fitness])
+        return replace(settings, search=replace(settings.search, **self.search), fitness=fitness)
 
-PUBLISHED = (("merge_rule", "factor"), ("start", "zero"), ("step", 1.0))
+
+PUBLISHED = {"merge_rule": "factor", "start": "zero", "step": 1.0, "search_only": True}
 ARMS = {
     REFERENCE: Arm(),
-    "no search": Arm(budget=0),
-    f"budget {LARGE}": Arm(budget=LARGE),
-    "no single sharer may win": Arm(singles=False),
-    "start uniform": Arm((("start", "uniform"),)),
-    "start zero": Arm((("start", "zero"),)),
-    "step 1": Arm((("step", 1.0),)),
-    "rule factor": Arm((("merge_rule", "factor"),)),
-    "published: factor, start zero, step 1, no single sharer": Arm(PUBLISHED, singles=False),
-    "4 draws of each answer": Arm((("num_repeat", 4),)),
-    "the other fitness": Arm((("fitness", "other"),)),
-    "by likelihood": Arm((("objective", "nll"),)),
+    "no search": Arm({"opt_budget": 0}),
+    f"budget {LARGE}": Arm({"opt_budget": LARGE}),
+    "no single sharer may win": Arm({"search_only": True}),
+    "start uniform": Arm({"start": "uniform"}),
+    "start zero": Arm({"start": "zero"}),
+    "step 1": Arm({"step": 1.0}),
+    "rule factor": Arm({"merge_rule": "factor"}),
+    "published: factor, start zero, step 1, no single sharer": Arm(PUBLISHED),
+    "4 draws of each answer": Arm(fitness={"num_repeat": 4}),
+    "the other fitness": Arm(other_fitness=True),
+    "by likelihood": Arm(fitness={"objective": "nll"}),
     "half the history": Arm(searched=0),
     "half the history, the other half chooses": Arm(searched=0, chosen=1),
 }
-LONGEST = Arm(budget=LARGE)  # its beginning is prime's search
 ROWS = (*ARMS, CHOSEN_BY_TEST)
 
 
 def arms_of(task: Task) -> dict[str, Arm]:
     """Those that the task can have: a history without questions cannot be asked as test queries."""
-    return {name: arm for name, arm in ARMS.items() if task.source or ("fitness", "other") not in arm.changes}
+    return {name: arm for name, arm in ARMS.items() if task.source or not arm.other_fitness}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
-    parser.add_argument("--seeds", type=cli.int_list, default=(0,), help="run seeds, with commas")
-    parser.add_argument("--users", type=cli.positive, default=24, help="test users, the first ones")
+    parser.add_argument("--seeds", type=int_list, default=(0,), help="run seeds, with commas")
+    parser.add_argument("--users", type=positive, default=24, help="test users, the first ones")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="stages 1 to 3, and results")
     return parser
+
+
+def as_reproduced(settings: stage.Settings) -> stage.Settings:
+    """Citation's search asks test queries, as in reproduce.sh."""
+    asked = "query" if settings.data.task_name == "citation" else "history"
+    return replace(settings, fitness=replace(settings.fitness, fitness=asked))
 
 
 # -- searching ------------------------------------------------------------------------------------------------------
 
 
-def options(args: argparse.Namespace, task: str, changes: Sequence[tuple[str, Any]]) -> argparse.Namespace:
-    """Stage 4's options with changes; citation's search asks test queries, as in reproduce.sh."""
-    own = copy.copy(args)
-    own.fitness, other = ("query", "history") if task == "citation" else ("history", "query")
-    for name, value in changes:
-        setattr(own, name, other if value == "other" else value)
-    return own
-
-
-def texts_of(start: demo_runs.Start) -> dict[str, cli.Texts]:
-    """Task and prompts by `--fitness`, as stage 4 takes them."""
-    return {"history": start.texts, "query": cli.asked_as_queries(start.args, start.texts)}
-
-
 class Watched(Population):
-    """A population that knows its task and keeps the answers of each candidate (of the first draw)."""
+    """A population that keeps the answers of each candidate (of the first draw)."""
 
-    def __init__(self, args: argparse.Namespace, texts: cli.Texts, *more: Any):
-        super().__init__(args, texts, *more)
-        self.task = texts.task
-        self.kept: dict[bytes, Answers] = {}
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.kept: dict[bytes, list[str]] = {}
 
     def answers(self, weights: Tensor) -> list[Answers]:
-        found = super().answers(weights)
-        self.kept |= {key_of(one): answers[0] for one, answers in zip(weights, found, strict=True)}
-        return found
+        answers = super().answers(weights)
+        for candidate, repeats in zip(weights, answers, strict=True):
+            self.kept[key_of(candidate)] = repeats[0]
+        return answers
+
+    def goodness(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
+        """The first metric of each candidate's answer to each record, higher is better: `[c, records]`."""
+        task = self.setup.texts.task
+        name, labels = task.history_metrics[0], task.history_labels
+        rows = []
+        for evaluation in evaluations:
+            answers = self.kept[key_of(evaluation.weights)]
+            pairs = zip(answers, self.golds, strict=True)
+            rows.append([score([name], [answer], [gold], labels)[name] for answer, gold in pairs])
+        values = np.array(rows)
+        return values if METRICS[name].higher_is_better else -values
 
 
 def half_of(population: Watched, half: int | None) -> Watched:
@@ -146,76 +161,70 @@ def half_of(population: Watched, half: int | None) -> Watched:
     """
     if half is None:
         return population
-    items = list(dict.fromkeys(record.id.split("-k")[0] for record in population.records))
-    wanted = {item for place, item in enumerate(items) if place % 2 == half}
-    kept = [place for place, record in enumerate(population.records) if record.id.split("-k")[0] in wanted]
-    found = copy.copy(population)
+    items = list(dict.fromkeys(item_of(record) for record in population.records))
+    wanted = set(items[half::2])
+    places = [place for place, record in enumerate(population.records) if item_of(record) in wanted]
+    part = copy.copy(population)
     for name in ("records", "golds", "prompts", "encoded", "drafts", "about"):
-        setattr(found, name, [getattr(population, name)[place] for place in kept])
-    return found
+        values = getattr(population, name)
+        setattr(part, name, [values[place] for place in places])
+    return part
+
+
+def item_of(record: Record) -> str:
+    """Id of the history item that a record was made of; records that quote other items are called <item>-k<k>..."""
+    return record.id.split("-k")[0]
 
 
 class Searches:
-    """All searches of one user, each run once for the arms that share it."""
+    """The searches of one user; what the arms ask in common is measured once.
 
-    def __init__(self, start: demo_runs.Start, texts: Mapping[str, cli.Texts], user: User, folder: Path):
-        self.start, self.texts, self.user, self.folder = start, texts, user, folder
-        self.seed = derive_seed(start.args.seed, user.user_id)
-        self.known: dict[tuple, tuple[Watched, list[Evaluation]]] = {}
+    Args:
+        index: place of the user among the test users.
+        folder: for files that nobody needs afterwards.
+    """
 
-    def objective(self, population: Watched) -> Objective | None:
-        """PriME's; none where the targets' likelihood is searched by."""
-        if population.args.objective == "nll":
-            return None
-        (penalty,) = self.start.args.sim_penalty
-        return Objective(population.task, population.golds, penalty)
+    def __init__(self, start: demo_runs.Start, index: int, folder: Path):
+        self.start, self.user, self.folder = start, start.users[index], folder
+        self.n = len(start.pool.sharers(index))
+        self.seed = derive_seed(start.settings.seed, self.user.user_id)
+        self.known: dict[tuple, tuple[Memo, ScoreOf]] = {}
 
-    def population(self, arm: Arm) -> Watched:
-        s = self.start
-        own = options(s.args, s.texts.task.name, (*arm.changes, ("opt_budget", LARGE if arm == LONGEST else BUDGET)))
-        journal = Journal(self.folder / f"{len(self.known)}-{arm.chosen}.jsonl")
-        return Watched(own, self.texts[own.fitness], s.engine, self.user, self.seed, own.n_sim, journal)
+    def measured(self, settings: stage.Settings, half: int | None) -> tuple[Memo, ScoreOf]:
+        """What is known of candidates on a half of the history (None: on all of it), and what makes scores of it."""
+        key = settings.fitness, settings.search.merge_rule, half
+        if key not in self.known:
+            journal = Journal(self.folder / f"{len(self.known)}.jsonl")
+            setup = replace(self.start, settings=settings).setup()
+            population = half_of(Watched(setup, self.user, self.seed, self.n, journal), half)
+            if settings.fitness.objective == "nll":
+                self.known[key] = Memo(population, population.logprobs), score_by_likelihood
+            else:
+                objective = Objective(setup.texts.task, population.golds, *settings.search.sim_penalty)
+                self.known[key] = Memo(population, population.trials(objective)), objective.score
+        return self.known[key]
 
-    def evaluations(self, arm: Arm) -> tuple[Watched, list[Evaluation]]:
-        """The search behind an arm; budgets are beginnings of the longest one."""
-        behind = Arm(arm.changes, searched=arm.searched) if arm.changes or arm.searched is not None else LONGEST
-        if behind not in self.known:
-            half = half_of(self.population(behind), behind.searched)
-            (found,) = evolve(half, [self.objective(half)], self.seed, [self.folder / "log.jsonl"])
-            self.known[behind] = half, found
-        return self.known[behind]
-
-    def candidates(self, arm: Arm) -> list[Evaluation]:
-        """Those of an arm's search that may win, in order."""
-        _, found = self.evaluations(arm)
-        before = sum(one.origin != "search" for one in found)
-        found = found[: before + arm.budget]
-        return [one for one in found if arm.singles or one.origin != "sharer"]
+    def evaluations(self, arm: Arm) -> list[Evaluation]:
+        """All evaluated candidates of an arm, in order."""
+        settings = arm.settings(self.start.settings)
+        memo, score_of = self.measured(settings, arm.searched)
+        return evolve(memo, score_of, settings.search, self.seed, self.folder / "log.jsonl")
 
     def chosen(self, arm: Arm) -> Evaluation:
-        own = self.candidates(arm)
+        """What an arm deploys."""
+        settings, evaluations = arm.settings(self.start.settings), self.evaluations(arm)
         if arm.chosen is None:
-            return min(own, key=lambda one: one.loss)
-        judge = half_of(self.population(arm), arm.chosen)
-        objective = self.objective(judge)
-        trials = judge.trials(objective)
-        trials(judge.known_points())  # whose answers the others' are compared with
-        measured = trials(torch.stack([one.weights for one in own]))
-        losses = [objective.score(found, one.weights).loss for found, one in zip(measured, own, strict=True)]
-        return own[int(np.argmin(losses))]
+            return choose(evaluations, settings.search)
+        memo, score_of = self.measured(settings, arm.chosen)
+        memo.learn(memo.population.known_points())  # whose answers the others' are compared with
+        memo.learn(torch.stack([evaluation.weights for evaluation in evaluations]))
+        losses = [score_of(memo[evaluation.weights][0], evaluation.weights).loss for evaluation in evaluations]
+        return evaluations[int(np.argmin(losses))]
 
-    def same_choice(self, arm: Arm) -> float:
-        """Share of draws of the history's records in which the same candidate is best by the first metric."""
-        population, _ = self.evaluations(arm)
-        task = population.task
-        name = task.history_metrics[0]
-
-        def value(answer: str, gold: str) -> float:
-            return score([name], [answer], [gold], task.history_labels)[name]
-
-        answers = [population.kept[key_of(candidate.weights)] for candidate in self.candidates(arm)]
-        values = np.array([list(map(value, by_record, population.golds)) for by_record in answers])
-        values = values if METRICS[name].higher_is_better else -values
+    def same_choice(self) -> float:
+        """Share of draws of the history's records in which prime's best candidate by the first metric is the same."""
+        memo, _ = self.measured(self.start.settings, None)
+        values = memo.population.goodness(self.evaluations(ARMS[REFERENCE]))
         records = values.shape[1]
         counts = np.random.default_rng(self.seed).multinomial(records, np.full(records, 1 / records), DRAWS)
         return float(((counts @ values.T).argmax(1) == values.mean(1).argmax()).mean())
@@ -224,63 +233,70 @@ class Searches:
 # -- one task and seed ----------------------------------------------------------------------------------------------
 
 
-def run_one(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
+class Deployed(NamedTuple):
+    """Answers to a user's queries, and the origins of the candidates that gave them."""
+
+    answers: list[Mapping[str, str]]  # {"id", "output"}
+    origins: list[str]
+
+
+def run_one(start: demo_runs.Start, users: int) -> dict[str, Any]:
     """Answers at k = 0 `{row: {user: [{id, output}]}}`, origins of what each row chose, and `same choice` of prime."""
-    start = demo_runs.start(task, seed, args.output_dir)
-    texts, arms = texts_of(start), arms_of(start.texts.task)
+    start = replace(start, settings=as_reproduced(start.settings))
+    arms = arms_of(start.texts.task)
     answers: dict[str, dict[str, list]] = {name: {} for name in (*arms, CHOSEN_BY_TEST)}
     origins = {name: Counter[str]() for name in answers}
     same = []
-    with cli.bar(min(args.users, len(start.users)), f"{task}, seed {seed}", "user") as progress:
-        for index, user in enumerate(start.users[: args.users]):
+    title = f"{start.texts.task.name}, seed {start.settings.seed}"
+    with bar(min(users, len(start.users)), title, "user") as progress:
+        for index, user in enumerate(start.users[:users]):
             start.engine.bank.load(start.pool.adapters(index))
             with tempfile.TemporaryDirectory() as scratch:
-                searches = Searches(start, texts, user, Path(scratch))
-                picked = {name: searches.chosen(arm) for name, arm in arms.items()}
-                evaluated = searches.candidates(ARMS[REFERENCE])
-                same.append(searches.same_choice(ARMS[REFERENCE]))
-            found, by_test = predicted(start, user, picked), chosen_by_test(start, user, evaluated)
-            for name in arms:
-                answers[name][user.user_id] = found[name]
-                origins[name][picked[name].origin] += 1
-            answers[CHOSEN_BY_TEST][user.user_id] = list(chain.from_iterable(samples for _, samples in by_test))
-            origins[CHOSEN_BY_TEST].update(one.origin for one, _ in by_test)
+                searches = Searches(start, index, Path(scratch))
+                chosen = {name: searches.chosen(arm) for name, arm in arms.items()}
+                evaluated = searches.evaluations(ARMS[REFERENCE])
+                same.append(searches.same_choice())
+            deployed = deployed_by_arms(start, user, chosen)
+            deployed[CHOSEN_BY_TEST] = chosen_by_test(start, user, evaluated)
+            for name, row in deployed.items():
+                answers[name][user.user_id] = row.answers
+                origins[name].update(row.origins)
             progress.update()
-    return {"answers": answers, "origins": {name: dict(own) for name, own in origins.items()}, "same": same}
+    return {"answers": answers, "origins": {name: dict(counts) for name, counts in origins.items()}, "same": same}
 
 
-def predicted(start: demo_runs.Start, user: User, picked: Mapping[str, Evaluation]) -> dict[str, list]:
-    """Answers to the user's queries of what each arm deploys, rule by rule."""
-    found: dict[str, list] = {}
-    for rule in ("delta", "factor"):
-        weights = {
-            name: one.weights for name, one in picked.items()
-            if dict(ARMS[name].changes).get("merge_rule", "delta") == rule
-        }  # fmt: skip
-        found |= answered(start, user, weights, rule)
-    return found
+def deployed_by_arms(start: demo_runs.Start, user: User, chosen: Mapping[str, Evaluation]) -> dict[str, Deployed]:
+    """What each arm deploys answers the user's queries; all of a rule together."""
+    weights: dict[str, dict[str, Tensor]] = {}
+    for name, evaluation in chosen.items():
+        rule = ARMS[name].settings(start.settings).search.merge_rule
+        weights.setdefault(rule, {})[name] = evaluation.weights
+    answers: dict[str, list] = {}
+    for rule, weights_of_rule in weights.items():
+        answers |= answered(start, user, weights_of_rule, rule)
+    return {name: Deployed(answers[name], [evaluation.origin]) for name, evaluation in chosen.items()}
 
 
 def answered(start: demo_runs.Start, user: User, weights: Mapping[str, Tensor], rule: str) -> dict[str, list]:
     """Answers to the user's queries at k = 0, without profile, by named weights."""
-    own = options(start.args, start.texts.task.name, [("merge_rule", rule)])
-    texts = start.texts._replace(profiles=None)
-    answers = stage.predictions(own, texts, start.engine, user, weights, lambda _: None)
-    return {name: settings["k0"] for name, settings in answers.items()}
+    settings = replace(start.settings, search=replace(start.settings.search, merge_rule=rule))
+    setup = replace(start, settings=settings, texts=start.texts._replace(profiles=None)).setup()
+    worked_with = stage.Stage(settings, setup, start.engine, start.pool, runs=())
+    answers = stage.answer_queries(worked_with, user, weights, lambda _: None)
+    return {name: by_setting["k0"] for name, by_setting in answers.items()}
 
 
-def chosen_by_test(
-    start: demo_runs.Start, user: User, evaluated: Sequence[Evaluation]
-) -> list[tuple[Evaluation, list]]:
-    """For each half of the user's questions: the candidate that is best at the other half, and its answers to this."""
-    weights = {str(place): one.weights for place, one in enumerate(evaluated)}
-    answers = answered(start, user, weights, start.args.merge_rule)
-    halves = []
+def chosen_by_test(start: demo_runs.Start, user: User, evaluated: Sequence[Evaluation]) -> Deployed:
+    """Each half of the user's questions is answered by the candidate that is best at the other half."""
+    weights = {str(place): evaluation.weights for place, evaluation in enumerate(evaluated)}
+    answers = answered(start, user, weights, start.settings.search.merge_rule)
+    deployed = Deployed([], [])
     for half in (0, 1):
-        loss = [query_loss(start, answers[name][1 - half :: 2]) for name in weights]
-        best = int(np.argmin(loss))
-        halves.append((evaluated[best], answers[str(best)][half::2]))
-    return halves
+        losses = [query_loss(start, answers[name][1 - half :: 2]) for name in weights]
+        best = int(np.argmin(losses))
+        deployed.answers.extend(answers[str(best)][half::2])
+        deployed.origins.append(evaluated[best].origin)
+    return deployed
 
 
 def query_loss(start: demo_runs.Start, samples: Sequence[Mapping[str, str]]) -> float:
@@ -288,15 +304,15 @@ def query_loss(start: demo_runs.Start, samples: Sequence[Mapping[str, str]]) -> 
     task = start.texts.task
     name = task.metrics[0]
     golds = [start.golds[sample["id"]] for sample in samples]
-    found = score([name], [sample["output"] for sample in samples], golds, task.labels)[name]
-    return -found if METRICS[name].higher_is_better else found
+    value = score([name], [sample["output"] for sample in samples], golds, task.labels)[name]
+    return -value if METRICS[name].higher_is_better else value
 
 
-def measured(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
+def run_once(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
     """`run_one`, from the file where it ran before with as many users."""
     path = Path(args.output_dir) / f"seed{seed}" / task / f"ablation-{args.users}.json"
     if not path.exists():
-        write_json(path, run_one(args, task, seed))
+        write_json(path, run_one(demo_runs.start(task, seed, args.output_dir), args.users))
     return read_json(path)
 
 
@@ -305,8 +321,7 @@ def measured(args: argparse.Namespace, task: str, seed: int) -> dict[str, Any]:
 
 def compare(name: str, by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Per arm the score, its difference to prime's by user, and where the chosen came from."""
-    task = get_task(name)
-    golds = load_labels(ROOT / "data/demo" / name / "test_100" / "user_test_100_label.json")
+    task, golds = get_task(name), demo_runs.golds_of(name)
     totals = {}
     for arm in ROWS:
         if all(arm in run["answers"] for run in by_seed):
@@ -335,10 +350,10 @@ def cells(task: str, row: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
+def overview(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """All tasks beside each other: scores, with + and - where the paired interval to prime is clear of 0."""
     columns = {}
-    for name, result in found.items():
+    for name, result in tables.items():
         task = get_task(name)
         metric = task.metrics[0]
         column = columns[f"{name}, {metric}"] = {}
@@ -349,18 +364,17 @@ def overview(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
-    tasks = [task for task in TASKS if (ROOT / "data/demo" / task).is_dir()]
-    tasks = tasks if args.tasks == "all" else args.tasks.split(",")
-    found = {}
-    for task in tasks:
-        found[task] = compare(task, [measured(args, task, seed) for seed in args.seeds])
+    tables = {}
+    for task in demo_runs.tasks_of(args.tasks):
+        tables[task] = compare(task, [run_once(args, task, seed) for seed in args.seeds])
+    for task, table in tables.items():
         metric = get_task(task).metrics[0]
         better = "higher" if METRICS[metric].higher_is_better else "lower"
-        print(f"\n**{task}**, {metric} ({better} is better); same choice {found[task]['same_choice']:.2f}\n")
-        rows = [[name, *cells(task, row)] for name, row in found[task]["rows"].items()]
+        print(f"\n**{task}**, {metric} ({better} is better); same choice {table['same_choice']:.2f}\n")
+        rows = [[name, *cells(task, row)] for name, row in table["rows"].items()]
         print(markdown([["arm", "score", "to prime", "better : worse", " / ".join(ORIGINS)], *rows]))
-    print(f"\n{overview(found)}\n")
-    print(json.dumps(found))
+    print(f"\n{overview(tables)}\n")
+    print(json.dumps(tables))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The trained demo for benchmarks: stages 1 to 3 of a task and seed, then what stage 4 starts from.
+"""The trained demo for experiments and benchmarks: stages 1 to 3 of a task and seed, then what stage 4 starts from.
 
 Reads   the embedded demo, through reproduce.sh
 Writes  <output_dir>/seed<seed>/<task>/   what stages 1 to 3 write; finished steps are skipped
@@ -8,6 +8,7 @@ Takes   2 to 4 minutes per task and seed on one core
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,32 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo as stage
 from prime import cli
 from prime.engine import Engine, load_engine
-from prime.merging.sharers import Pool, load_pool
-from prime.users.data import User, load_labels
+from prime.merging.evolution import Evaluation, search_each
+from prime.merging.population import Population, Setup
+from prime.merging.sharers import Pool, Selection, load_pool
+from prime.settings import positive
+from prime.users.data import LABEL_FILE, User, load_labels
+from prime.users.tasks import TASKS
+from prime.users.texts import Texts, asked_as_queries, load_candidates, load_test_users, load_texts
 
+DEMO = ROOT / "data" / "demo"
 DEFAULT_DIR = str(ROOT / "output" / "experiments" / "demo")
 
 
 def add_options(parser: argparse.ArgumentParser, users: int) -> None:
     parser.add_argument("--tasks", default="movie_tagging,news_headline", help="tasks, with commas")
-    parser.add_argument("--users", type=cli.positive, default=users, help="test users, the first ones")
+    parser.add_argument("--users", type=positive, default=users, help="test users, the first ones")
     parser.add_argument("--output_dir", default=DEFAULT_DIR, help="results of stages 1 to 3")
+
+
+def tasks_of(names: str) -> list[str]:
+    """The tasks named, with commas; `all`: those of the demo, which has no news_categorize."""
+    return [name for name in TASKS if (DEMO / name).is_dir()] if names == "all" else names.split(",")
+
+
+def golds_of(task: str) -> dict[str, str]:
+    """Answers to the test queries, by query id."""
+    return load_labels(DEMO / task / LABEL_FILE)
 
 
 def trained(
@@ -43,41 +60,69 @@ def trained(
     return folder
 
 
-def shared_words(task: str, seed: int, folder: Path) -> list[str]:
-    """The options that stages 3 to 5 share: data, model and task adapter."""
-    words = ["--task_name", task, "--data_dir", str(ROOT / "data/demo" / task), "--seed", str(seed)]
-    words += ["--llama_model_path", str(ROOT / "data/demo/model"), "--lora_ckpt", str(folder / "task-base_LLM")]
-    return words
+def model_options(task: str, seed: int, folder: Path) -> list[str]:
+    """The options that stages 3 to 5 have in common."""
+    options = ["--task_name", task, "--data_dir", str(DEMO / task), "--seed", str(seed)]
+    return [*options, "--llama_model_path", str(DEMO / "model"), "--lora_ckpt", str(folder / "task-base_LLM")]
 
 
-def stage_words(task: str, seed: int, folder: Path) -> list[str]:
-    """The options of stage 4 as reproduce.sh gives them, for k = 0 only."""
-    words = shared_words(task, seed, folder)
-    words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
-    words += ["--anchor_dir", str(folder / "Anchor_PEFT/LoRA"), "--max_gen_len", "48", "--train_gen_len", "48"]
-    return words
+def training_options(task: str, seed: int, folder: Path) -> list[str]:
+    """The options of stage 3 but for those of the training itself."""
+    options = ["--anchor_selection_dir", str(folder / "anchor_selection"), "--train_gen_len", "48"]
+    return [*model_options(task, seed, folder), *options]
 
 
-def stage_args(task: str, seed: int, folder: Path) -> argparse.Namespace:
-    return stage.build_parser().parse_args(stage_words(task, seed, folder))
+def search_options(task: str, seed: int, folder: Path, anchor_dir: Path | None = None) -> list[str]:
+    """The options of stage 4 as reproduce.sh gives them, for k = 0 only.
+
+    Args:
+        anchor_dir: the sharers' adapters; None: those of stage 3 in `folder`.
+    """
+    options = ["--anchor_dir", str(anchor_dir or folder / "Anchor_PEFT/LoRA"), "--k_list", "", "--max_gen_len", "48"]
+    return [*training_options(task, seed, folder), *options]
 
 
-@dataclass
+def search_settings(task: str, seed: int, folder: Path) -> stage.Settings:
+    return cli.parse(stage.Settings, stage.__doc__, search_options(task, seed, folder))
+
+
+@dataclass(frozen=True)
 class Start:
     """What stage 4 holds when it begins."""
 
-    args: argparse.Namespace
-    texts: cli.Texts
+    settings: stage.Settings
+    texts: Texts
     users: list[User]
-    golds: dict[str, str]
+    golds: dict[str, str]  # answers to the test queries, by query id
     pool: Pool
     engine: Engine
 
+    def setup(self) -> Setup:
+        """What the searches of all users have in common."""
+        settings, texts = self.settings, self.texts
+        if settings.fitness.fitness == "query":
+            texts = asked_as_queries(settings.data.folder, texts)
+        recent_k = settings.prompts.recent_k
+        return Setup(settings.search, settings.fitness, settings.decoding, recent_k, texts, self.engine)
+
+    def search(self, population: Population) -> list[Evaluation]:
+        """All evaluated candidates of PriME's search at its one penalty."""
+        with tempfile.TemporaryDirectory() as scratch:
+            (evaluations,) = search_each(population, self.settings.search.sim_penalty, [Path(scratch) / "log.jsonl"])
+        return evaluations
+
 
 def start(task: str, seed: int, output_dir: Path | str) -> Start:
-    args = stage_args(task, seed, trained(task, seed, output_dir))
-    texts = cli.load_texts(args)
-    users = cli.load_test_users(args, texts.task)
-    golds = load_labels(cli.data_dir(args) / "test_100" / "user_test_100_label.json")
-    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    return Start(args, texts, users, golds, pool, load_engine(args, task_adapter=args.lora_ckpt))
+    return start_of(search_settings(task, seed, trained(task, seed, output_dir)))
+
+
+def start_of(settings: stage.Settings) -> Start:
+    """Load what stage 4 begins with under these settings."""
+    data, search = settings.data, settings.search
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    users = load_test_users(data.folder, texts.task)
+    golds = load_labels(data.folder / LABEL_FILE)
+    selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
+    pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), search.n_sim)
+    engine = load_engine(settings.model, settings.prompts.max_length)
+    return Start(settings, texts, users, golds, pool, engine)

@@ -35,7 +35,7 @@ from prime.report.scores import metric_intervals, stack, user_stats
 from prime.report.tables import interval_text, markdown
 from prime.runs.files import read_json
 from prime.runs.run import read_results
-from prime.users.data import load_labels
+from prime.settings import int_list, natural, positive
 from prime.users.metrics import METRICS
 from prime.users.tasks import Task, get_task
 
@@ -47,12 +47,12 @@ ATTACK = "calibrated"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
-    parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
-    parser.add_argument("--epsilons", type=cli.int_list, default=(8, 4, 1), help="budgets, with commas")
-    parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
-    parser.add_argument("--lora_r", type=cli.positive, default=1, help="rank of the private adapters")
+    parser.add_argument("--seed", type=natural, default=0, help="run seed")
+    parser.add_argument("--epsilons", type=int_list, default=(8, 4, 1), help="budgets, with commas")
+    parser.add_argument("--users", type=positive, default=8, help="test users, the first ones")
+    parser.add_argument("--lora_r", type=positive, default=1, help="rank of the private adapters")
     parser.add_argument("--lr", default="4e-2", help="learning rate of the private training")
-    parser.add_argument("--epochs", type=cli.positive, default=10, help="its steps: each takes all items")
+    parser.add_argument("--epochs", type=positive, default=10, help="its steps: each takes all items")
     parser.add_argument("--max_norm", default="0.05", help="clip norm of an item's gradient")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results")
     return parser
@@ -62,38 +62,34 @@ def arms(args: argparse.Namespace) -> dict[str, list[str]]:
     """Training options of every arm."""
     private = ["--enable_dp", "--batch_size", "50", "--max_per_sample_grad_norm", args.max_norm, "--lr", args.lr]
     private += ["--epochs", str(args.epochs), "--lora_r", str(args.lora_r), "--lora_alpha", str(args.lora_r)]
-    found = {"plain": PLAIN, "clipped": [*private, "--sigma", str(NO_NOISE)]}
-    return found | {f"epsilon {e}": [*private, "--epsilon", str(e)] for e in args.epsilons}
+    options = {"plain": PLAIN, "clipped": [*private, "--sigma", str(NO_NOISE)]}
+    return options | {f"epsilon {epsilon}": [*private, "--epsilon", str(epsilon)] for epsilon in args.epsilons}
 
 
 def run_arm(args: argparse.Namespace, folder: Path, arm: str, training: list[str]) -> Path:
     """Stages 3 to 5 of one arm; its folder."""
     setting = "" if arm == "plain" else f"-rank{args.lora_r}-lr{args.lr}-epochs{args.epochs}-clip{args.max_norm}"
     here = folder / "dp" / f"{arm.replace(' ', '')}{setting}"
-    lora, merged = str(here / "LoRA"), str(here / "LoRA-Composition-evo")
-    model = demo_runs.shared_words(args.task, args.seed, folder)
-    selection = ["--anchor_selection_dir", str(folder / "anchor_selection")]
-    train_anchor_peft.main(
-        [*model, *selection, *training, "--holdout", "0.2", "--train_gen_len", "48", "--output_dir", lora]
-    )
-    search = ["--n_sim", "3", "--opt_type", "cma", "--opt_budget", "10", "--sim_penalty", "0.1", "--k_list", ""]
-    lengths = ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}"]
-    lora_composition_evo.main([*model, *selection, "--anchor_dir", lora, *search, *lengths, "--output_dir", merged])
-    mia.main(
-        [*model, "--anchor_dir", lora, "--n_sim", "3", "--max_records", "20", "--references", "0", "--exp_dir", merged]
-    )
+    lora, merged = here / "LoRA", here / "LoRA-Composition-evo"
+    run = args.task, args.seed, folder
+    holdout = ["--holdout", "0.2", "--output_dir", str(lora)]
+    train_anchor_peft.main([*demo_runs.training_options(*run), *training, *holdout])
+    users = ["--user_idxs", f"0-{args.users}", "--output_dir", str(merged)]
+    lora_composition_evo.main([*demo_runs.search_options(*run, anchor_dir=lora), *users])
+    attack = ["--anchor_dir", str(lora), "--n_sim", "3", "--max_records", "20", "--references", "0"]
+    mia.main([*demo_runs.model_options(*run), *attack, "--exp_dir", str(merged)])
     return here
 
 
 def utility(task: Task, golds: dict[str, str], folder: Path, users: list[str] | None = None) -> dict[str, dict]:
     """By method at k = 0, the first metric with its interval over users."""
-    found = {}
+    by_method = {}
     for cell, by_user in predictions_of(read_results(folder)).items():
         if setting_of(cell) == "k0":
             stats = user_stats(task, by_user, golds)
             chosen = [user for user in stats if users is None or user in users]
-            found[cell.method] = metric_intervals(task, stack(stats, chosen))[task.metrics[0]]
-    return found
+            by_method[cell.method] = metric_intervals(task, stack(stats, chosen))[task.metrics[0]]
+    return by_method
 
 
 def figures(task: Task, golds: dict[str, str], here: Path) -> dict[str, Any]:
@@ -157,10 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     task = get_task(args.task)
     folder = demo_runs.trained(args.task, args.seed, args.output_dir, until="task_lora")
-    golds = load_labels(ROOT / "data/demo" / args.task / "test_100" / "user_test_100_label.json")
+    golds = demo_runs.golds_of(args.task)
     rows: dict[str, dict[str, Any]] = {}
-    for arm, words in arms(args).items():
-        rows[arm] = figures(task, golds, run_arm(args, folder, arm, words))
+    for arm, training in arms(args).items():
+        rows[arm] = figures(task, golds, run_arm(args, folder, arm, training))
         print(f"{arm}: {json.dumps(rows[arm])}", file=sys.stderr)
     users = [result["user_id"] for result in read_results(folder / "dp" / "plain" / "LoRA-Composition-evo")]
     base = utility(task, golds, folder / "task-base_LLM", users)["task_lora"]

@@ -31,34 +31,35 @@ from prime import cli
 from prime.bank.dp import terms_of
 from prime.bank.logprobs import target_logprobs
 from prime.engine import Engine, load_engine
-from prime.merging.sharers import anchor_users
+from prime.merging.sharers import Selection
 from prime.runs.files import read_json, write_json
+from prime.settings import above_zero, natural, positive, recorded
 from prime.users.data import User
 from prime.users.prompts import history_records
+from prime.users.texts import load_candidates, load_texts
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--task", default="movie_tagging", help="task of the demo")
-    parser.add_argument("--seed", type=cli.natural, default=0, help="run seed")
+    parser.add_argument("--seed", type=natural, default=0, help="run seed")
     parser.add_argument("--epsilons", default="8", help="budgets, with commas; 0 = plain training, for comparison")
     parser.add_argument("--settings", default="1:1e-2:20", help="rank:lr:epochs of each setting, with commas")
-    parser.add_argument("--batch_size", type=cli.positive, default=50, help="items of a step in expectation")
-    parser.add_argument("--max_norm", type=cli.above_zero, default=0.5, help="norm of an item's gradient at most")
+    parser.add_argument("--batch_size", type=positive, default=50, help="items of a step in expectation")
+    parser.add_argument("--max_norm", type=above_zero, default=0.5, help="norm of an item's gradient at most")
     parser.add_argument("--output_dir", default=demo_runs.DEFAULT_DIR, help="results of stages 1 and 2")
     return parser
 
 
-def stage_args(args: argparse.Namespace, folder: Path, epsilon: float, setting: str) -> argparse.Namespace:
-    """Options of stage 3."""
+def settings_of(args: argparse.Namespace, folder: Path, epsilon: float, setting: str) -> stage.Settings:
+    """Settings of stage 3; `setting`: rank:lr:epochs."""
     rank, lr, epochs = setting.split(":")
-    words = demo_runs.shared_words(args.task, args.seed, folder)
-    words += ["--anchor_selection_dir", str(folder / "anchor_selection"), "--train_gen_len", "48"]
-    words += ["--lora_r", rank, "--lora_alpha", rank, "--lr", lr, "--epochs", epochs]
+    options = demo_runs.training_options(args.task, args.seed, folder)
+    options += ["--lora_r", rank, "--lora_alpha", rank, "--lr", lr, "--epochs", epochs]
     if epsilon:
-        words += ["--batch_size", str(args.batch_size), "--max_per_sample_grad_norm", str(args.max_norm)]
-        words += ["--enable_dp", "--epsilon", str(epsilon), "--noise_key", str(folder / "noise.key")]
-    return stage.build_parser().parse_args(words)
+        options += ["--batch_size", str(args.batch_size), "--max_per_sample_grad_norm", str(args.max_norm)]
+        options += ["--enable_dp", "--epsilon", str(epsilon), "--noise_key", str(folder / "noise.key")]
+    return cli.parse(stage.Settings, stage.__doc__, options)
 
 
 def split(user: User) -> tuple[User, User]:
@@ -67,21 +68,32 @@ def split(user: User) -> tuple[User, User]:
     return replace(user, profile=tuple(kept)), replace(user, profile=tuple(user.profile[2::3]))
 
 
-def measure(own: argparse.Namespace, texts: cli.Texts, engine: Engine, users: Sequence[User], folder: Path) -> dict:
+def prepared(settings: stage.Settings, engine: Engine, folder: Path) -> tuple[stage.Stage, list[User]]:
+    """What anchors are trained with, in no run directory; and the anchors."""
+    data = settings.data
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    anchors = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task)).anchors()
+    terms = terms_of(settings.privacy, folder, recorded(settings))
+    return stage.Stage(settings, texts, engine, None, terms, {}), anchors
+
+
+def measure(work: stage.Stage, users: Sequence[User]) -> dict:
     """Mean token loss and accuracy on held-out items, means over anchors, by the base and by their adapters."""
-    terms = terms_of(own, folder, cli.settings_of(own))
-    anchors = [stage.Anchor(split(user)[0], own, texts, engine, terms) for user in users]
-    stage.train_group(own, engine, anchors)
+    engine, training = work.engine, work.settings.training
+    anchors = [stage.Anchor(work, split(user)[0]) for user in users]
+    engine.bank.allocate([anchor.seed for anchor in anchors], training.lora_r, training.lora_alpha)
+    engine.train([anchor.learner(place) for place, anchor in enumerate(anchors)], training, "anchors")
+    task, templates, recent_k = work.texts.task, work.texts.templates, work.settings.prompts.recent_k
     for anchor, user in zip(anchors, users, strict=True):
-        anchor.records = history_records(split(user)[1], texts.task, texts.templates, None, own.recent_k, quoting=False)
+        anchor.records = history_records(split(user)[1], task, templates, None, recent_k, quoting=False)
     with torch.inference_mode():
-        reports = stage.history_scores(own, texts, engine, anchors)
+        reports = stage.history_scores(work, anchors)
     scores: dict[str, Any] = {"loss": held_out_loss(engine, anchors, range(len(anchors)))}
     scores["base_loss"] = held_out_loss(engine, anchors, [-1] * len(anchors))
     for when in ("before", "after"):
         scores[when] = {}
-        for name in reports[0][when]:
-            scores[when][name] = fmean(report[when][name] for report in reports)
+        for metric in reports[0][when]:
+            scores[when][metric] = fmean(report[when][metric] for report in reports)
     return scores
 
 
@@ -92,8 +104,8 @@ def held_out_loss(engine: Engine, anchors: Sequence[stage.Anchor], places: Seque
         for record in anchor.records:
             pairs.append((place, len(encoded)))
             encoded.append(engine.encoder.record(record.id, record.input, record.target))
-    scored = target_logprobs(engine.bank, encoded, pairs, engine.max_batch_tokens)
-    return fmean(-float(scored[pair].mean()) for pair in pairs)
+    logprobs = target_logprobs(engine.bank, encoded, pairs, engine.max_batch_tokens)
+    return fmean(-float(logprobs[pair].mean()) for pair in pairs)
 
 
 def line(name: str, scores: dict) -> str:
@@ -111,11 +123,9 @@ def main(argv: list[str] | None = None) -> None:
         for setting in args.settings.split(","):
             name = f"epsilon {epsilon:g}, batch {args.batch_size}, clip {args.max_norm:g}, rank:lr:epochs {setting}"
             if name not in known:
-                own = stage_args(args, folder, epsilon, setting)
-                texts = cli.load_texts(own)
-                engine = engine or load_engine(own, task_adapter=own.lora_ckpt)
-                users = anchor_users(own, cli.load_candidates(own, texts.task))
-                known[name] = measure(own, texts, engine, users, folder)
+                settings = settings_of(args, folder, epsilon, setting)
+                engine = engine or load_engine(settings.model, settings.prompts.max_length)
+                known[name] = measure(*prepared(settings, engine, folder))
                 write_json(path, known)
             print(line(name, known[name]), flush=True)
     print(json.dumps(known))

@@ -41,13 +41,12 @@ from prime.report.scores import user_stats
 from prime.report.tables import interval_text, markdown
 from prime.runs.files import write_json
 from prime.runs.run import read_results
-from prime.users.data import load_labels
+from prime.settings import int_list, natural, positive
 from prime.users.metrics import METRICS, bootstrap
 from prime.users.tasks import Task, get_task
 
 HOLDOUT = "0.2"
 ATTACK = "calibrated"
-
 
 FREE = ("--sim_penalty", "0")
 PENALTIES = "0,0.1,0.5,1"
@@ -55,22 +54,17 @@ REFERENCE = "penalty 0"
 MECHANISMS: dict[str, tuple[str, ...]] = {  # name of a row -> options of stage 4
     "penalty": ("--sim_penalty", PENALTIES),  # one run, a row for each
     "keep_rank 1": (*FREE, "--keep_rank", "1"),
-    "keep_rank 1, top_share 0.4": (*FREE, "--keep_rank", "1", "--top_share", "0.4"),
-    "5 sharers, keep_rank 1, top_share 0.3": (*FREE, "--n_sim", "5", "--keep_rank", "1", "--top_share", "0.3"),
-    "top_share 0.4": (*FREE, "--top_share", "0.4"),
     "uniform": (*FREE, "--opt_budget", "0", "--start", "uniform", "--search_only"),
-    "entropy 0.5": ("--sim_penalty", "0.5", "--penalty", "entropy"),
-    "norm 0.2": ("--sim_penalty", "0.2", "--penalty", "norm"),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--tasks", default="movie_tagging,news_headline,product_rating", help="tasks, with commas")
-    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
-    parser.add_argument("--users", type=cli.positive, default=8, help="test users, the first ones")
+    parser.add_argument("--seeds", type=int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--users", type=positive, default=8, help="test users, the first ones")
     parser.add_argument("--mechanisms", default="all", help=f"with ;, of: {'; '.join(MECHANISMS)}")
-    parser.add_argument("--max_records", type=cli.natural, default=20, help="records of an anchor attacked; 0 = all")
+    parser.add_argument("--max_records", type=natural, default=20, help="records of an anchor attacked; 0 = all")
     parser.add_argument("--output_dir", default=str(ROOT / "output" / "experiments" / "privacy"), help="runs, results")
     parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
     return parser
@@ -85,43 +79,38 @@ def folder_name(mechanism: str) -> str:
 
 def rows_of(mechanism: str, folder: Path) -> dict[str, Path]:
     """The run directories of a mechanism by the name of their row."""
-    own = folder / "privacy" / folder_name(mechanism)
+    run_dir = folder / "privacy" / folder_name(mechanism)
     if mechanism != "penalty":
-        return {mechanism: own}
-    return {f"penalty {penalty}": own / f"penalty-{penalty}" for penalty in PENALTIES.split(",")}
+        return {mechanism: run_dir}
+    return {f"penalty {penalty}": run_dir / f"penalty-{penalty}" for penalty in PENALTIES.split(",")}
 
 
 def run(args: argparse.Namespace, task: str, seed: int, folder: Path, name: str) -> None:
     """Stage 4 by one mechanism for the first users, and the attack on what it deployed."""
-    shared = [*demo_runs.shared_words(task, seed, folder), "--anchor_dir", str(folder / "Anchor_PEFT/LoRA")]
-    words = [*shared, "--anchor_selection_dir", str(folder / "anchor_selection"), "--k_list", ""]
-    words += ["--max_gen_len", "48", "--train_gen_len", "48", "--user_idxs", f"0-{args.users}", *MECHANISMS[name]]
-    lora_composition_evo.main([*words, "--output_dir", str(folder / "privacy" / folder_name(name))])
-    for own in rows_of(name, folder).values():
-        attack = [*shared, "--exp_dir", str(own), "--skip_sharers", "--references", "0"]
-        mia.main([*attack, "--max_records", str(args.max_records)])
+    users = ["--user_idxs", f"0-{args.users}", "--output_dir", str(folder / "privacy" / folder_name(name))]
+    lora_composition_evo.main([*demo_runs.search_options(task, seed, folder), *MECHANISMS[name], *users])
+    attack = [*demo_runs.model_options(task, seed, folder), "--anchor_dir", str(folder / "Anchor_PEFT/LoRA")]
+    attack += ["--skip_sharers", "--references", "0", "--max_records", str(args.max_records)]
+    for run_dir in rows_of(name, folder).values():
+        mia.main([*attack, "--exp_dir", str(run_dir)])
 
 
 # -- figures --------------------------------------------------------------------------------------------------------
 
 
-def users_of(task: Task, seed: int, own: Path, golds: Mapping[str, str]) -> list[dict[str, Any]]:
+def users_of(task: Task, seed: int, run_dir: Path, golds: Mapping[str, str]) -> list[dict[str, Any]]:
     """Of each user finished and attacked in a run: statistics of the metric, similarity, and the attack's scores."""
-    cell = Cell("prime", 0, False)
-    predictions = predictions_of(read_results(own)).get(cell, {})
+    results = read_results(run_dir)
+    predictions = predictions_of(results).get(Cell("prime", 0, False), {})
     stats = user_stats(task, predictions, golds)
-    attacks = {result["user_id"]: result for result in read_results(own / "mia")}
-    return [
-        {
-            "user": (seed, result["user_id"]),
-            "stats": stats[result["user_id"]][task.metrics[0]],
-            "similarity": result["similarity"],
-            "deployed": result["origin"],
-            "attack": attacks[result["user_id"]],
-        }
-        for result in read_results(own)
-        if result["user_id"] in attacks and result["user_id"] in stats
-    ]
+    attacks = {result["user_id"]: result for result in read_results(run_dir / "mia")}
+    users = []
+    for result in results:
+        name = result["user_id"]
+        if name in attacks and name in stats:
+            user = {"user": (seed, name), "stats": stats[name][task.metrics[0]], "similarity": result["similarity"]}
+            users.append(user | {"deployed": result["origin"], "attack": attacks[name]})
+    return users
 
 
 def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,15 +141,15 @@ def figures(task: Task, users: Sequence[Mapping[str, Any]], reference: Sequence[
 
 def compare_task(args: argparse.Namespace, task: Task) -> dict[str, dict[str, Any]]:
     """Figures of all rows that have a user finished and attacked, seeds together."""
-    golds = load_labels(ROOT / "data/demo" / task.name / "test_100" / "user_test_100_label.json")
-    found: dict[str, list[dict[str, Any]]] = {}
+    golds = demo_runs.golds_of(task.name)
+    users_by_row: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         folder = Path(args.output_dir) / f"seed{seed}" / task.name
         for mechanism in MECHANISMS:
-            for row, own in rows_of(mechanism, folder).items():
-                found.setdefault(row, []).extend(users_of(task, seed, own, golds))
-    reference = found[REFERENCE]
-    return {row: figures(task, users, reference) for row, users in found.items() if users and reference}
+            for row, run_dir in rows_of(mechanism, folder).items():
+                users_by_row.setdefault(row, []).extend(users_of(task, seed, run_dir, golds))
+    reference = users_by_row[REFERENCE]
+    return {row: figures(task, users, reference) for row, users in users_by_row.items() if users and reference}
 
 
 def table(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -181,7 +170,7 @@ def points(task: Task, rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
     metric = task.metrics[0]
     return [
         {
-            "label": name.replace("keep_rank", "rank").replace("top_share", "share"),
+            "label": name.replace("keep_rank", "rank"),
             "penalty": float(name.removeprefix("penalty ")) if name.startswith("penalty ") else None,
             metric: row[metric],
             "auroc": row["published"],
@@ -210,11 +199,11 @@ def main(argv: list[str] | None = None) -> None:
                 folder = demo_runs.trained(task.name, seed, args.output_dir, options=["--holdout", HOLDOUT])
                 for name in chosen:
                     run(args, task.name, seed, folder, name)
-    found = {task.name: compare_task(args, task) for task in tasks}
+    rows_by_task = {task.name: compare_task(args, task) for task in tasks}
     for task in tasks:
-        print(f"{show(task, found[task.name], Path(args.output_dir))}\n")
-    write_json(Path(args.output_dir) / "privacy.json", found)
-    print(json.dumps(found))
+        print(f"{show(task, rows_by_task[task.name], Path(args.output_dir))}\n")
+    write_json(Path(args.output_dir) / "privacy.json", rows_by_task)
+    print(json.dumps(rows_by_task))
 
 
 if __name__ == "__main__":

@@ -25,17 +25,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from experiments import demo_runs
 from prime import cli
 from prime.report.methods import REFERENCE, place
 from prime.report.predictions import Cell, gather, task_of
 from prime.report.scores import Stats, metric_intervals, paired_comparison, stack, user_stats
 from prime.report.tables import interval_text, markdown
 from prime.runs.files import read_json, write_json
-from prime.users.data import load_labels, load_users
+from prime.settings import int_list
+from prime.users.data import TEST_FILE, load_users
 from prime.users.metrics import METRICS
-from prime.users.tasks import TASKS, Task, get_task
+from prime.users.tasks import Task, get_task
 
-DEMO = ROOT / "data" / "demo"
 EXPERIMENTS = {"": "published", "controlled_": "controlled"}  # prefix of a row's key -> sets of the attacks
 COSTS = ("seconds_per_user", "bytes_per_user")
 LEAKAGE = {  # key of a row -> attack, and its figure
@@ -48,7 +49,7 @@ LEAKAGE = {  # key of a row -> attack, and its figure
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     parser.add_argument("--tasks", default="all", help="tasks of the demo, with commas; all: the six of them")
-    parser.add_argument("--seeds", type=cli.int_list, default=(0, 1, 2), help="run seeds, with commas")
+    parser.add_argument("--seeds", type=int_list, default=(0, 1, 2), help="run seeds, with commas")
     parser.add_argument("--holdout", default="0", help="share of sharers' items held out, for the controlled attack")
     parser.add_argument("--output_dir", default=str(ROOT / "output" / "experiments" / "seeds"), help="runs and results")
     parser.add_argument("--only_table", action="store_true", help="run nothing, take what is finished")
@@ -127,9 +128,8 @@ def verdict(task: Task, difference: Mapping[str, float]) -> str:
 
 def compare_task(task: Task, folders: Mapping[int, Path]) -> dict[str, Any]:
     """All figures of one task: a row per method, and which seeds they come from."""
-    test = DEMO / task.name / "test_100"
-    golds = load_labels(test / "user_test_100_label.json")
-    users = [user.user_id for user in load_users(test / "user_test_100.json", task)]
+    golds = demo_runs.golds_of(task.name)
+    users = [user.user_id for user in load_users(demo_runs.DEMO / task.name / TEST_FILE, task)]
     by_seed = [stats_of(task, folder, users, golds) for folder in folders.values()]
     attacks = [attacked(folder) for folder in folders.values()]
     summaries = [read_json(folder / "summary.json") for folder in folders.values()]
@@ -236,9 +236,7 @@ def side_by_side(title: str, names: Sequence[str], columns: Mapping[str, Mapping
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     root = Path(args.output_dir)
-    # The demo's tasks, not all of the table: it has no news_categorize.
-    names = [name for name in TASKS if (DEMO / name).is_dir()] if args.tasks == "all" else args.tasks.split(",")
-    tasks = [get_task(name) for name in names]
+    tasks = [get_task(name) for name in demo_runs.tasks_of(args.tasks)]
     for seed in () if args.only_table else args.seeds:
         for task in tasks:
             reproduce(task.name, seed, args.holdout, root / f"seed{seed}")

@@ -1,5 +1,6 @@
 """The experiments' own computations: what they compare, leave out and print, on figures made up."""
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,8 +14,7 @@ from prime.users.data import User, load_labels
 from prime.users.metrics import METRICS, sum_stats
 from prime.users.prompts import Record
 from prime.users.tasks import TASKS, get_task
-
-OTHER = ablation.ARMS["the other fitness"].changes
+from prime.users.texts import load_texts
 
 
 def test_ablation_halves_keep_an_items_records_together() -> None:
@@ -31,14 +31,16 @@ def test_ablation_halves_keep_an_items_records_together() -> None:
 
 def test_ablation_asks_citation_as_test_queries() -> None:
     """With the labels of the test, and with other users' items as wrong references; the other arm asks its history."""
-    args = demo_runs.stage_args("citation", 0, Path("unused"))
-    start = demo_runs.Start(args, cli.load_texts(args), [], {}, Mock(), Mock())
-    texts, own = ablation.texts_of(start), [ablation.options(args, "citation", more) for more in ((), OTHER)]
-    assert [one.fitness for one in own] == ["query", "history"] and texts["query"].others
-    assert texts["query"].task.history_labels == texts["query"].task.labels
+    settings = ablation.as_reproduced(demo_runs.search_settings("citation", 0, Path("unused")))
+    texts = load_texts(settings.data.folder, "citation", None)
+    start = demo_runs.Start(settings, texts, [], {}, Mock(), Mock())
+    asked_queries = start.setup()
+    asked_history = replace(start, settings=ablation.ARMS["the other fitness"].settings(settings)).setup()
+    assert (asked_queries.fitness.fitness, asked_history.fitness.fitness) == ("query", "history")
+    assert asked_queries.texts.task.history_labels == texts.task.labels and asked_queries.texts.others
+    assert asked_history.texts.task.history_labels == texts.task.history_labels and not asked_history.texts.others
     missing = {task: ablation.ARMS.keys() - ablation.arms_of(get_task(task)).keys() for task in TASKS}
     assert missing["tweet_paraphrase"] == {"the other fitness"} and not missing["citation"]
-    assert texts["history"].task.history_labels == start.texts.task.history_labels and not texts["history"].others
 
 
 def test_ablation_compares_by_user_over_seeds() -> None:
@@ -69,12 +71,13 @@ def test_ablation_compares_by_user_over_seeds() -> None:
 def test_every_arm_of_the_privacy_benchmark_trains_under_its_own_options() -> None:
     args = dp.build_parser().parse_args(["--epsilons", "8,1"])
     model = ["--task_name", "movie_tagging", "--llama_model_path", "m", "--lora_ckpt", "t"]
-    parser = train_anchor_peft.build_parser()
-    parsed = {arm: parser.parse_args([*model, *words]) for arm, words in dp.arms(args).items()}
-    assert [(arm, own.enable_dp, own.epsilon) for arm, own in parsed.items()] == [
+    by_arm = {}
+    for arm, training in dp.arms(args).items():
+        by_arm[arm] = cli.parse(train_anchor_peft.Settings, None, [*model, *training])
+    assert [(arm, settings.privacy.enable_dp, settings.privacy.epsilon) for arm, settings in by_arm.items()] == [
         ("plain", False, None), ("clipped", True, None), ("epsilon 8", True, 8.0), ("epsilon 1", True, 1.0),
     ]  # fmt: skip
-    assert parsed["clipped"].sigma == dp.NO_NOISE and parsed["plain"].lora_r == 8
+    assert by_arm["clipped"].privacy.sigma == dp.NO_NOISE and by_arm["plain"].training.lora_r == 8
 
 
 def test_the_privacy_benchmark_shows_every_arm_with_its_noise(tmp_path: Path) -> None:
@@ -141,8 +144,8 @@ def test_what_protects_is_told_by_loss_relative_to_no_penalty(
 @pytest.mark.parametrize("mechanism", privacy.MECHANISMS)
 def test_every_mechanism_is_a_command_of_stage_4(mechanism: str) -> None:
     words = ["--task_name", "movie_tagging", "--llama_model_path", "m", "--lora_ckpt", "t"]
-    args = lora_composition_evo.build_parser().parse_args([*words, *privacy.MECHANISMS[mechanism]])
-    assert len(privacy.rows_of(mechanism, Path("x"))) == len(args.sim_penalty)
+    settings = cli.parse(lora_composition_evo.Settings, None, [*words, *privacy.MECHANISMS[mechanism]])
+    assert len(privacy.rows_of(mechanism, Path("x"))) == len(settings.search.sim_penalty)
 
 
 def test_the_benchmark_of_seeds_shows_each_experiment_that_all_seeds_have() -> None:

@@ -1,5 +1,4 @@
 """The stages in a row, on a small cut of the demo world: the announcement's commands, and the promises of a run."""
-import argparse
 import json
 import shutil
 import subprocess
@@ -21,14 +20,13 @@ from prime.bank.encoding import Encoder
 from prime.bank.lora import Adapter, concatenate, merge
 from prime.checkpoints.loading import load_tokenizer
 from prime.checkpoints.peft import load_adapter, save_adapter
-from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.optimizer import ranked_weights
 from prime.merging.population import Setup, fitness_records
-from prime.merging.sharers import adapter_folder, load_pool
+from prime.merging.sharers import adapter_folder
 from prime.runs.run import user_dirname
 from prime.settings import FitnessSettings, SamplingSettings, SearchSettings
-from prime.users.data import load_labels, load_users
+from prime.users.data import load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
 from prime.users.templates import TEMPLATES
@@ -518,18 +516,10 @@ def test_official_lamp_files_run_through_every_stage_without_a_warning(
 
 
 @pytest.mark.slow
-def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(
-    inside: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(inside: Path) -> None:
     words = evo("./output/arm", "--user_idxs", "0-1")
-    args = world.script(words[0]).build_parser().parse_args(words[1:])
-    texts = cli.load_texts(args)
-    users = cli.load_test_users(args, texts.task)
-    golds = load_labels(inside / f"data/{TASK}/test_100/user_test_100_label.json")
-    pool = load_pool(args, cli.load_candidates(args, texts.task), len(users))
-    start = demo_runs.Start(args, texts, users, golds, pool, load_engine(args, task_adapter=args.lora_ckpt))
-    monkeypatch.setattr(demo_runs, "start", lambda *_: start)
-    found = ablation.run_one(argparse.Namespace(users=1, output_dir=""), TASK, 0)
+    start = demo_runs.start_of(cli.parse(world.script(words[0]).Settings, None, words[1:]))
+    found = ablation.run_one(start, users=1)
     assert found["answers"].keys() == found["origins"].keys() == set(ablation.ROWS) and 0 < found["same"][0] <= 1
     options = {
         "prime": [], "no search": ["--opt_budget", "0"], "budget 30": ["--opt_budget", "30"],
@@ -546,7 +536,7 @@ def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(
         ((user_id, result),) = world.results(f"./output/arm-{place}").items()
         assert found["answers"][name] == {user_id: result["predictions"]["prime"]["k0"]}, name
         assert found["origins"][name] == {result["origin"]: 1}, name
-    asked = [sample["id"] for sample in found["answers"]["prime"][users[0].user_id]]
-    by_test = found["answers"][ablation.CHOSEN_BY_TEST][users[0].user_id]
+    asked = [sample["id"] for sample in found["answers"]["prime"][user_id]]
+    by_test = found["answers"][ablation.CHOSEN_BY_TEST][user_id]
     assert sorted(sample["id"] for sample in by_test) == sorted(asked)
     assert sum(found["origins"][ablation.CHOSEN_BY_TEST].values()) == 2
