@@ -35,6 +35,8 @@ from prime import settings as opt
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
 from prime.bank.sampling import Sampler
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.merging import gates
@@ -48,6 +50,7 @@ from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
 from prime.users.data import User, select, select_indices, user_cost
 from prime.users.prompts import Record, history_records
+from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 
@@ -179,8 +182,21 @@ def check_inputs(settings: Settings, pool: Pool, users: Sequence[User]) -> None:
         raise InputError.many(problems)
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan: the composed adapter is measured beside its sharers."""
+    task, n = get_task(settings.data.task_name), settings.composition.n_sim or plan.PUBLISHED_ANCHORS
+    answer = max(
+        plan.answer_tokens(settings.model, task.history_labels, settings.composition.train_gen_len),
+        plan.answer_tokens(settings.model, task.labels, settings.decoding.max_gen_len),
+    )
+    rank = plan.rank_of(settings.anchor_dir)
+    return [Work("answering", n + 1, rank, settings.prompts.max_length, answer, other_ranks=n * rank)]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     data, recent_k = settings.data, settings.prompts.recent_k
     texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
     users = load_test_users(data.folder, texts.task)

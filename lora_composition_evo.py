@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,11 +35,13 @@ from prime import cli
 from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.lora import merge
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.engine import Engine, Predictions, load_engine, predict
 from prime.errors import tell
 from prime.merging.deploy import export_full, save_personal
 from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
-from prime.merging.optimizer import optimizer_name
+from prime.merging.optimizer import Search, optimizer_name
 from prime.merging.population import Population, Setup
 from prime.merging.sharers import Pool, Selection, load_pool
 from prime.report.methods import REFERENCE, choices
@@ -48,6 +51,7 @@ from prime.runs.run import Run
 from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
 from prime.users.data import User, select_indices, user_cost
+from prime.users.tasks import get_task
 from prime.users.texts import asked_as_queries, load_candidates, load_test_users, load_texts
 
 FOLDER_HELP = (
@@ -166,8 +170,24 @@ def open_runs(settings: Settings, folder: Path) -> list[Run]:
     return runs
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan: base and sharers, a generation of candidates, or what is predicted with."""
+    search, task = settings.search, get_task(settings.data.task_name)
+    n, rank = search.n_sim or plan.PUBLISHED_ANCHORS, plan.rank_of(settings.anchor_dir)
+    generation = Search(np.zeros(n), search.opt_type, search.opt_budget, 0).ask()
+    candidates = max(1 + n, len(generation), 2 + len(search.sim_penalty))
+    answer = max(
+        plan.answer_tokens(settings.model, task.history_labels, settings.fitness.train_gen_len),
+        plan.answer_tokens(settings.model, task.labels, settings.decoding.max_gen_len),
+    )
+    merged_rank = n * rank if search.merge_rule == "delta" else rank
+    return [Work("answering", candidates, merged_rank, settings.prompts.max_length, answer, other_ranks=2 * n * rank)]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     data, search, fitness = settings.data, settings.search, settings.fitness
     optimizer_name(search.opt_type)
     check_search(search, fitness)

@@ -45,6 +45,8 @@ from prime.attack.subjects import (
     trained_alone,
     with_members,
 )
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
@@ -52,6 +54,7 @@ from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.run import Run, read_settings
 from prime.runs.workers import open_groups, share
+from prime.users.tasks import get_task
 from prime.users.texts import load_candidates, load_test_users, load_texts
 
 Groups = Sequence[Sequence[Subject]]  # whose adapters are in the bank together
@@ -101,8 +104,18 @@ def results_of(run: Run, subjects: Sequence[Subject]) -> list[dict]:
     return [read_json(run.result_path(subject.user_id)) for subject in subjects]
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan."""
+    labels = get_task(settings.data.task_name).history_labels
+    answer = plan.answer_tokens(settings.model, labels, plan.UNLABELLED)
+    adapters, rank = settings.users_per_batch, plan.rank_of(settings.exp_dir)
+    return [Work("scoring", adapters, rank, settings.prompts.max_length, answer, other_ranks=adapters * rank)]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     exp_dir = Path(settings.exp_dir)
     if settings.gate_dir and not Path(settings.gate_dir).is_dir():
         raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")

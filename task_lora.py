@@ -21,6 +21,8 @@ from prime import cli
 from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
@@ -31,6 +33,7 @@ from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
 from prime.users.data import BASE_FILE, User, load_users, select_indices, user_cost
 from prime.users.prompts import task_records
+from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_test_users, load_texts
 
 
@@ -79,8 +82,21 @@ def predict_user(
     run.finish(user.user_id, result)
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan."""
+    training, longest = settings.training, settings.prompts.max_length
+    labels = get_task(settings.data.task_name).labels
+    answer = plan.answer_tokens(settings.model, labels, settings.decoding.max_gen_len)
+    return [
+        plan.training_work(training, 1, longest, answer),
+        Work("answering", 2, training.lora_r, longest, answer, other_ranks=training.lora_r),
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     folder, data_dir = Path(settings.output_dir), settings.data.folder
     texts = load_texts(data_dir, settings.data.task_name, settings.prompts.prompt_path)
     base_users, users = load_base_users(data_dir, texts), load_test_users(data_dir, texts.task)

@@ -22,7 +22,7 @@ on the same items: result.json also tells the budget of both together, or that t
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,8 @@ from prime import cli
 from prime import settings as opt
 from prime.bank.dp import Terms, terms_of
 from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import load_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError, tell
@@ -41,6 +43,7 @@ from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
 from prime.users.data import User, select, user_cost
 from prime.users.holdout import trained_records, trained_split
+from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
 
 
@@ -128,8 +131,19 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
     run.finish_all(results)
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan; a gate is counted as an adapter in training, though it is smaller."""
+    training = replace(settings.training, lora_r=plan.rank_of(settings.anchor_path))
+    anchors = settings.anchors_per_batch or plan.PUBLISHED_ANCHORS
+    labels = get_task(settings.data.task_name).history_labels
+    answer = plan.answer_tokens(settings.model, labels, plan.UNLABELLED)
+    return [plan.training_work(training, anchors, settings.prompts.max_length, answer)]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
     texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))

@@ -29,6 +29,8 @@ from prime.bank.dp import Mechanism, Terms, terms_of
 from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
@@ -40,6 +42,7 @@ from prime.users.data import User, select, user_cost
 from prime.users.holdout import Split, trained_records
 from prime.users.metrics import score
 from prime.users.prompts import Record
+from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
 
 
@@ -153,8 +156,22 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
     run.finish_all(results)
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan."""
+    training, longest = settings.training, settings.prompts.max_length
+    anchors = settings.anchors_per_batch or plan.PUBLISHED_ANCHORS
+    labels = get_task(settings.data.task_name).history_labels
+    answer = plan.answer_tokens(settings.model, labels, settings.train_gen_len)
+    return [
+        plan.training_work(training, anchors, longest, answer),
+        Work("answering", anchors, training.lora_r, longest, answer),
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
     texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))

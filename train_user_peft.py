@@ -32,6 +32,8 @@ from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.lora import Adapter, merge
 from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
@@ -44,6 +46,7 @@ from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
 from prime.users.data import User, select, user_cost
 from prime.users.holdout import Split, trained_records
+from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 METHODS = choices("train_user_peft")
@@ -158,11 +161,26 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
     journal.drop()
 
 
+def planned(settings: Settings) -> list[Work]:
+    """The largest passes, for --plan."""
+    training, longest = settings.training, settings.prompts.max_length
+    users = settings.users_per_batch or plan.PUBLISHED_ANCHORS
+    answer = plan.answer_tokens(settings.model, get_task(settings.data.task_name).labels, settings.decoding.max_gen_len)
+    sharers = (settings.n_sim or plan.PUBLISHED_ANCHORS) if settings.method == "mta" else 0
+    merged_rank = sharers * plan.rank_of(settings.anchor_dir)
+    return [
+        replace(plan.training_work(training, users, longest, answer), other_ranks=users * merged_rank),
+        Work("answering", users, training.lora_r + merged_rank, longest, answer),
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
     rank = settings.training.lora_r or RANKS[settings.method]
     training = replace(settings.training, lora_r=rank, lora_alpha=settings.training.lora_alpha or rank)
     settings = replace(settings, training=training)
+    if settings.model.plan:
+        return plan.show(settings.model, *planned(settings))
     data = settings.data
     texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
     users = load_test_users(data.folder, texts.task)

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, DebertaV2Config, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, DebertaV2Config, LlamaConfig, PreTrainedConfig
 
 from prime.bank.bank import DEFAULT_TARGETS
 from prime.bank.batching import Pair
 from prime.bank.encoding import Tokens
 from prime.bank.lora import Adapter
-from prime.checkpoints.loading import load_model, pick_device, pick_dtype
+from prime.checkpoints.loading import load_model, model_config, pick_device, pick_dtype
 from prime.seeds import derive_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -168,20 +168,26 @@ def scripted_answer(rng: random.Random, kind: Kind, vocabulary: int, known: Sequ
 # -- models and adapters --------------------------------------------------------------------------------------------
 
 
-def make_model(shape: str, device: str, dtype: str) -> nn.Module:
-    """A frozen causal LM of the named shape, random weights but for `demo`."""
+def config_of(shape: str) -> PreTrainedConfig:
+    """The configuration of the named shape."""
     if shape == DEMO:
-        return load_model(str(DEMO_MODEL), device, dtype)
+        return model_config(str(DEMO_MODEL), torch.float32)
     width, layers, heads, kv_heads, inner, vocabulary, tied = SHAPES[shape]
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         intermediate_size=inner, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
+
+
+def make_model(shape: str, device: str, dtype: str) -> nn.Module:
+    """A frozen causal LM of the named shape, random weights but for `demo`."""
+    if shape == DEMO:
+        return load_model(str(DEMO_MODEL), device, dtype)
     place = pick_device(device)
     torch.manual_seed(0)
     with torch.device(place):
-        model = AutoModelForCausalLM.from_config(config, dtype=pick_dtype(dtype, place))
+        model = AutoModelForCausalLM.from_config(config_of(shape), dtype=pick_dtype(dtype, place))
     return model.requires_grad_(False).eval()
 
 

@@ -14,6 +14,7 @@ from benchmarks import (
     measuring,
     membership,
     merge,
+    plan,
     products,
     shapes,
     sharer_search,
@@ -157,6 +158,17 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
     assert all(figures["peak_mb"] > 0 and figures["work_seconds"] > 0 for figures in found["stages"].values())
     assert (tmp_path / "tiny/run/merged/mia_summary.json").is_file()
     assert (tmp_path / "tiny/model/model.safetensors").stat().st_size > 4 * 2 * 2048 * 64
+
+
+def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, whose peak is that of all tests before."""
+    monkeypatch.setattr(plan, "apart", plan.measure)
+    monkeypatch.setattr(plan, "RECORDS", plan.RECORDS[:8])
+    plan.main(["--shape", "tiny"])
+    figures = last_line(capsys)
+    assert set(figures) == set(plan.PHASES)
+    assert all(sides["planned"] > 0 and sides["measured"] > 0 for sides in figures.values())
+    assert figures["checkpointing"]["planned"] < figures["training"]["planned"]
 
 
 def test_convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
