@@ -185,10 +185,8 @@ def check_inputs(settings: Settings, pool: Pool, users: Sequence[User]) -> None:
 def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan: the composed adapter is measured beside its sharers."""
     task, n = get_task(settings.data.task_name), settings.composition.n_sim or plan.PUBLISHED_ANCHORS
-    answer = max(
-        plan.answer_tokens(settings.model, task.history_labels, settings.composition.train_gen_len),
-        plan.answer_tokens(settings.model, task.labels, settings.decoding.max_gen_len),
-    )
+    kinds = (task.history_labels, settings.composition.train_gen_len), (task.labels, settings.decoding.max_gen_len)
+    answer = plan.longest_answer(settings.model, *kinds)
     rank = plan.rank_of(settings.anchor_dir)
     return [Work("answering", n + 1, rank, settings.prompts.max_length, answer, other_ranks=n * rank)]
 

@@ -54,10 +54,7 @@ from prime.users.data import User, select_indices, user_cost
 from prime.users.tasks import get_task
 from prime.users.texts import asked_as_queries, load_candidates, load_test_users, load_texts
 
-FOLDER_HELP = (
-    "default ./output/<task_name>/LoRA-Composition-evo, with --objective nll .../LoraHub, with --baseline "
-    ".../Best-sharer or .../Uniform"
-)
+FOLDER_HELP = "default ./output/<task_name>/LoRA-Composition-evo, LoraHub, Best-sharer or Uniform, by what is searched"
 NAME_HELP = "row of the table; default prime, with --objective nll lorahub, with --baseline that baseline"
 
 
@@ -101,8 +98,7 @@ def answer_queries(stage: Stage, user: User, weights: Mapping[str, Tensor], prog
 def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     """Search at each penalty, predict with what is chosen, deploy."""
     started = time.perf_counter()
-    settings, runs = stage.settings, stage.runs
-    adapters = stage.pool.adapters(index)
+    settings, runs, adapters = stage.settings, stage.runs, stage.pool.adapters(index)
     stage.engine.bank.load(adapters)
     journal = runs[-1].journal([user.user_id])  # of the run that is finished last
     seed = derive_seed(settings.seed, user.user_id)
@@ -176,10 +172,8 @@ def planned(settings: Settings) -> list[Work]:
     n, rank = search.n_sim or plan.PUBLISHED_ANCHORS, plan.rank_of(settings.anchor_dir)
     generation = Search(np.zeros(n), search.opt_type, search.opt_budget, 0).ask()
     candidates = max(1 + n, len(generation), 2 + len(search.sim_penalty))
-    answer = max(
-        plan.answer_tokens(settings.model, task.history_labels, settings.fitness.train_gen_len),
-        plan.answer_tokens(settings.model, task.labels, settings.decoding.max_gen_len),
-    )
+    kinds = (task.history_labels, settings.fitness.train_gen_len), (task.labels, settings.decoding.max_gen_len)
+    answer = plan.longest_answer(settings.model, *kinds)
     merged_rank = n * rank if search.merge_rule == "delta" else rank
     return [Work("answering", candidates, merged_rank, settings.prompts.max_length, answer, other_ranks=2 * n * rank)]
 

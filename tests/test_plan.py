@@ -258,7 +258,7 @@ def test_the_peak_of_a_real_process_stays_below(tmp_path: Path) -> None:
     words += ["--lora_ckpt", "task", "--anchor_selection_dir", str(selection), "--device", "cpu"]
     stages = {
         "train_anchor_peft.py": ["--epochs", "1", "--output_dir", "anchors"],
-        "lora_composition_evo.py": ["--anchor_dir", "anchors", "--k_list", "1", "--output_dir", "evo"],
+        "lora_composition_evo.py": ["--anchor_dir", "anchors", "--user_idxs", "0-2", "--output_dir", "evo"],
     }
     for stage, more in stages.items():
         command = [sys.executable, "-c", MEASURED, str(world.ROOT / stage), *words, *more]

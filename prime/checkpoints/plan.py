@@ -179,6 +179,11 @@ def training_work(settings: TrainingSettings, adapters: int, prompt: int, answer
     return Work("training", adapters, settings.lora_r, prompt, answer, rows, gradient_checkpointing=checkpointing)
 
 
+def longest_answer(settings: ModelSettings, *kinds: tuple[Sequence[str] | None, int]) -> int:
+    """New tokens of the longest answer; of each kind its labels (None: free text) and its limit."""
+    return max(answer_tokens(settings, labels, limit) for labels, limit in kinds)
+
+
 def answer_tokens(settings: ModelSettings, labels: Sequence[str] | None, limit: int) -> int:
     """New tokens of an answer at most, as in the run; without a tokenizer a label may be as long as any text."""
     if labels is not None:
