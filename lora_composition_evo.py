@@ -7,7 +7,7 @@ Writes  <output_dir>/users/<user>/evaluations.jsonl   a line per evaluated candi
         <output_dir>/users/<user>/adapter_full/       --export_full: with the task adapter in it, for the untouched base
         <output_dir>/users/<user>/result.json         weights, scores, predictions of --name; those of the baselines
                                                       best_sharer and uniform beside the ones of prime
-Takes   2 to 3 minutes on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
+Takes   about a minute on the demo (24 users, 2 CPU cores). Resumes by user: run the same command again.
 
     python lora_composition_evo.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
@@ -85,6 +85,7 @@ class Stage:
     pool: Pool
     runs: Sequence[Run]
 
+
 def answer_queries(stage: Stage, user: User, weights: Mapping[str, Tensor], progress: Progress) -> Predictions:
     """Answers to the user's queries by named weights of the loaded sharers; what is alike is answered once."""
     settings = stage.settings
@@ -104,7 +105,7 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     seed = derive_seed(settings.seed, user.user_id)
     population = Population(stage.setup, user, seed, len(adapters), journal, progress)
     if not population.golds:
-        deployed = settings.search.baseline or "the base"
+        deployed = settings.search.baseline or "the base"  # the first of equal losses, see `choose`
         tell(f"user {user.user_id}: an empty history, nothing to search by; {deployed} is deployed")
     logs = [run.user_dir(user.user_id) / "evaluations.jsonl" for run in runs]
     searches = search_each(population, settings.search.sim_penalty, logs)
@@ -124,7 +125,8 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     for place, (run, evaluations) in enumerate(zip(runs, searches, strict=True)):
         spent = sum(evaluation.seconds for evaluation in evaluations)  # of several over one memo: its own candidates
         seconds = {
-            "search": searched - started + journal.spared if len(runs) == 1 else spent,
+            # Of one search all that it took, also before an interruption (`spared`).
+            "search": (searched - started + journal.spared) if len(runs) == 1 else spent,
             "sharers": sum(single.seconds for single in singles),  # of the search: what best_sharer needs
             "predict": predict_seconds,
         }

@@ -136,7 +136,6 @@ def losses_and_lengths(argv, adapter, anchor, held_out=False):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-
     settings = cli.parse(mia.Settings, None, argv)
     model = AutoModelForCausalLM.from_pretrained(settings.model.llama_model_path)
     if adapter is not None:
@@ -222,8 +221,6 @@ def test_members_are_sharers_in_the_adapter_and_all_listed_where_the_base_won(tm
         subjects.check_members([subject], ["a", "b", "c"])
     with pytest.raises(InputError, match="no results of sharers c"):
         subjects.check_members([subject], ["a", "b", "d"])
-
-
 
 
 def write_random_adapters(folder, anchor_dir):

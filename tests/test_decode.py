@@ -209,7 +209,6 @@ def test_only_the_pairs_that_were_asked(banks: dict) -> None:
     assert found == {(c, p): NAIVE["factor", "sampled"][c][p] for c, p in pairs}
 
 
-
 def test_nothing_to_do(banks: dict) -> None:
     assert run(banks["delta"], prompts=[]) == [[] for _ in CANDIDATES]
     assert run(banks["delta"], candidates=[]) == []

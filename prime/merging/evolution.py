@@ -71,6 +71,7 @@ def search_each(
         return [evolve(memo, score_by_likelihood, settings, population.seed, logs[0])]
     task, reducers = population.setup.texts.task, (fitness.m_reduce, fitness.t_reduce)
     objectives = [Objective(task, population.golds, penalty, *reducers) for penalty in penalties]
+    # Any of the objectives serves: utility and similarity do not depend on the penalty, which only `score` weighs.
     memo = Memo(population, population.trials(objectives[0]))
     searches = []
     for objective, log in zip(objectives, logs, strict=True):
@@ -117,7 +118,9 @@ def evolve(memo: "Memo", score: ScoreOf, settings: SearchSettings, seed: int, lo
 def choose(evaluations: Sequence[Evaluation], settings: SearchSettings) -> Evaluation:
     """What is deployed: the evaluated candidate of lowest loss; with `--baseline` that baseline, whatever its loss.
 
-    Published selection (`--search_only`): no single sharer may win.
+    Published selection (`--search_only`): no single sharer may win. Of equal losses the first evaluated wins, so that
+    the base does where nothing can be told apart (an empty history). A pareto search too deploys by its loss, that of
+    the penalty at hand.
     """
     if settings.baseline == "best_sharer":
         return best_sharer(evaluations)
@@ -160,21 +163,21 @@ class Memo:
 
     def __init__(self, population: Population, measure: Measure):
         self.population, self.measure = population, measure
-        self.known: dict[bytes, tuple[Any, float]] = {}  # measurement and its seconds
+        self.measured: dict[bytes, tuple[Any, float]] = {}  # by weights: the measurement, and the seconds it took
 
     def learn(self, candidates: Tensor) -> None:
         """Measure those of the candidates `[c, n]` or `[c, n, l]` that are new, together."""
-        new = {key_of(weights): weights for weights in candidates if key_of(weights) not in self.known}
+        new = {key_of(weights): weights for weights in candidates if key_of(weights) not in self.measured}
         if new:
-            journal = self.population.journal
+            journal = self.population.journal  # `spared`: seconds of what was measured before an interruption
             started, spared = time.perf_counter(), journal.spared
-            measured = self.measure(torch.stack(list(new.values())))
+            measurements = self.measure(torch.stack(list(new.values())))
             seconds = (time.perf_counter() - started + journal.spared - spared) / len(new)
-            for key, measurement in zip(new, measured, strict=True):
-                self.known[key] = measurement, seconds
+            for key, measurement in zip(new, measurements, strict=True):
+                self.measured[key] = measurement, seconds
 
     def __getitem__(self, weights: Tensor) -> tuple[Any, float]:
-        return self.known[key_of(weights)]
+        return self.measured[key_of(weights)]
 
 
 def key_of(weights: Tensor) -> bytes:
