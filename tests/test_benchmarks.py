@@ -161,14 +161,13 @@ def test_stages(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, whose peak is that of all tests before."""
+    """In this process, whose memory is that of all tests before: so no two of the figures can be compared."""
     monkeypatch.setattr(plan, "apart", plan.measure)
     monkeypatch.setattr(plan, "RECORDS", plan.RECORDS[:8])
     plan.main(["--shape", "tiny"])
     figures = last_line(capsys)
     assert set(figures) == set(plan.PHASES)
     assert all(sides["planned"] > 0 and sides["measured"] > 0 for sides in figures.values())
-    assert figures["checkpointing"]["planned"] < figures["training"]["planned"]
 
 
 def test_convert(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
