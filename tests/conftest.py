@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]  # plain `pytest` finds the package and the demo's makers
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_user_peft.py", "test_page.py"))
+
+
 @pytest.fixture
 def inside(here: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the test module's own fixture `here`, as the current directory."""

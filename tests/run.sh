@@ -12,4 +12,6 @@ if [ "${1:-}" = "--fast" ]; then
 fi
 # Tiny models gain nothing from a second thread; two workers do, a file of tests each.
 export OMP_NUM_THREADS=1
-exec "$PY" -m pytest -n 2 --dist loadfile "${select[@]}" "$@"
+# Where a shell forbids it, modules are compiled in each worker and each run: half of the time until the first test.
+unset PYTHONDONTWRITEBYTECODE
+exec "$PY" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${select[@]}" "$@"

@@ -25,6 +25,8 @@ from benchmarks import (
 from benchmarks.shapes import Shares
 from prime.users.tasks import get_task
 
+pytestmark = pytest.mark.slow
+
 RATIOS = {  # name: (over, under)
     "speedup_over_peft_loop": ("peft_loop", "ours"),
     "speedup_over_published": ("published", "ours"),

@@ -25,6 +25,7 @@ print((most - resident()) // 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
 def test_freed_blocks_are_kept() -> None:
     freed = {

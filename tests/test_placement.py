@@ -90,6 +90,7 @@ def test_a_meta_directory_is_dispatched_too(tmp_path: Path) -> None:
     assert torch.equal(tiny.logits(parted, ids), tiny.logits(plain, ids))
 
 
+@pytest.mark.slow
 def test_factors_and_cache_are_where_their_layer_is() -> None:
     """Scoring, composing and decoding on two pretended devices: an operation across them would be an error."""
     done = subprocess.run(

@@ -215,6 +215,7 @@ def start(work: object, *args: object) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 def test_of_processes_with_different_settings_one_gets_the_directory(tmp_path: Path) -> None:
     """A new directory, or one of settings that led to nothing, which all of them would replace."""
     for attempt in range(6):
