@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from prime.bank.bank import AdapterBank
 from prime.bank.batching import Pair, every_pair
 from prime.bank.decode import Counts, Progress, Request, decode
 from prime.bank.encoding import EncodedPrompt, EncodedRecord, Encoder, Tokens
+from prime.bank.identity import model_identity
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner, Scalers, train
 from prime.checkpoints.loading import (
@@ -38,6 +40,11 @@ class Engine:
     eos: Sequence[int]
     max_batch_tokens: int = 0
     counts: Counts = field(default_factory=Counts)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the frozen model with the task adapter in it."""
+        return model_identity(self.bank)
 
     def encode(self, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
         return [self.encoder.prompt(prompt.id, prompt.text) for prompt in prompts]

@@ -167,6 +167,11 @@ class AdapterBank:
             factors += [stack for stack in (wrapper.A, wrapper.B) if stack is not None]
         return factors
 
+    def loaded(self) -> Iterator[tuple[str, Tensor]]:
+        """The factors that `load` stacked, by module: what candidates are made of."""
+        for name, (a, b) in self._stored.items():
+            yield from ((f"{name}.A", a), (f"{name}.B", b))
+
     def stacks(self) -> list[Tensor]:
         """All tensors that rows are routed through: the factors, and the frozen ones they stand on."""
         stacks = self.parameters()

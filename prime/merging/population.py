@@ -12,6 +12,7 @@ from torch import Tensor
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
 from prime.bank.encoding import EncodedPrompt, Tokens
+from prime.bank.identity import factors_identity
 from prime.bank.logprobs import target_logprobs
 from prime.bank.sampling import Sampler
 from prime.engine import Engine
@@ -68,6 +69,8 @@ class Population:
         # Gold answers are good drafts: they are what the sharers were trained to write.
         self.drafts: list[list[Tokens]] = [[record.target[:-1]] for record in self.encoded]
         self.about = [(record.id, record.ids, record.target) for record in self.encoded]
+        # In every question to the journal: sharers or a model trained anew answer otherwise.
+        self.asked = factors_identity(self.engine.bank), self.engine.identity
         self.shape = (n, self.engine.bank.layers) if setup.search.piece_merge else (n,)
 
     def known_points(self) -> Tensor:
@@ -79,7 +82,7 @@ class Population:
         """Answers of candidates `[c, n]` or `[c, n, l]` to all history records, once per repeat."""
         answers: list[Answers] = [[] for _ in weights]
         for repeat, sampler in enumerate(self.samplers):
-            question = [self.about, weights.tolist(), repeat]
+            question = [self.asked, self.about, weights.tolist(), repeat]
             tokens = self.journal.call(question, partial(self._decode, weights, sampler))
             for answers_of_candidate, tokens_of_candidate in zip(answers, tokens, strict=True):
                 answers_of_candidate.append([self.engine.encoder.text(ids) for ids in tokens_of_candidate])
@@ -116,7 +119,7 @@ class Population:
 
     def logprobs(self, weights: Tensor) -> list[list[Tensor]]:
         """LoraHub's measurement: of each candidate, log-probabilities of the targets of all history records."""
-        values = self.journal.call([self.about, weights.tolist()], partial(self._logprobs, weights))
+        values = self.journal.call([self.asked, self.about, weights.tolist()], partial(self._logprobs, weights))
         tensors = []
         for values_of_candidate in values:
             tensors.append([torch.tensor(record) for record in values_of_candidate])
