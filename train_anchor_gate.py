@@ -114,7 +114,7 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
     settings, engine, run = stage.settings, stage.engine, stage.run
     started = time.perf_counter()
     folders = [adapter_folder(settings.anchor_path, anchor.user_id) for anchor in group]
-    engine.bank.load([load_adapter(folder) for folder in folders])
+    engine.bank.load([load_adapter(folder, settings.model.adapted_base) for folder in folders])
     gates = Gates.zeros(engine.bank)
     learners = [learner_of(stage, anchor, place) for place, anchor in enumerate(group)]
     losses = engine.train(learners, settings.training, "gates", gates.stacks, gates.scaler)

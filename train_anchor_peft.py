@@ -148,7 +148,7 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
         name = anchor.user.user_id
         if not run.done(name):
             card = anchor.card(settings.data.task_name, report)
-            save_adapter(engine.bank.adapter(place), run.user_dir(name) / "adapter", settings.model.base, card)
+            save_adapter(engine.bank.adapter(place), run.user_dir(name) / "adapter", settings.model.adapted_base, card)
         ids = [record.id for record in anchor.records]
         result: dict = {"user_id": name, "index": stage.order[name], "record_ids": ids}
         result |= anchor.held_out | {"losses": losses[place], "history": report} | anchor.privacy

@@ -145,7 +145,7 @@ def learn_group(stage: Stage, group: Sequence[User]) -> list[dict]:
             card |= {"task_adapter": settings.model.lora_ckpt}
             folder = run.user_dir(user.user_id) / PERSONAL
             card |= about | {"records": len(ids)}
-            save_adapter(engine.bank.adapter(place), folder, settings.model.base, card)
+            save_adapter(engine.bank.adapter(place), folder, settings.model.adapted_base, card)
         results.append(about | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds})
     return results
 

@@ -279,6 +279,16 @@ class ModelSettings:
         return self.convert_to or self.llama_model_path
 
     @property
+    def adapted_base(self) -> str:
+        """The model that personal adapters stand on, as they name it: `base + task adapter`, which no library takes
+        for the plain one.
+        """
+        if self.lora_ckpt is None:
+            return self.base
+        task = Path(self.lora_ckpt)
+        return f"{self.base} + {task.parent if task.name == 'lora_ckpt.pt' else task}"
+
+    @property
     def modules(self) -> list[str]:
         return [name.strip() for name in self.target_modules.split(",")]
 

@@ -295,11 +295,9 @@ def test_targets_that_are_missing_or_not_linear() -> None:
 
 def test_adapters_that_do_not_fit_the_model() -> None:
     bank = AdapterBank(tiny.model())
-    with pytest.raises(InputError, match=r"layers.2.self_attn.\w_proj is only in the adapter"):
+    with pytest.raises(InputError, match=r"adapter 0: the model has no model.layers.2.self_attn.\w_proj"):
         bank.load([tiny.adapter(tiny.model(num_hidden_layers=3), 0)])
-    with pytest.raises(InputError, match=r"layers.1.self_attn.\w_proj is only in the model"):
-        bank.load([tiny.adapter(tiny.model(num_hidden_layers=1), 0)])
     with pytest.raises(InputError, match="k_proj: the adapter is 64 -> 64 wide, the model 64 -> 32"):
         bank.load([tiny.adapter(tiny.model(num_key_value_heads=4), 0)])
-    with pytest.raises(InputError, match="adapters 0 and 1 do not have the same modules"):
+    with pytest.raises(InputError, match=r"adapter 1: the model has no model.layers.2.self_attn.\w_proj"):
         bank.load([ADAPTERS[0], tiny.adapter(tiny.model(num_hidden_layers=3), 0)])

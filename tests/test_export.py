@@ -6,15 +6,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prime.bank.bank import AdapterBank
-from prime.bank.lora import Adapter, concatenate
+from prime.bank.lora import Adapter
 from prime.checkpoints.loading import load_model
 from prime.checkpoints.peft import load_adapter, save_adapter
-from prime.errors import InputError
 from prime.merging.deploy import add_attacks, export_full, save_personal
 from prime.runs.run import Run
 from prime.settings import ModelSettings
@@ -84,17 +83,29 @@ def test_where_the_base_is_deployed_the_task_adapter_is_exported(model: ModelSet
 def test_cards_say_what_the_adapters_are(model: ModelSettings, tmp_path: Path) -> None:
     run, _ = exported(model, tmp_path / "run", deployed=True)
     add_attacks(run.root, {"u1": {"loss": {"auroc": 0.7, "blind": 0.5}}, "u2": {}})
-    for name, relative in (("adapter", "base_model with task_adapter folded in"), ("adapter_full", "base_model")):
+    for name, base in (("adapter", model.adapted_base), ("adapter_full", model.llama_model_path)):
         folder = run.user_dir("u1") / name
         card = json.loads((folder / "card.json").read_text())
-        assert (card["base_model"], card["relative_to"]) == (model.llama_model_path, relative)
+        assert card["base_model"] == base
         assert (card["task"], card["task_adapter"]) == ("movie_tagging", model.lora_ckpt)
         assert (card["sharers"], card["weights"], card["utility"]) == (["a", "b"], [0.5, -0.25], 0.75)
         assert card["settings"]["seed"] == 3 and card["versions"]["torch"] == str(torch.__version__)
         assert card["attack"]["loss"]["auroc"] == 0.7 and "predictions" not in card
         text = (folder / "README.md").read_text()
-        assert f'base_model: "{model.llama_model_path}"' in text and "| auroc" not in text
+        assert f'base_model: "{base}"\n' in text and "| auroc" not in text
         assert "## attack" in text and "## settings" in text and '| sharers | `["a", "b"]` |' in text
+
+
+def test_by_its_own_configuration_an_adapter_loads_what_was_measured_or_nothing(
+    model: ModelSettings, tmp_path: Path
+) -> None:
+    """AutoPeftModel loads the base that adapter_config.json names."""
+    run, personal = exported(model, tmp_path / "run", deployed=True)
+    expected, folder = own_logits(model, personal), run.user_dir("u1")
+    auto = AutoPeftModelForCausalLM.from_pretrained(folder / "adapter_full", dtype=torch.float32).eval()
+    assert (tiny.logits(auto, IDS) - expected).abs().max() < 1e-5
+    with pytest.raises((OSError, ValueError), match=r"base \+ .*task"):
+        AutoPeftModelForCausalLM.from_pretrained(folder / "adapter", dtype=torch.float32)
 
 
 def test_an_export_is_made_once(model: ModelSettings, tmp_path: Path) -> None:
@@ -103,18 +114,3 @@ def test_an_export_is_made_once(model: ModelSettings, tmp_path: Path) -> None:
     before = file.stat().st_mtime_ns
     export_full(model, run, [User("u1")])
     assert file.stat().st_mtime_ns == before
-
-
-def test_concatenation_sums_updates_and_keeps_single_modules() -> None:
-    first, second = tiny.adapter(tiny.model(), 0, rank=2, scale=3.0), tiny.adapter(tiny.model(), 1, rank=5)
-    only = "model.layers.0.self_attn.q_proj"
-    del second.factors[only]
-    both, one, two = (tiny.dense_updates(a) for a in (concatenate(first, second), first, second))
-    for name, update in both.items():
-        expected = one[name] + two[name] if name != only else one[name]
-        assert torch.allclose(update, expected, atol=1e-6), name
-
-
-def test_adapters_of_other_widths_do_not_concatenate() -> None:
-    with pytest.raises(InputError, match=r"adapter 1 is .* wide \(in, out\), adapter 0 is"):
-        concatenate(tiny.adapter(tiny.model(), 0), tiny.adapter(tiny.model(hidden_size=32), 1))

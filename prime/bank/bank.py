@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.bank.cpu import device_of, quicken, restore, round_up
 from prime.bank.linear import BankLinear, InputScaler, Route
-from prime.bank.lora import Adapter, check_alike, layer_of, merge, pad_rank, truncate
+from prime.bank.lora import Adapter, check_widths, layer_of, merge, pad_rank, truncate
 from prime.errors import InputError
 from prime.seeds import derive_seed
 
@@ -86,34 +86,38 @@ class AdapterBank:
     # -- filling the bank ---------------------------------------------------------------------------------------
 
     def load(self, adapters: Sequence[Adapter]) -> None:
-        """Stack adapters; row index i routes to adapters[i]. Ranks may differ, widths may not."""
-        check_alike(adapters)
-        parts = [adapter.folded() for adapter in adapters]
-        self._check_fits(parts[0])
+        """Stack adapters; row index i routes to adapters[i]. Ranks and modules may differ, widths may not."""
+        parts = self._checked(adapters)
         for name, wrapper in self.wrappers.items():
             self._stored[name] = self._stack(parts, name)
             wrapper.A, wrapper.B = self._stored[name]
             wrapper.scale, wrapper.under = 1.0, None
 
     def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
-        """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank."""
-        rank = max(part.rank for part in parts)
-        device = self.wrappers[name].device
-        pairs = [pad_rank(*part.factors[name], rank) for part in parts]
+        """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank; 0 where it has
+        none.
+        """
+        wrapper, rank = self.wrappers[name], max(part.rank for part in parts)
+        nothing = torch.zeros(0, wrapper.base.in_features), torch.zeros(wrapper.base.out_features, 0)
+        pairs = [pad_rank(*part.factors.get(name, nothing), rank) for part in parts]
+        device = wrapper.device
         return torch.stack([a.to(device) for a, _ in pairs]), torch.stack([b.to(device) for _, b in pairs])
 
-    def _check_fits(self, adapter: Adapter) -> None:
-        odd = sorted(adapter.factors.keys() ^ self.wrappers.keys())
-        if odd:
-            side = "the model" if odd[0] in self.wrappers else "the adapter"
-            raise InputError(f"adapter and model do not have the same target modules: {odd[0]} is only in {side}")
-        for name, (a, b) in adapter.factors.items():
-            base = self.wrappers[name].base
-            if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
-                raise InputError(
-                    f"{name}: the adapter is {a.shape[1]} -> {b.shape[0]} wide, "
-                    f"the model {base.in_features} -> {base.out_features}"
-                )
+    def _checked(self, adapters: Sequence[Adapter]) -> list[Adapter]:
+        """Adapters of scale 1; InputError where one holds a module that the model has not, or of another width."""
+        check_widths(adapters)
+        for number, adapter in enumerate(adapters):
+            label = adapter.source or f"adapter {number}"
+            for name, (a, b) in adapter.factors.items():
+                if name not in self.wrappers:
+                    raise InputError(f"{label}: the model has no {name} that carries adapters (--target_modules)")
+                base = self.wrappers[name].base
+                if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+                    raise InputError(
+                        f"{label}: {name}: the adapter is {a.shape[1]} -> {b.shape[0]} wide, "
+                        f"the model {base.in_features} -> {base.out_features}"
+                    )
+        return [adapter.folded() for adapter in adapters]
 
     def combine(self, weights: Tensor, rule: str, keep_rank: int = 0) -> None:
         """Make c candidates out of the n loaded adapters; row index j then routes to candidate j.
@@ -140,10 +144,7 @@ class AdapterBank:
             under: one adapter per seed that the fresh one stands on. It takes part in every pass, but is frozen:
                 no `parameters()`, no dropout in front of it.
         """
-        parts = [adapter.folded() for adapter in under]
-        if parts:
-            check_alike(parts)
-            self._check_fits(parts[0])
+        parts = self._checked(under)
         for name, wrapper in self.wrappers.items():
             base = wrapper.base
             bound = 1 / math.sqrt(base.in_features)

@@ -8,6 +8,7 @@ module's weight is `scale * B @ A` (Hu et al. 2022). `n` adapters are merged by 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter: `factors[module] = (A [r, in], B [out, r])`, update `scale * B @ A`."""
+    """One LoRA adapter: `factors[module] = (A [r, in], B [out, r])`, update `scale * B @ A`; 0 in other modules."""
 
     factors: Factors
     scale: float = 1.0
     card: Mapping = field(default_factory=dict)
+    source: str = ""  # where it was read from, for messages
 
     @property
     def rank(self) -> int:
@@ -36,7 +38,8 @@ class Adapter:
         """The same update with the scale moved into B, so that scale is 1."""
         if self.scale == 1.0:
             return self
-        return Adapter({name: (a, b * self.scale) for name, (a, b) in self.factors.items()}, 1.0, self.card)
+        factors = {name: (a, b * self.scale) for name, (a, b) in self.factors.items()}
+        return Adapter(factors, 1.0, self.card, self.source)
 
 
 def layer_of(module: str) -> int:
@@ -50,18 +53,20 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: in
 
     `factor` (PriME and LoraHub as published): A = sum w_i A_i, B = sum w_i B_i; even and quadratic in w, with
     cross terms B_i A_j. `delta`: dW = sum w_i B_i A_i, exact, held as stacked factors, ranks added up; sharers of
-    weight zero are left out, so one-hot weights give that adapter bit for bit under both rules.
+    weight zero are left out, so one-hot weights give that adapter bit for bit under both rules. In a module that an
+    adapter does not have its update is zero.
 
     `keep_rank` leaves each module's merged update that many leading singular directions, see `truncate`; 0: all.
 
     Raises:
-        InputError: the adapters hold different modules or shapes.
+        InputError: the adapters hold modules of different widths.
     """
-    check_alike(adapters)
+    check_widths(adapters)
     parts = [adapter.folded().factors for adapter in adapters]
     merged: Factors = {}
-    for name in parts[0]:
-        a, b = _merge_module([part[name] for part in parts], weights, name, rule)
+    for name in dict.fromkeys(chain.from_iterable(parts)):
+        owners = [place for place, part in enumerate(parts) if name in part]
+        a, b = _merge_module([parts[place][name] for place in owners], weights[owners], name, rule)
         merged[name] = truncate(a, b, keep_rank) if keep_rank else (a, b)
     return Adapter(merged)
 
@@ -82,21 +87,6 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     kept = sizes[..., None, :rank]
     lost = sizes.norm(dim=-1)[..., None, None] / kept.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
     return right[..., :rank, :] @ a_basis.mT, b_basis @ (left[..., :rank] * kept * lost)
-
-
-def concatenate(first: Adapter, second: Adapter) -> Adapter:
-    """One adapter whose update is the sum of both, exactly: factors stacked to rank r1 + r2.
-
-    A module that only one of them has keeps that one's factors.
-    """
-    left, right = first.folded().factors, second.folded().factors
-    shared = sorted(left.keys() & right.keys())
-    check_alike([Adapter({name: left[name] for name in shared}), Adapter({name: right[name] for name in shared})])
-    factors = left | right
-    for name in shared:
-        (left_a, left_b), (right_a, right_b) = left[name], right[name]
-        factors[name] = (torch.cat([left_a, right_a]), torch.cat([left_b, right_b], dim=1))
-    return Adapter(factors)
 
 
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:
@@ -121,17 +111,15 @@ def sum_scaled(terms: list[tuple[float, Tensor]]) -> Tensor:
     return total
 
 
-def check_alike(adapters: Sequence[Adapter]) -> None:
-    """InputError unless all adapters have the same modules with the same widths (ranks may differ)."""
-    first = adapters[0].factors
-    for number, adapter in enumerate(adapters[1:], start=1):
-        if adapter.factors.keys() != first.keys():
-            odd = sorted(adapter.factors.keys() ^ first.keys())[0]
-            raise InputError(f"adapters 0 and {number} do not have the same modules: {odd} is in one only")
+def check_widths(adapters: Sequence[Adapter]) -> None:
+    """InputError unless adapters that share a module have the same widths there (modules and ranks may differ)."""
+    first: dict[str, tuple[str, tuple[int, int]]] = {}
+    for number, adapter in enumerate(adapters):
         for name, (a, b) in adapter.factors.items():
-            widths, expected = (a.shape[1], b.shape[0]), (first[name][0].shape[1], first[name][1].shape[0])
+            label, widths = adapter.source or f"adapter {number}", (a.shape[1], b.shape[0])
+            other, expected = first.setdefault(name, (label, widths))
             if widths != expected:
-                raise InputError(f"{name}: adapter {number} is {widths} wide (in, out), adapter 0 is {expected}")
+                raise InputError(f"{name}: {label} is {widths} wide (in, out), {other} is {expected}")
 
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

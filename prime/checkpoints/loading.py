@@ -72,7 +72,7 @@ def load_model(
     load = _load_meta if is_meta_dir(path) else _load_hugging_face
     model = load(path, main_device if parts is None else torch.device("cpu"), pick_dtype(dtype, main_device))
     if task_adapter is not None:
-        fold(model, open_adapter(task_adapter, path), task_adapter)
+        fold(model, open_adapter(task_adapter, path, path), task_adapter)
     quicken(model.requires_grad_(False).eval())  # before accelerate hooks into the layers
     return nn.Module.to(model, main_device) if parts is None else dispatched(model, parts, main_device)
 
@@ -138,19 +138,27 @@ def check_model_dir(path: str) -> None:
 
 
 def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
-    """Add an adapter's update to the model's weights: W + scale * B A, computed in fp32."""
+    """Add an adapter's update to the model's weights: W + scale * B A, computed in fp32.
+
+    A weight that the embedding shares becomes the module's own, since the update is the module's alone.
+    """
     for name, (a, b) in adapter.factors.items():
         try:
             module = model.get_submodule(name)
         except AttributeError:
             raise InputError(f"{source}: the model has no module {name}") from None
-        weight = cast(Tensor, module.weight)
+        if not isinstance(module, nn.Linear):
+            raise InputError(f"{source}: {name} is a {type(module).__name__}, not an nn.Linear; it cannot be adapted")
+        weight = module.weight
         if weight.shape != (b.shape[0], a.shape[1]):
             raise InputError(
                 f"{source}: {name}: the adapter's update is {(b.shape[0], a.shape[1])}, "
                 f"the model's weight {tuple(weight.shape)}"
             )
-        weight.data = (weight.data.float() + adapter.scale * (b @ a).to(weight.device)).to(weight.dtype)
+        updated = weight.data.float() + adapter.scale * (b @ a).to(weight.device)
+        module.weight = nn.Parameter(updated.to(weight.dtype), requires_grad=False)
+        if weight is cast(Any, model).get_input_embeddings().weight:
+            cast(Any, model).config.tie_word_embeddings = False  # else a library would tie them again
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

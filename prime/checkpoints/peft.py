@@ -1,4 +1,4 @@
-"""LoRA adapters as PEFT directories: adapter_config.json, adapter_model.safetensors, and a card."""
+"""LoRA adapters as PEFT directories: adapter_config.json, adapter_model.safetensors (or .bin), and a card."""
 
 import json
 import re
@@ -9,9 +9,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prime.bank.lora import Adapter, Factors, pad_rank
-from prime.checkpoints.tensors import finite_problem, number_problem, read_safetensors, shown
+from prime.checkpoints.adapter_config import FILE as CONFIG_FILE
+from prime.checkpoints.adapter_config import LoraSettings, peft_config, read_config, warn_of_base
+from prime.checkpoints.tensors import finite_problem, load_named, read_safetensors, shown
 from prime.errors import InputError
-from prime.runs.files import read_json, write_bytes, write_json, write_text
+from prime.runs.files import write_bytes, write_json, write_text
 from prime.runs.forms import read_form
 
 WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
@@ -19,7 +21,6 @@ WEIGHT_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<facto
 # Trained adapters stay below 20, and a whole projection of a 7B model has about 80: an update of 10,000 would drown
 # whatever it is merged with.
 MAX_NORM = 1e4
-BEYOND_LORA = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")  # keys that have to be unset
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -28,33 +29,50 @@ def adapter_dir(path: Path | str) -> Path:
     """The PEFT directory meant by `path`: itself, or its parent for the announcement's `.../lora_ckpt.pt`."""
     path = Path(path)
     for candidate in (path, path.parent) if path.suffix == ".pt" else (path,):
-        if (candidate / "adapter_config.json").is_file():
+        if (candidate / CONFIG_FILE).is_file():
             return candidate
     raise InputError(f"{path}: no adapter there (adapter_config.json and adapter_model.safetensors expected)")
 
 
-def load_adapter(path: Path | str) -> Adapter:
-    """Read a PEFT LoRA directory (adapter_config.json + adapter_model.safetensors).
+def load_adapter(path: Path | str, used_on: str = "") -> Adapter:
+    """Read a PEFT LoRA directory (adapter_config.json, and adapter_model.safetensors or else adapter_model.bin).
+
+    Args:
+        used_on: the base it is used on; a configuration that names another is warned of. "": not looked at.
 
     Raises:
         InputError: missing or broken files, a config that is not plain LoRA, unknown, repeated, unpaired or misshapen
             tensors, values that are not finite or norms above `MAX_NORM`; names the file and every such tensor.
     """
     folder = adapter_dir(path)
-    rank, scale = read_config(folder / "adapter_config.json")
+    config = read_config(folder / CONFIG_FILE)
     file = folder / "adapter_model.safetensors"
-    tensors = read_safetensors(file)
+    pickled = folder / "adapter_model.bin"  # as PEFT wrote before 0.6
+    if pickled.is_file() and not file.exists():
+        file = pickled
+    tensors = load_named(file) if file == pickled else read_safetensors(file)
     halves, problems = named_halves(tensors, WEIGHT_KEY, lambda match: (match["module"], match["factor"]))
     factors, unpaired = paired(halves, ("A", "B"))
     problems += unpaired
     for module, (a, _) in factors.items():
-        if a.shape[0] != rank:
-            problems.append(f"{shown(module)}: lora_A {tuple(a.shape)} has not the rank {rank} of the configuration")
+        if a.shape[0] != config.rank and not config.ranks:
+            told = f"lora_A {tuple(a.shape)} has not the rank {config.rank} of the configuration"
+            problems.append(f"{shown(module)}: {told}")
+    factors, scale = _scaled(factors, config)
     problems += factor_problems(factors, scale)
     if problems:
         raise InputError.many([f"{file}: {problem}" for problem in problems])
+    if used_on:
+        warn_of_base(folder / CONFIG_FILE, config.base, used_on)
     card = folder / "card.json"
-    return Adapter(factors, scale, read_form(card, {}) if card.exists() else {})
+    return Adapter(factors, scale, read_form(card, {}) if card.exists() else {}, str(folder))
+
+
+def _scaled(factors: Factors, config: LoraSettings) -> tuple[Factors, float]:
+    """Factors and the one scale of all modules; where modules differ in it, it goes into B and is 1."""
+    if not config.ranks and not config.alphas:
+        return factors, config.scale("", config.rank)
+    return {name: (a, b * config.scale(name, a.shape[0])) for name, (a, b) in factors.items()}, 1.0
 
 
 def named_halves(
@@ -112,19 +130,6 @@ def factor_problems(factors: Factors, scale: float) -> list[str]:
     return problems
 
 
-def read_config(path: Path) -> tuple[int, float]:
-    """Rank and scale of an adapter_config.json; nothing else of it is used."""
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: not the configuration of a LoRA adapter (peft_type LORA)")
-    problems = [number_problem(config, "r", int), number_problem(config, "lora_alpha", int | float)]
-    problems += [f"{key} is set; only plain LoRA adapters can be merged" for key in BEYOND_LORA if config.get(key)]
-    if any(problems):
-        raise InputError.many([f"{path}: {problem}" for problem in problems if problem])
-    rank = config["r"]
-    return rank, config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
-
-
 # -- writing --------------------------------------------------------------------------------------------------------
 
 
@@ -141,29 +146,12 @@ def save_adapter(adapter: Adapter, folder: Path | str, base_model: str, card: Ma
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     if card is not None:
         write_card(folder, card)
-    write_json(folder / "adapter_config.json", peft_config(adapter, base_model))
+    write_json(folder / CONFIG_FILE, peft_config(adapter, base_model))
 
 
 def _equal_rank(adapter: Adapter) -> Factors:
     """Factors padded with zero rows and columns to one rank (PEFT's config has one `r` for all modules)."""
     return {name: pad_rank(a, b, adapter.rank) for name, (a, b) in adapter.factors.items()}
-
-
-def peft_config(adapter: Adapter, base_model: str) -> dict:
-    """The adapter_config.json that makes PEFT compute the same update."""
-    alpha = adapter.scale * adapter.rank
-    return {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": adapter.rank,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in adapter.factors}),
-        "task_type": "CAUSAL_LM",
-    }
 
 
 def write_card(folder: Path, card: Mapping) -> None:

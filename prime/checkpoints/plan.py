@@ -17,6 +17,7 @@ from prime.bank.bank import AdapterBank
 from prime.bank.budgets import batch_tokens, waiting_tokens, weight_bytes
 from prime.bank.encoding import Encoder
 from prime.bank.train import TRAIN_BATCH_TOKENS
+from prime.checkpoints.adapter_config import read_config
 from prime.checkpoints.loading import load_tokenizer, model_config, pick_device, pick_dtype
 from prime.checkpoints.memory import (
     Work,
@@ -27,7 +28,6 @@ from prime.checkpoints.memory import (
     meta_bank,
     training_bytes,
 )
-from prime.checkpoints.peft import read_config
 from prime.errors import InputError
 from prime.settings import ModelSettings, TrainingSettings
 
@@ -170,7 +170,7 @@ def free_memory() -> int:
 def rank_of(folder: str | Path) -> int:
     """Rank of the adapters of a stage's folder, the published one where there are none yet."""
     paths = sorted(Path(folder).glob("users/*/adapter/adapter_config.json"))
-    return read_config(paths[0])[0] if paths else PUBLISHED_RANK
+    return read_config(paths[0]).largest_rank if paths else PUBLISHED_RANK
 
 
 def training_work(settings: TrainingSettings, adapters: int, prompt: int, answer: int) -> Work:

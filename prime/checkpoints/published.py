@@ -29,17 +29,18 @@ GATE_KEY = re.compile(
 )
 
 
-def open_adapter(path: str | Path, base: str) -> Adapter:
+def open_adapter(path: str | Path, base: str, used_on: str = "") -> Adapter:
     """A PEFT directory, or a published `.pt` file (or a directory that holds only that).
 
     Args:
         base: directory of the model it was trained on, whose numbers of heads a published file is read by.
+        used_on: as for `prime.checkpoints.peft.load_adapter`.
     """
     path = Path(path)
     inside = path / FILE
     if inside.is_file() and not (path / "adapter_config.json").is_file():
         path = inside
-    return load_published(path, *heads_of(base)) if path.is_file() else load_adapter(path)
+    return load_published(path, *heads_of(base)) if path.is_file() else load_adapter(path, used_on)
 
 
 def has_adapter(folder: Path) -> bool:
@@ -87,7 +88,7 @@ def load_published(path: Path, heads: int, kv_heads: int) -> Adapter:
     problems += factor_problems(factors, scale)
     if problems:
         raise InputError.many([f"{path}: {problem}" for problem in problems])
-    return Adapter(factors, scale, {"imported_from": path.name})
+    return Adapter(factors, scale, {"imported_from": path.name}, str(path))
 
 
 def load_published_gate(path: Path) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """What leaves the toolkit: personal adapters as PEFT directories, with a card that says what they are.
 
-users/<user>/adapter/        relative to the base with the task adapter folded in, as the search made it
+users/<user>/adapter/        relative to the base with the task adapter folded in, as the search made it; its
+                             configuration names `base + task adapter`, so that no library loads it on the plain one
 users/<user>/adapter_full/   --export_full: relative to the base as it was downloaded, task adapter included; the
                              form that `PeftModel.from_pretrained(base, ...)` and multi-LoRA servers load
 """
@@ -9,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime.bank.lora import Adapter, concatenate
+import torch
+
+from prime.bank.lora import Adapter, merge
 from prime.checkpoints.peft import load_adapter, save_adapter, write_card
 from prime.checkpoints.published import open_adapter
 from prime.runs.files import read_json
@@ -22,18 +25,18 @@ PERSONAL, FULL = "adapter", "adapter_full"
 NOT_IN_CARD = ("predictions", "seconds", "index")
 
 
-def card_of(model: ModelSettings, run: Run, result: Mapping[str, Any], relative_to: str) -> dict[str, Any]:
+def card_of(model: ModelSettings, run: Run, result: Mapping[str, Any], base: str) -> dict[str, Any]:
     """The model card: base, task, sharers with weights, scores (all of the user's result but predictions), settings."""
     shown = {key: value for key, value in result.items() if key not in NOT_IN_CARD}
-    about = {"task": run.settings["task_name"], "base_model": model.base, "task_adapter": model.lora_ckpt}
+    about = {"task": run.settings["task_name"], "base_model": base, "task_adapter": model.lora_ckpt}
     versions = library_versions()
-    return about | {"relative_to": relative_to} | shown | {"settings": run.settings, "versions": versions}
+    return about | shown | {"settings": run.settings, "versions": versions}
 
 
 def save_personal(model: ModelSettings, run: Run, personal: Adapter, result: Mapping[str, Any]) -> None:
     """Write a user's deployed adapter; its base is the one with the task adapter folded in."""
-    card = card_of(model, run, result, "base_model with task_adapter folded in")
-    save_adapter(personal, run.user_dir(result["user_id"]) / PERSONAL, model.base, card)
+    card = card_of(model, run, result, model.adapted_base)
+    save_adapter(personal, run.user_dir(result["user_id"]) / PERSONAL, model.adapted_base, card)
 
 
 def export_full(model: ModelSettings, run: Run, users: Sequence[User]) -> None:
@@ -41,7 +44,7 @@ def export_full(model: ModelSettings, run: Run, users: Sequence[User]) -> None:
 
     Where the base was deployed (there is no personal adapter), it is the task adapter alone.
     """
-    task = open_adapter(str(model.lora_ckpt), model.llama_model_path)
+    task = open_adapter(str(model.lora_ckpt), model.llama_model_path, model.base)
     with run.turn("the full adapters"):
         for user in users:
             if run.done(user.user_id):
@@ -54,8 +57,8 @@ def _export_user(model: ModelSettings, run: Run, user_id: str, task: Adapter) ->
         return
     personal = folder / PERSONAL
     deployed = (personal / "adapter_config.json").exists()
-    full = concatenate(task, load_adapter(personal)) if deployed else task
-    card = card_of(model, run, read_json(run.result_path(user_id)), "base_model")
+    full = merge([task, load_adapter(personal)], torch.ones(2), "delta") if deployed else task
+    card = card_of(model, run, read_json(run.result_path(user_id)), model.base)
     save_adapter(full, folder / FULL, model.base, card)
 
 

@@ -53,8 +53,9 @@ class Pool:
     folders: tuple[Path, ...]
     ranking: tuple[tuple[int, ...], ...]  # [test users][n_sim] places among the anchors
     base: str  # directory of the model that the adapters belong to
+    used_on: str = ""  # that model as adapters name it, see `ModelSettings.adapted_base`
     # Test users share sharers. Another pool of this process reads the files anew: they may have changed.
-    open_once: Callable[[Path, str], Adapter] = field(
+    open_once: Callable[[Path, str, str], Adapter] = field(
         default_factory=lambda: lru_cache(maxsize=64)(open_adapter), repr=False, compare=False
     )
 
@@ -64,7 +65,7 @@ class Pool:
 
     def adapters(self, user_index: int) -> list[Adapter]:
         """Their adapters, in the same order."""
-        return [self.open_once(self.folders[place], self.base) for place in self.ranking[user_index]]
+        return [self.open_once(self.folders[place], self.base, self.used_on) for place in self.ranking[user_index]]
 
 
 def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:
@@ -105,4 +106,4 @@ def load_pool(
     ranking = []
     for row in nearest:
         ranking.append(tuple(sharing[number] for number in row))
-    return Pool(anchors, folders, tuple(ranking), model.llama_model_path)
+    return Pool(anchors, folders, tuple(ranking), model.llama_model_path, model.adapted_base)
