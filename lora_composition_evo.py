@@ -17,8 +17,7 @@ Takes   about a minute on the demo (24 users, 2 CPU cores). Resumes by user: run
 The method is `prime/merging/evolution.py`, its objective `prime/merging/objective.py`.
 --baseline best_sharer and --baseline uniform deploy those two instead, for mia.py to attack (in runs of their own).
 
---objective nll is LoraHub (Huang et al., 2023). As published it also takes --merge_rule factor --start zero --step 1
---search_only --opt_type ngopt --opt_budget 40.
+--objective nll is LoraHub (Huang et al., 2023); as published with --as_published --opt_type ngopt --opt_budget 40.
 """
 
 import time

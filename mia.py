@@ -40,6 +40,7 @@ from prime.attack.subjects import (
     Subject,
     check_members,
     deployments,
+    imported_owners,
     own_subjects,
     read_owners,
     trained_alone,
@@ -50,9 +51,10 @@ from prime.checkpoints.memory import Work
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
+from prime.merging.sharers import Selection
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
-from prime.runs.run import Run, read_settings
+from prime.runs.run import Run, read_results, read_settings
 from prime.runs.workers import open_groups, share
 from prime.users.tasks import get_task
 from prime.users.texts import load_candidates, load_test_users, load_texts
@@ -77,7 +79,13 @@ class Settings:
     users_per_batch: int = opt.setting(8, "adapters in the bank together", parse=opt.positive, neutral=True)
     seed: int = opt.seed()
     model: opt.ModelSettings = opt.group()
-    prompts: opt.HistorySettings = opt.group()
+    prompts: opt.HistorySettings = opt.group(
+        recent_k=opt.setting(opt.RECENT_K, "items of an anchor that are attacked, the last; 0 = all", parse=opt.natural)
+    )
+    anchors: opt.SelectionSettings = opt.group(
+        anchor_idx_path=opt.setting(None, "whose adapters an imported --anchor_dir holds", neutral=True),
+        anchor_selection_dir=opt.setting(None, "the same: outputs of stage 2", neutral=True),
+    )
 
 
 def attack_open(settings: Settings, owners: Owners, todo: Sequence[tuple[Run, Groups]]) -> None:
@@ -91,13 +99,23 @@ def attack_open(settings: Settings, owners: Owners, todo: Sequence[tuple[Run, Gr
     references = References.draw(owners.ids, settings.references, settings.seed)
     # In the references' order, so that with --skip_sharers few other owners are scored beside them.
     adapters = [owners.adapter(name) for name in references.order]
-    scorer = Scorer(engine, records, settings.users_per_batch, adapters)
+    scorer = Scorer(engine, records, settings.users_per_batch, adapters, settings.model.llama_model_path)
     for run, groups in todo:
         for subjects in share(run, groups, lambda group: [subject.user_id for subject in group], len):
             started = time.perf_counter()
             results = attack_group(scorer, owners, references, subjects)
             seconds = {"attack": round((time.perf_counter() - started) / len(subjects), 3)}
             run.finish_all([result | {"seconds": seconds} for result in results])
+
+
+def owners_of(settings: Settings, alone: bool) -> Owners:
+    """Whose records are attacked: the anchors, or the users of a method that trained everybody alone."""
+    folder = Path(settings.exp_dir if alone else settings.anchor_dir)
+    if read_results(folder):
+        return read_owners(folder, opt.recorded(settings), are_test_users=alone)
+    task = get_task(settings.data.task_name)
+    candidates = load_candidates(settings.data.folder, task)
+    return imported_owners(folder, Selection.of(settings.anchors, task.name, candidates).anchors())
 
 
 def results_of(run: Run, subjects: Sequence[Subject]) -> list[dict]:
@@ -120,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.gate_dir and not Path(settings.gate_dir).is_dir():
         raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")
     alone = trained_alone(exp_dir)
-    owners = read_owners(exp_dir if alone else Path(settings.anchor_dir), opt.recorded(settings), are_test_users=alone)
+    owners = owners_of(settings, alone)
     users = own_subjects(owners) if alone else deployments(exp_dir, settings.n_sim)
     sharers = [] if alone or settings.skip_sharers else own_subjects(owners)
     users = with_members(users, owners)

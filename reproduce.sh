@@ -10,6 +10,7 @@
 #   --seed N                   run seed                                   (0)
 #   --methods prime | all      all: every baseline too, each attacked alike (prime)
 #   --holdout SHARE            of sharers' items, held out for the controlled attack (0)
+#   --as_published             every setting as in the published code (docs/stages.md); the demo keeps its rates
 #   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
 #
@@ -21,15 +22,16 @@ CALLED_FROM="$PWD"
 
 ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
 tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
-holdout=0 processes=1
+holdout=0 processes=1 published=()
 
-usage() { sed -n '2,17s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,18s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/${1#./}" ;; esac; }
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
+        --as_published) published=(--as_published); shift; continue ;;
         --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
             | --processes | --until)
             [ $# -ge 2 ] || wrong "$1 needs a value" ;;
@@ -77,7 +79,8 @@ if [ -z "$model" ]; then
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
     task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
     prompted=(--max_gen_len 48) answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
-    selection=(--k "${k:-16}" --embed target) attack_options=(--max_records 20)
+    k="${k:-16}"
+    selection=(--k "$k" --embed target) attack_options=(--max_records 20)
 else
     [ -n "$data" ] || wrong "--llama_model_path needs --data_dir"
     [ -d "$model" ] || wrong "--llama_model_path $model: no such directory"
@@ -85,6 +88,9 @@ else
     task_training=() anchor_training=() gate_training=() prompted=() answers=() history=() attack_options=()
     selection=(${k:+--k "$k"})
 fi
+
+# What saves time on the demo, or suits a small model better, is left out.
+[ "${#published[@]}" = 0 ] || selection=(${k:+--k "$k"}) attack_options=()
 
 # What is needed of a task, and which command makes it.
 check_task() {
@@ -145,7 +151,7 @@ per_pcs() {
 # PriME as published (factor rule, wide steps from zero, no single sharer may win), and LoraHub, searched alike: its
 # objective is what differs.
 other_searches() {
-    local published=(--n_sim 3 --opt_type cma --opt_budget 10 --merge_rule factor --start zero --step 1 --search_only)
+    local published=(--n_sim 3 --opt_type cma --opt_budget 10 --as_published)
     step prime_published lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" "${published[@]}" --sim_penalty 0.1 --name prime_published \
         --output_dir "$out/LoRA-Composition-evo-published"
@@ -176,7 +182,8 @@ for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
     # Citation learns cited titles but is tested by choices, so the search asks choices (published: cited titles).
     if [ "$task" = citation ]; then fitness=(--fitness query); else fitness=(--fitness history); fi
-    data_options=(--task_name "$task" --data_dir "$data/$task")
+    [ "${#published[@]}" = 0 ] || fitness=()
+    data_options=(--task_name "$task" --data_dir "$data/$task" "${published[@]}")
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \

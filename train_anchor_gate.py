@@ -32,7 +32,7 @@ from prime.bank.dp import Terms, terms_of
 from prime.bank.train import Learner
 from prime.checkpoints import plan
 from prime.checkpoints.memory import Work
-from prime.checkpoints.peft import load_adapter
+from prime.checkpoints.published import open_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError, tell
 from prime.merging.gates import Gates, gate_file, save_gate
@@ -55,7 +55,7 @@ class Settings:
     anchors_per_batch: int = opt.anchors_per_batch()
     seed: int = opt.seed()
     model: opt.ModelSettings = opt.group(without=("device_map",))
-    prompts: opt.HistorySettings = opt.group()
+    prompts: opt.HistorySettings = opt.group(recent_k=0)
     training: opt.TrainingSettings = opt.group(
         without=("lora_r", "lora_alpha"),
         max_step=opt.setting(50, "steps of a gate at most; 0 = all of --epochs", parse=opt.natural),
@@ -63,7 +63,7 @@ class Settings:
         weight_decay=0.0,
         clip=opt.setting(0.3, "norm at most of a gate's gradient", parse=opt.non_negative),
         batch_size=opt.setting(6, "records of one step of a gate", parse=opt.positive),
-        epochs=opt.setting(3, "passes over the records at most", parse=opt.positive),
+        epochs=opt.setting(3, "passes over the records at most", parse=opt.positive, published=50),
         lora_dropout=opt.setting(0.05, "dropout behind the gate", parse=opt.fraction),
     )
     privacy: opt.PrivacySettings = opt.group()
@@ -114,7 +114,8 @@ def finish_group(stage: Stage, group: Sequence[User]) -> None:
     settings, engine, run = stage.settings, stage.engine, stage.run
     started = time.perf_counter()
     folders = [adapter_folder(settings.anchor_path, anchor.user_id) for anchor in group]
-    engine.bank.load([load_adapter(folder, settings.model.adapted_base) for folder in folders])
+    model = settings.model
+    engine.bank.load([open_adapter(folder, model.llama_model_path, model.adapted_base) for folder in folders])
     gates = Gates.zeros(engine.bank)
     learners = [learner_of(stage, anchor, place) for place, anchor in enumerate(group)]
     losses = engine.train(learners, settings.training, "gates", gates.stacks, gates.scaler)

@@ -53,7 +53,7 @@ class Settings:
     anchors_per_batch: int = opt.anchors_per_batch()
     seed: int = opt.seed()
     model: opt.ModelSettings = opt.group(without=("device_map",))
-    prompts: opt.HistorySettings = opt.group()
+    prompts: opt.HistorySettings = opt.group(recent_k=0)
     holdout: float = opt.holdout("each anchor's")
     training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)
     privacy: opt.PrivacySettings = opt.group()

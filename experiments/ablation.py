@@ -54,7 +54,7 @@ from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
 from prime.runs.progress import bar
 from prime.seeds import derive_seed
-from prime.settings import int_list, positive
+from prime.settings import FitnessSettings, SearchSettings, int_list, positive, published
 from prime.users.data import User
 from prime.users.metrics import METRICS, score
 from prime.users.prompts import Record
@@ -86,7 +86,6 @@ class Arm:
         return replace(settings, search=replace(settings.search, **self.search), fitness=fitness)
 
 
-PUBLISHED = {"merge_rule": "factor", "start": "zero", "step": 1.0, "search_only": True}
 ARMS = {
     REFERENCE: Arm(),
     "no search": Arm({"opt_budget": 0}),
@@ -94,9 +93,9 @@ ARMS = {
     "no single sharer may win": Arm({"search_only": True}),
     "start uniform": Arm({"start": "uniform"}),
     "start zero": Arm({"start": "zero"}),
-    "step 1": Arm({"step": 1.0}),
+    "step 0.5": Arm({"step": 0.5}),
     "rule factor": Arm({"merge_rule": "factor"}),
-    "published: factor, start zero, step 1, no single sharer": Arm(PUBLISHED),
+    "as published": Arm(published(SearchSettings), published(FitnessSettings)),
     "4 draws of each answer": Arm(fitness={"num_repeat": 4}),
     "the other fitness": Arm(other_fitness=True),
     "by likelihood": Arm(fitness={"objective": "nll"}),

@@ -14,10 +14,11 @@ from prime.errors import InputError, tell
 from prime.runs.files import stop_between_writes
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, world
-from prime.settings import Option, build, defaults, options, recorded
+from prime.settings import Option, build, defaults, options, published, recorded
 from prime.users.tasks import TASKS
 
 Settings = TypeVar("Settings")
+AS_PUBLISHED_HELP = "give every option that is not given its value in the published code (docs/stages.md)"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -37,15 +38,16 @@ def parser_of(settings_class: type, doc: str | None) -> argparse.ArgumentParser:
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         _add(groups[option.group], option)
+    parser.add_argument("--as_published", action="store_true", help=AS_PUBLISHED_HELP)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _add(container: argparse._ActionsContainer, option: Option) -> None:
     about = option.about
-    flag = about.get("flag") or f"--{option.name}"
+    flags = [about.get("flag") or f"--{option.name}", *about.get("aliases", ())]
     if option.kind is bool:
-        container.add_argument(flag, action="store_true", help=about["help"])
+        container.add_argument(*flags, action="store_true", help=about["help"])
         return
     more: dict[str, Any] = {"dest": option.name, "help": about["help"]}
     more |= {"required": True} if option.required else {"default": _as_typed(option.default)}
@@ -56,7 +58,7 @@ def _add(container: argparse._ActionsContainer, option: Option) -> None:
         more["type"] = about.get("parse") or option.kind
     if about.get("metavar"):
         more["metavar"] = about["metavar"]
-    container.add_argument(flag, **more)
+    container.add_argument(*flags, **more)
 
 
 def _as_typed(default: Any) -> Any:
@@ -66,7 +68,18 @@ def _as_typed(default: Any) -> Any:
 
 def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | None = None) -> Settings:
     """The settings of a command line; `argv` None: of this process."""
-    return build(settings_class, vars(parser_of(settings_class, doc).parse_args(argv)))
+    parser = parser_of(settings_class, doc)
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        if flag in ELSEWHERE:
+            parser.error(f"{flag}: {ELSEWHERE[flag]}")
+    values = parser.parse_args(argv)
+    if values.as_published:
+        parser.set_defaults(**published(settings_class))
+        values = parser.parse_args(argv)
+        chosen = [f"{name} {getattr(values, name)}" for name in published(settings_class)]
+        tell(f"as published: {', '.join(chosen) or 'the defaults'}")
+    return build(settings_class, vars(values))
 
 
 def open_run(settings: Any, root: Path | str, stage: str, method: str, **more: Any) -> Run:
@@ -77,6 +90,18 @@ def open_run(settings: Any, root: Path | str, stage: str, method: str, **more: A
     return Run(root, stage, method, recorded(settings) | more, defaults(type(settings)).get)
 
 
+# Options of the published scripts that have no counterpart, and what does their work here.
+ELSEWHERE = {
+    "--minimize": "the task's metrics know their direction; leave it out",
+    "--infer": "test queries are always answered; --k_list says with how many retrieved items",
+    "--num_eval_anchors": "--user_idxs says who is worked on",
+    "--sample": "a gate sees the whole window of the history; --recent_k says how long that is",
+    "--sample_size": "a gate sees the whole window of the history; --recent_k says how long that is",
+    "--sample_ratio": "--shared_ratio says which part of the anchors share",
+    "--secure_rng": "noise is always drawn from a secret key, see --noise_key",
+    "--poisson_sample": "differentially private batches are always drawn so",
+    "--embedding_filename": "the files are named as published, in --anchor_selection_dir",
+}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 

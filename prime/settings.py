@@ -28,7 +28,8 @@ def setting(
     choices: tuple[str, ...] | None = None,
     neutral: bool = False,
     required: bool = False,
-    **more: str,
+    published: Any = MISSING,
+    **more: Any,
 ) -> Any:
     """A setting; without a default it has to be given.
 
@@ -36,9 +37,12 @@ def setting(
         parse: makes a value of the option's text; else the field's type does.
         neutral: results do not depend on it (where to write, how fast to work), so it is not recorded with them.
         required: it has to be given where a stage has it; the default is for stages that do not.
-        more: `flag`, the name of the option where it is not that of the field; `metavar`.
+        published: the value of the published code where the default is another; `--as_published` sets it.
+        more: `flag`, the name of the option where it is not that of the field; `aliases`, published names; `metavar`.
     """
     about = {"help": help, "parse": parse, "choices": choices, "neutral": neutral, "required": required, **more}
+    if published is not MISSING:
+        about["published"] = published
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -124,6 +128,11 @@ def recorded(settings: Any) -> dict[str, Any]:
     return values
 
 
+def published(settings_class: type) -> dict[str, Any]:
+    """What `--as_published` sets, by name: the published value of every option whose default is another."""
+    return {o.name: o.about["published"] for o in options(settings_class) if "published" in o.about}
+
+
 def defaults(settings_class: type) -> dict[str, Any]:
     """Default of every option that has one."""
     return {option.name: option.default for option in options(settings_class) if not option.required}
@@ -151,6 +160,11 @@ non_negative = _number(float, 0, 1e9, "a number from 0")
 above_zero = _number(float, 1e-9, 1e9, "a number above 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
+
+
+def sample_size(text: str) -> float:
+    """A number of records, or a share of them below 1."""
+    return below_one(text) if "." in text else natural(text)
 
 
 def int_list(text: str) -> tuple[int, ...]:
@@ -296,7 +310,9 @@ class ModelSettings:
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
     prompt_path: str | None = setting(None, "template file in the published schema; default: the built-in wording")
-    max_length: int = setting(3000, "tokens of a prompt with its answer", parse=positive)
+    max_length: int = setting(
+        3000, "tokens of a prompt with its answer", parse=positive, aliases=("--max_seq_len",)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +339,12 @@ class TrainingSettings:
     max_step: int = setting(0, "steps of a gate at most; 0 = all of --epochs", parse=natural)
     lr: float = setting(1e-4, "learning rate at the start of the cosine", parse=non_negative)
     min_lr: float = setting(0.0, "learning rate at its end", parse=non_negative)
+    lr_schedule: str = setting(
+        "cosine",
+        "published: the cosine one step late, since the rate is set after each step; the first two have all of it",
+        choices=("cosine", "published"),
+        published="published",
+    )
     weight_decay: float = setting(0.01, "of AdamW", parse=non_negative)
     clip: float = setting(0.3, "gradient norm of an adapter at most", parse=non_negative)
     batch_size: int = setting(6, "records of one step of an adapter", parse=positive)
@@ -388,13 +410,17 @@ class SearchSettings:
         "ranked",
         "where the search begins: zero (published), the sharers' average, or one weighted by rank of their losses",
         choices=("zero", "uniform", "ranked"),
+        published="zero",
     )
     step: float = setting(
         0.3,
-        "standard deviation of its first candidates around the start (published: 1)",
+        "standard deviation of its first candidates around the start (published: 0.5, a sixth of the box)",
         parse=above_zero,
+        published=0.5,
     )
-    merge_rule: str = setting("delta", "factor is the published rule", choices=("factor", "delta"))
+    merge_rule: str = setting(
+        "delta", "factor is the published rule", choices=("factor", "delta"), published="factor"
+    )
     keep_rank: int = setting(
         0,
         "leading singular directions kept of each module's merged update, scaled to its size, of every candidate "
@@ -402,7 +428,11 @@ class SearchSettings:
         parse=natural,
     )
     piece_merge: bool = setting(False, "one weight per sharer and layer")
-    search_only: bool = setting(False, "published selection: a single sharer, known beforehand, cannot win")
+    search_only: bool = setting(
+        False,
+        "published selection: a single sharer, known beforehand, cannot win, and the base only with a smaller loss",
+        published=True,
+    )
     baseline: str | None = setting(
         None,
         "no search: deploy the single sharer that does best on the history, or the sharers' average, as a run of its "
@@ -427,8 +457,15 @@ class FitnessSettings:
         "in citation; there wrong references come from user_base_LLM.json",
         choices=("history", "query"),
     )
+    unknown_answers: str = setting(
+        "distinct",
+        "in the similarity, answers outside the task's labels: distinct as their texts are, or alike (published; a "
+        "sharer's rating that is no number is then a 2.5)",
+        choices=("distinct", "alike"),
+        published="alike",
+    )
     num_repeat: int = setting(1, "sampled decodings per evaluation", parse=positive)
-    m_reduce: str = setting("sum", "of a task's metrics", choices=("sum", "mean", "first"))
-    t_reduce: str = setting("mean", "of the repeats' losses", choices=("mean", "min", "max", "median"))
-    train_sample: int = setting(0, "history records drawn; 0 = all", parse=natural)
+    m_reduce: str = setting("sum", "of a task's metrics", choices=("sum", "mean", "first", "min", "max"))
+    t_reduce: str = setting("mean", "of the repeats' losses", choices=("mean", "min", "max", "median", "sum"))
+    train_sample: float = setting(0, "history records drawn: how many, or a share below 1; 0 = all", parse=sample_size)
     train_gen_len: int = train_gen_len()

@@ -8,6 +8,7 @@ import base64
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -15,6 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
+
+from prime.bank.lora import Adapter
 
 LLAMA2 = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-5, "vocab_size": -1}
 LLAMA3 = {
@@ -133,6 +136,23 @@ def published_adapter(params: dict, rank: int = 8, seed: int = 7) -> dict[str, T
             at, rows = f"layers.{layer}.attention.lora_w{kind}", kv if kind in "kv" else d
             tensors[f"{at}.lora_down.weight"] = torch.randn(rank, d, generator=stream) * 0.15
             tensors[f"{at}.lora_up.weight"] = torch.randn(rows, rank, generator=stream) * 0.15
+    return tensors
+
+
+def as_published(adapter: Adapter, heads: dict[str, int]) -> dict[str, Tensor]:
+    """An adapter of scale 1 under the published names, rows of the rotated projections in Meta's order.
+
+    Args:
+        heads: number of heads of q and of k.
+    """
+    tensors = {}
+    for module, (a, b) in adapter.factors.items():
+        layer, kind = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.([qkvo])_proj", module).groups()
+        at = f"layers.{layer}.attention.lora_w{kind}"
+        if kind in heads:
+            halves = b.reshape(heads[kind], 2, -1, b.shape[1])
+            b = halves.transpose(1, 2).reshape(b.shape)
+        tensors |= {f"{at}.lora_down.weight": a, f"{at}.lora_up.weight": b}
     return tensors
 
 

@@ -73,7 +73,7 @@ def train_sharers(settings, folder):
         encoded = [engine.encoder.record(r.id, r.input, r.target) for r in records]
         learners.append(Learner(place, user.user_id, place, encoded))
     train(engine.bank, learners, TrainingSettings(lr=0.03, clip=1.0, epochs=40))
-    about = {key: recorded(settings)[key] for key in subjects.RECORD_OPTIONS}
+    about = {key: recorded(settings)[key] for key in (*subjects.RECORD_OPTIONS, "recent_k")}
     run = Run(folder, "train_anchor_peft", "anchors", about | {"seed": HOLDOUT.seed, "holdout": HOLDOUT.share})
     for learner in learners:
         save_adapter(engine.bank.adapter(learner.slot), run.user_dir(learner.name) / "adapter", "tiny")
@@ -190,14 +190,12 @@ def test_a_resumed_attack_gives_the_same_losses(world, capsys, monkeypatch):
 
 def test_wrong_input_is_told(world, tmp_path):
     argv, exp_dir = world
-    with pytest.raises(InputError, match="trained on other records:\n  recent_k: there 50, now 2"):
-        mia.main([*argv, "--recent_k", "2"])
+    with pytest.raises(InputError, match="trained on other records:\n  max_length: there 3000, now 200"):
+        mia.main([*argv, "--max_length", "200"])
     with pytest.raises(InputError, match="other settings"):
         mia.main([*argv, "--max_records", "2"])
     with pytest.raises(InputError, match="--gate_dir .*nowhere: no such directory"):
         mia.main([*argv, "--gate_dir", str(tmp_path / "nowhere")])
-    with pytest.raises(InputError, match="no anchors' results there"):
-        mia.main([*argv, "--anchor_dir", str(tmp_path)])
     with pytest.raises(InputError, match="no finished users"):
         mia.main([*argv, "--exp_dir", str(tmp_path)])
     with pytest.raises(InputError, match="merged no sharer's adapter"):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from sklearn.metrics import accuracy_score, f1_score
 
 from prime.merging.objective import Objective, Score, score_by_likelihood
 from prime.users.tasks import TASKS, Task
@@ -42,6 +43,34 @@ def test_for_error_metrics_less_is_better_and_distance_from_sharers_is_rewarded(
     assert exact_copy.loss == 0 and exact_copy.similarity == 0
     assert exact_apart.loss == pytest.approx(-0.5 * 8)  # MAE 4 + RMSE 4 away from the sharer
     assert scored(Objective(RATING, golds, 0.0), [["5", "5"]], [[["1", "1"]]]).loss < wrong.loss
+
+
+def published_similarity(answers: list[str], sharer: list[str], labels: Sequence[str]) -> float:
+    """As the published code computes it: texts become places among the labels, all others -1."""
+    places = {label: place for place, label in enumerate(labels)}
+    preds, golds = ([places.get(text, -1) for text in texts] for texts in (answers, sharer))
+    f1 = f1_score(golds, preds, labels=range(len(labels)), average="macro", zero_division=0)
+    return float(accuracy_score(golds, preds) + f1)
+
+
+def test_unknown_answers_resemble_each_other_as_published_and_nobody_by_default() -> None:
+    golds = ["comedy"] * 4
+    answers, sharer = ["comedy", "a film", "what?", "action"], ["comedy", "who knows", "classic", "no tag"]
+    alike = Objective(MOVIE, golds, 0.1, unknown_answers="alike")
+    assert alike.resemblance(answers, sharer) == pytest.approx(
+        published_similarity(answers, sharer, MOVIE.history_labels or ())
+    )
+    assert alike.resemblance(answers, sharer) == pytest.approx(
+        Objective(MOVIE, golds, 0.1).resemblance(answers, sharer) + 1 / 4
+    )
+    assert alike.agreement(answers, golds) == Objective(MOVIE, golds, 0.1).agreement(answers, golds)
+
+
+def test_a_sharers_rating_that_is_no_number_is_in_the_middle_as_published() -> None:
+    alike, distinct = (Objective(RATING, ["3"], 0.1, "first", unknown_answers=how) for how in ("alike", "distinct"))
+    assert alike.resemblance(["4"], ["good"]) == 1.5
+    assert alike.resemblance(["bad"], ["good"]) == 2.5  # an answer that is none is at the farther end
+    assert (distinct.resemblance(["4"], ["good"]), distinct.resemblance(["bad"], ["good"])) == (3, 0)
 
 
 @pytest.mark.parametrize(("reducer", "expected"), [("mean", -0.5), ("min", -1.0), ("max", 0.0)])

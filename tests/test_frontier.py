@@ -35,6 +35,7 @@ class Hills:
 
     def __init__(self, n: int = 3, layers: int = 0, **given: Any):
         self.search = SearchSettings(**given)
+        self.golds = ["comedy"]
         self.n, self.shape = n, (n, layers) if layers else (n,)
         self.batches: list[int] = []
         self.journal = Journal(Path("/nonexistent"))
@@ -155,6 +156,18 @@ def test_search_only_deploys_no_single_sharer(tmp_path: Path) -> None:
     (found,) = run(Hills(opt_budget=0, start="zero"), [0.0], tmp_path)
     assert choose(found, SearchSettings()).origin == "sharer"
     assert choose(found, SearchSettings(search_only=True)) is found[0]
+
+
+def test_under_search_only_the_base_wins_with_a_smaller_loss_alone() -> None:
+    def candidate(origin: str, loss: float) -> Evaluation:
+        return Evaluation(torch.zeros(3), loss, 0.0, 0.0, loss, 0.0, origin)
+
+    published = SearchSettings(search_only=True)
+    tie = [candidate("base", 1.0), candidate("sharer", 0.5), candidate("search", 1.0)]
+    assert choose(tie, published).origin == "search" and choose(tie, SearchSettings()).origin == "sharer"
+    assert choose([*tie, candidate("search", 1.5)], published).loss == 1.0
+    assert choose([candidate("base", 0.9), *tie[1:]], published).origin == "base"
+    assert choose([tie[0], tie[2]], SearchSettings()).origin == "base"
 
 
 @pytest.mark.parametrize("layers", [0, 2])

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import lamp_world
+import meta_world
 import pytest
 import torch
 import world
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from experiments import ablation, demo_runs
 from prime import cli
 from prime.bank.encoding import Encoder
-from prime.bank.lora import Adapter, concatenate, merge
+from prime.bank.lora import Adapter, merge
 from prime.checkpoints.loading import load_tokenizer
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.errors import InputError
@@ -118,7 +119,7 @@ def origins(folder: str, user_id: str) -> list[str]:
 
 def test_the_published_start_is_the_base_and_the_uniform_one_is_evaluated(inside: Path) -> None:
     for start, counted in (("zero", 0), ("uniform", 1)):
-        world.run(evo(f"./output/start-{start}", "--user_idxs", "0-1", "--start", start, "--step", "1"))
+        world.run(evo(f"./output/start-{start}", "--user_idxs", "0-1", "--start", start))
         ((user_id, _),) = world.results(f"./output/start-{start}").items()
         found = origins(f"./output/start-{start}", user_id)
         assert found == ["base"] + ["sharer"] * 3 + ["start"] * counted + ["search"] * 10
@@ -259,7 +260,7 @@ def test_full_adapters_are_exported_of_finished_users_and_cards_hold_the_attack(
         folder = inside / EVO / "users" / user_dirname(user_id)
         expected = task.factors
         if result["deployed"] != "base":
-            expected = concatenate(task, load_adapter(folder / "adapter")).factors
+            expected = merge([task, load_adapter(folder / "adapter")], torch.ones(2), "delta").factors
             assert world.read(folder / "adapter" / "card.json")["attack"]
         found = load_adapter(folder / "adapter_full").folded().factors
         for name, (a, b) in found.items():
@@ -417,7 +418,7 @@ def test_a_named_row_comes_without_the_baselines(inside: Path) -> None:
     """The published settings beside ours: the same search, chosen and told otherwise."""
     world.run(evo("./output/named", "--user_idxs", "0-1", "--search_only", "--name", "prime_published"))
     (result,) = world.results("./output/named").values()
-    assert set(result["predictions"]) == {"prime_published"} and result["origin"] in ("base", "search")
+    assert set(result["predictions"]) == {"prime_published"} and result["origin"] != "sharer"
     assert world.read(inside / "output/named/settings.json")["method"] == "prime_published"
     with pytest.raises(InputError, match="name: there 'prime_published', now 'prime'"):
         world.run(evo("./output/named", "--search_only"))
@@ -465,6 +466,30 @@ def test_the_other_tasks_run_too(task: str, tmp_path: Path, monkeypatch: pytest.
         world.run([*named, *(["--k", "4"] if words[0] == "history_anchor.py" else [])])
     summary = world.read(tmp_path / f"output/{task}/summary.json")
     assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
+
+
+@pytest.mark.slow
+def test_imported_published_adapters_are_merged_and_attacked_as_the_same_ones_of_stage_3(inside: Path) -> None:
+    config = world.read(inside / world.CHECKPOINT / "config.json")
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    imported, search = Path("./output/imported"), "./output/with-imported"
+    for user_id in world.results(ANCHORS):
+        tensors = meta_world.as_published(load_adapter(adapter_folder(ANCHORS, user_id)), heads)
+        folder = adapter_folder(imported, user_id)
+        folder.mkdir(parents=True)
+        torch.save(tensors, folder / "lora_ckpt.pt")
+    words = evo(search)
+    words[words.index("--anchor_dir") + 1] = str(imported)
+    world.run(words)
+    assert world.results(search) == world.results(EVO)
+    attack = quick(next(words for words in world.announcement() if words[0] == "mia.py" and words[-1] == EVO))
+    attack[attack.index("--exp_dir") + 1], attack[attack.index("--anchor_dir") + 1] = search, str(imported)
+    world.run(attack)
+    assert world.read(Path(search) / "mia_results.json") == world.read(inside / EVO / "mia_results.json")
+    words = command("train_anchor_gate.py")
+    words[words.index("--anchor_path") + 1] = str(imported)
+    world.run([*words, "--output_dir", "./output/imported-gates"])
+    assert len(world.results("./output/imported-gates")) == len(world.results(ANCHORS))
 
 
 @pytest.mark.slow
@@ -529,9 +554,7 @@ def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(insi
     options = {
         "prime": [], "no search": ["--opt_budget", "0"], "budget 30": ["--opt_budget", "30"],
         "start uniform": ["--start", "uniform"], "rule factor": ["--merge_rule", "factor"],
-        "published: factor, start zero, step 1, no single sharer": [
-            "--merge_rule", "factor", "--start", "zero", "--step", "1", "--search_only",
-        ],
+        "as published": ["--as_published"],
         "4 draws of each answer": ["--num_repeat", "4"], "the other fitness": ["--fitness", "query"],
         "by likelihood": ["--objective", "nll", "--name", "prime"],
     }  # fmt: skip

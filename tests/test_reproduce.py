@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,7 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
     ]  # fmt: skip
     searches = (args for name, args in parsed if name == "lora_composition_evo.py")
     prime, best_sharer, uniform, published, lorahub = searches
-    for args in (published, lorahub):
-        assert (args.merge_rule, args.start, args.step, args.search_only) == ("factor", "zero", 1.0, True)
+    assert [args.as_published for args in (prime, best_sharer, uniform, published, lorahub)] == [False] * 3 + [True] * 2
     assert (published.name, published.objective, lorahub.objective) == ("prime_published", "metric", "nll")
     assert (best_sharer.baseline, uniform.baseline, prime.baseline) == ("best_sharer", "uniform", None)
     assert best_sharer.fitness == uniform.fitness == prime.fitness
@@ -118,6 +118,19 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
     made = {args.output_dir for name, args in parsed[3:] if name in ("lora_composition_evo.py", "lora_composition.py",
             "train_user_peft.py")}  # fmt: skip
     assert {args.exp_dir for name, args in parsed if name == "mia.py"} == made and len(made) == 8
+
+
+def test_as_published_reaches_every_stage_and_what_suits_the_demo_better_is_left_out(here: Path) -> None:
+    for name, folder in product(DATA, ("data/demo", "data")):
+        world.write(here / folder / "citation" / name, [])
+    for more in (["--llama_model_path", "llama", "--data_dir", "data"], []):
+        done = reproduce(here, *more, "--tasks", "citation", "--as_published")
+        assert done.returncode == 0, done.stderr
+    for name, *options in commands(here):
+        args = world.parser(name).parse_args(options)
+        assert args.as_published, name
+        assert getattr(args, "embed", "history") == "history" and getattr(args, "max_records", 0) == 0
+        assert getattr(args, "fitness", "history") == "history"
 
 
 def test_help_tells_every_option(here: Path) -> None:

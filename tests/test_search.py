@@ -6,6 +6,7 @@ import nevergrad as ng
 import numpy as np
 import pytest
 
+from prime import settings
 from prime.errors import InputError
 from prime.merging.optimizer import (
     BOUND,
@@ -36,9 +37,13 @@ def minimise(
     return search.history
 
 
-def one_at_a_time(name: str, shape: tuple[int, ...], budget: int, seed: int) -> list[tuple[np.ndarray, float]]:
+def published_box(shape: tuple[int, ...]) -> ng.p.Array:
+    """As the published code makes it: nevergrad takes the step from the bounds, too, a sixth of the box."""
+    return ng.p.Array(shape=shape, lower=-1.5, upper=1.5)
+
+
+def one_at_a_time(space: ng.p.Array, name: str, budget: int, seed: int) -> list[tuple[np.ndarray, float]]:
     """nevergrad as its manual shows it."""
-    space = ng.p.Array(init=np.zeros(shape)).set_bounds(-1.5, 1.5)
     space.random_state = np.random.RandomState(seed)
     optimizer = ng.optimizers.registry[name](space, budget=budget, num_workers=1)
     history = []
@@ -48,6 +53,16 @@ def one_at_a_time(name: str, shape: tuple[int, ...], budget: int, seed: int) -> 
         history.append((candidate.value.copy(), value))
         optimizer.tell(candidate, value)
     return history
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (3, 4)])
+@pytest.mark.parametrize("opt_type", ["cma", "ngopt", "tbpsa"])
+def test_the_published_step_asks_what_the_published_code_asks(opt_type: str, shape: tuple[int, ...]) -> None:
+    step = settings.published(settings.SearchSettings)["step"]
+    history = minimise(np.zeros(shape), lambda points: [loss(point) for point in points], opt_type, 12, 3, step)
+    expected = one_at_a_time(published_box(shape), optimizer_name(opt_type), 12, 3)
+    for (weights, _), (asked, _) in zip(history, expected, strict=True):
+        np.testing.assert_array_equal(weights, asked)
 
 
 def batched(shape: tuple[int, ...], opt_type: str, budget: int, seed: int) -> tuple[list, list[int]]:
@@ -72,7 +87,7 @@ def assert_same(one: list, other: list) -> None:
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_generation_at_once_is_the_trajectory_one_at_a_time(shape: tuple[int, ...], budget: int, seed: int) -> None:
     found, sizes = batched(shape, "cma", budget, seed)
-    assert_same(found, one_at_a_time("CMA", shape, budget, seed))
+    assert_same(found, one_at_a_time(published_box(shape), "CMA", budget, seed))
     population = 4 + int(np.log(np.prod(shape)))
     full, rest = divmod(budget, population)
     assert sizes == [population] * full + [rest] * (rest > 0)
@@ -83,7 +98,8 @@ def test_a_generation_at_once_is_the_trajectory_one_at_a_time(shape: tuple[int, 
 )
 def test_other_optimisers_keep_their_trajectory(name: str) -> None:
     found, _ = batched((3,), name, 17, 1)
-    assert_same(found, one_at_a_time(name, (3,), 17, 1))
+    space = ng.p.Array(init=np.zeros(3)).set_bounds(-1.5, 1.5).set_mutation(sigma=0.5)
+    assert_same(found, one_at_a_time(space, name, 17, 1))
 
 
 @pytest.mark.parametrize("opt_type", ["cma", "ngopt", "tbpsa", "RandomSearch"])
@@ -149,7 +165,9 @@ def test_start_and_step_are_nevergrads_init_and_sigma() -> None:
     found = minimise(start, lambda points: [0.0] * len(points), "cma", 5, 4, step=0.2)
     assert all(np.array_equal(point, value) for (point, _), value in zip(found, asked, strict=True))
     near = max(np.abs(point - start).max() for point, _ in found)
-    assert 0 < near < 1 < max(np.abs(p - start).max() for p, _ in batched((3,), "cma", 5, 4)[0])
+    wide = minimise(start, lambda points: [0.0] * len(points), "cma", 5, 4, step=1.0)
+    near, far = (max(np.abs(point - start).max() for point, _ in history) for history in (found, wide))
+    assert 0 < 2 * near < far
 
 
 def test_ranked_weights_fall_with_the_rank_and_sum_to_one() -> None:

@@ -216,6 +216,15 @@ def test_batches_hold_every_record_once_an_epoch_in_changing_order() -> None:
     assert Learner(7, "another name", learner.seed, learner.records).batches(TrainingSettings(batch_size=4)) == plan
 
 
+def test_the_published_schedule_sets_the_rate_after_a_step() -> None:
+    settings = TrainingSettings(lr=0.4, min_lr=0.1, lr_schedule="published")
+    rate, used = settings.lr, []
+    for step in range(8):
+        used.append(rate)  # the optimizer steps, then
+        rate = 0.1 + 0.3 * 0.5 * (1 + math.cos(math.pi * step / 8))
+    assert [cosine_lr(settings, step, 8) for step in range(8)] == pytest.approx(used) and used[:2] == [0.4, 0.4]
+
+
 def test_the_schedule_is_the_cosine() -> None:
     settings = TrainingSettings(lr=0.4, min_lr=0.1)
     assert cosine_lr(settings, 0, 8) == 0.4

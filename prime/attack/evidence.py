@@ -19,7 +19,7 @@ from prime.attack.subjects import Owners, Subject
 from prime.bank.batching import Pair, every_pair
 from prime.bank.encoding import EncodedRecord, Encoder
 from prime.bank.logprobs import target_logprobs
-from prime.checkpoints.peft import load_adapter
+from prime.checkpoints.published import open_adapter
 from prime.engine import Engine
 from prime.errors import InputError
 from prime.runs.progress import bar
@@ -50,7 +50,7 @@ def owned_records(
 
     Args:
         users: who the owners may be, with their histories.
-        recent_k: history items that become records, the last ones; 0 = all.
+        recent_k: history items whose records are attacked, the last ones, of however many were trained on; 0 = all.
     """
     known = {user.user_id: user for user in users}
     split = trained_split(owners.folder)
@@ -59,8 +59,10 @@ def owned_records(
         name = result["user_id"]
         if name not in known:
             raise InputError(f"{owners.folder}: anchor {name} is not among the users of --data_dir")
-        records = records_of(texts, known[name], recent_k, split)
+        records = records_of(texts, known[name], split.recent_k, split)
         check_split(owners.folder, result, records)
+        first = len(known[name].profile) - recent_k if recent_k else 0
+        records = [record for record in records if record.position >= first]
         records_by_owner[name] = [attacked_record(encoder, record) for record in records[-max_records:]]
     return records_by_owner
 
@@ -82,6 +84,7 @@ class Scorer:
     records: Records
     adapters_at_once: int
     owned: Sequence[Path]  # the owners' adapters
+    model: str  # directory of the base model
     kept: dict[Path, TokenStatistics] = field(default_factory=dict)
 
     @cached_property
@@ -101,7 +104,7 @@ class Scorer:
         return scored
 
     def _together(self, adapters: Sequence[Path]) -> dict[Path, TokenStatistics]:
-        self.engine.bank.load([load_adapter(adapter) for adapter in adapters])
+        self.engine.bank.load([open_adapter(adapter, self.model) for adapter in adapters])
         return dict(zip(adapters, self._pass(range(len(adapters))), strict=True))
 
     def _pass(self, adapters: Sequence[int]) -> list[TokenStatistics]:

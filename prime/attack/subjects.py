@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from prime.checkpoints.published import has_adapter
 from prime.errors import InputError, tell
 from prime.merging.sharers import adapter_folder
 from prime.runs.run import read_results, read_settings
+from prime.users.data import User
 
 # Options that make the records what they were when the owners' adapters were trained.
-RECORD_OPTIONS = ("task_name", "recent_k", "prompt_path", "max_length")
+RECORD_OPTIONS = ("task_name", "prompt_path", "max_length")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,25 @@ def read_owners(folder: Path, recorded: Mapping[str, Any], *, are_test_users: bo
     Args:
         recorded: the attack's settings by name.
     """
-    results = read_results(folder)
-    if not results:
-        raise InputError(f"{folder}: no anchors' results there; run train_anchor_peft.py first (--anchor_dir)")
     trained = read_settings(folder)["settings"]
     changed = [key for key in RECORD_OPTIONS if trained.get(key) != recorded[key]]
     if changed:
         lines = [f"  {key}: there {trained.get(key)!r}, now {recorded[key]!r}" for key in changed]
         raise InputError(f"{folder}: the anchors were trained on other records:\n" + "\n".join(lines))
-    return Owners(folder, results, trained, are_test_users)
+    return Owners(folder, read_results(folder), trained, are_test_users)
+
+
+def imported_owners(folder: Path, anchors: Sequence[User]) -> Owners:
+    """The anchors whose adapters were put into a folder without a stage's results, as those of the published code are;
+    they were trained on whole histories, as published.
+    """
+    results = []
+    for index, anchor in enumerate(anchors):
+        if has_adapter(adapter_folder(folder, anchor.user_id)):
+            results.append({"user_id": anchor.user_id, "index": index})
+    if not results:
+        raise InputError(f"{folder}: no anchors' adapters there; run train_anchor_peft.py first (--anchor_dir)")
+    return Owners(folder, results, {"imported": True})
 
 
 # -- subjects -------------------------------------------------------------------------------------------------------
@@ -122,7 +134,7 @@ def check_members(subjects: Sequence[Subject], owners: Sequence[str]) -> None:
 
 def with_members(subjects: Sequence[Subject], owners: Owners) -> list[Subject]:
     """Without those whose members trained on nothing."""
-    empty = {result["user_id"] for result in owners.results if not result["record_ids"]}
+    empty = {result["user_id"] for result in owners.results if result.get("record_ids") == []}
     kept = [subject for subject in subjects if not set(subject.members) <= empty]
     for subject in subjects:
         if subject not in kept:

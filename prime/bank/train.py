@@ -53,7 +53,9 @@ class Learner:
 
 
 def cosine_lr(settings: TrainingSettings, step: int, steps: int) -> float:
-    """Cosine decay from lr to min_lr by step (published schedule, no warm-up)."""
+    """Cosine decay from lr to min_lr, no warm-up; `step` counts from 0 (published: one step late)."""
+    if settings.lr_schedule == "published":
+        step = max(0, step - 1)
     return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

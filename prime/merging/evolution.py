@@ -69,7 +69,7 @@ def search_each(
     if fitness.objective == "nll":
         memo = Memo(population, population.logprobs)
         return [evolve(memo, score_by_likelihood, settings, population.seed, logs[0])]
-    task, reducers = population.setup.texts.task, (fitness.m_reduce, fitness.t_reduce)
+    task, reducers = population.setup.texts.task, (fitness.m_reduce, fitness.t_reduce, fitness.unknown_answers)
     objectives = [Objective(task, population.golds, penalty, *reducers) for penalty in penalties]
     # Any of the objectives serves: utility and similarity do not depend on the penalty, which only `score` weighs.
     memo = Memo(population, population.trials(objectives[0]))
@@ -82,7 +82,8 @@ def search_each(
 def evolve(memo: "Memo", score: ScoreOf, settings: SearchSettings, seed: int, log: Path) -> list[Evaluation]:
     """One search of one objective: all evaluated candidates, in their order, each also a line of `log`.
 
-    A baseline asks for no search: best_sharer ends with the sharers, uniform with their average as the start.
+    A baseline asks for no search: best_sharer ends with the sharers, uniform with their average as the start. Nor is
+    there one where there is no history to search by.
 
     Args:
         score: the objective, at its penalty.
@@ -94,7 +95,7 @@ def evolve(memo: "Memo", score: ScoreOf, settings: SearchSettings, seed: int, lo
 
     # 1. The base and the single sharers.
     known = trace.evaluate(memo.population.known_points(), ["base"] + ["sharer"] * n)
-    if settings.baseline == "best_sharer":
+    if settings.baseline == "best_sharer" or not (memo.population.golds or settings.baseline):
         return trace.evaluations
 
     # 2. Where the search starts; zero weights are the base, which is evaluated already.
@@ -118,15 +119,18 @@ def evolve(memo: "Memo", score: ScoreOf, settings: SearchSettings, seed: int, lo
 def choose(evaluations: Sequence[Evaluation], settings: SearchSettings) -> Evaluation:
     """What is deployed: the evaluated candidate of lowest loss; with `--baseline` that baseline, whatever its loss.
 
-    Published selection (`--search_only`): no single sharer may win. Of equal losses the first evaluated wins, so that
-    the base does where nothing can be told apart (an empty history). A pareto search too deploys by its loss, that of
-    the penalty at hand.
+    Of equal losses the first evaluated wins. Published selection (`--search_only`): no single sharer may win, and the
+    base has to be better than all that was searched. A pareto search too deploys by its loss, that of the penalty at
+    hand.
     """
     if settings.baseline == "best_sharer":
         return best_sharer(evaluations)
     if settings.baseline == "uniform":
         return next(evaluation for evaluation in evaluations if evaluation.origin == "start")
-    eligible = [e for e in evaluations if e.origin != "sharer" or not settings.search_only]
+    eligible = list(evaluations)
+    if settings.search_only:
+        searched = [evaluation for evaluation in evaluations if evaluation.origin in ("start", "search")]
+        eligible = searched + [evaluation for evaluation in evaluations if evaluation.origin == "base"]
     return min(eligible, key=lambda evaluation: evaluation.loss)
 
 

@@ -17,13 +17,14 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prime.users.metrics import METRICS, score
+from prime.users.metrics import METRICS, number, score
 from prime.users.tasks import Task
 
 Answers = Sequence[str]
 
-METRIC_REDUCERS: dict[str, Callable[[list[float]], float]] = {"sum": sum, "mean": fmean, "first": lambda x: x[0]}
-TRIAL_REDUCERS: dict[str, Callable[[list[float]], float]] = {"mean": fmean, "min": min, "max": max, "median": median}
+Reducer = Callable[[list[float]], float]
+REDUCERS: dict[str, Reducer] = {"sum": sum, "mean": fmean, "min": min, "max": max, "median": median}
+METRIC_REDUCERS = REDUCERS | {"first": lambda values: values[0]}
 
 LORAHUB_L1 = 0.05  # weight of the mean |w| in LoraHub's objective (published)
 
@@ -55,12 +56,21 @@ class Objective:
         penalty: weight of the similarity (published `--sim_penalty`; 0.1 in the announcement).
         m_reduce: how a task's metrics become one number (published: sum).
         t_reduce: how the losses of repeated decodings (`--num_repeat`) become one.
+        unknown_answers: in the similarity, `alike` (published) or `distinct`, see `as_published`.
     """
 
-    def __init__(self, task: Task, golds: Answers, penalty: float, m_reduce: str = "sum", t_reduce: str = "mean"):
-        self.task, self.golds, self.penalty = task, golds, penalty
+    def __init__(
+        self,
+        task: Task,
+        golds: Answers,
+        penalty: float,
+        m_reduce: str = "sum",
+        t_reduce: str = "mean",
+        unknown_answers: str = "distinct",
+    ):
+        self.task, self.golds, self.penalty, self.unknown_answers = task, golds, penalty, unknown_answers
         self.reduce_metrics = METRIC_REDUCERS[m_reduce]
-        self.reduce_trials = TRIAL_REDUCERS[t_reduce]
+        self.reduce_trials = REDUCERS[t_reduce]
         self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
 
     def agreement(self, answers: Answers, reference: Answers) -> float:
@@ -69,6 +79,12 @@ class Objective:
             return 0.0
         values = score(self.task.history_metrics, answers, reference, self.task.history_labels)
         return self.reduce_metrics(list(values.values()))
+
+    def resemblance(self, answers: Answers, sharer: Answers) -> float:
+        """The same of a candidate's answers against a sharer's own."""
+        if self.unknown_answers == "alike":
+            answers, sharer = as_published(self.task, answers, sharer)
+        return self.agreement(answers, sharer)
 
     def trials(self, trials: Sequence[Answers], sharers: Sequence[Sequence[Answers]]) -> list[Trial]:
         """What a candidate's answers show, whatever the penalty.
@@ -79,7 +95,7 @@ class Objective:
         """
         measured = []
         for repeat, answers in enumerate(trials):
-            similarity = fmean(self.agreement(answers, sharer[repeat]) for sharer in sharers)
+            similarity = fmean(self.resemblance(answers, sharer[repeat]) for sharer in sharers)
             measured.append(Trial(self.agreement(answers, self.golds), similarity))
         return measured
 
@@ -96,6 +112,23 @@ class Objective:
             fmean(trial.similarity for trial in trials),
             self.reduce_trials(costs),
         )
+
+
+def as_published(task: Task, answers: Answers, sharer: Answers) -> tuple[Answers, Answers]:
+    """Both sides as the published similarity reads them: all texts outside the labels are one class, and a sharer's
+    rating that is no number is a 2.5. Answers against golds are read alike either way.
+    """
+    if "MAE" in task.history_metrics:
+        return answers, [text if number(text) is not None else "2.5" for text in sharer]
+    labels = task.history_labels
+    if labels is None:
+        return answers, sharer
+    return [known(text, labels) for text in answers], [known(text, labels) for text in sharer]
+
+
+def known(text: str, labels: Answers) -> str:
+    """The label that a text is, or "": no label's class."""
+    return text.strip() if text.strip() in labels else ""
 
 
 def score_by_likelihood(logprobs: Sequence[Tensor], weights: Tensor) -> Score:

@@ -22,7 +22,7 @@ Loss = float | list[float]  # a list: one loss per objective
 Points = list[np.ndarray]
 
 BOUND = 1.5  # weights live in [-1.5, 1.5] (published)
-STEP = 1.0  # standard deviation of the first generation (published: nevergrad's default)
+STEP = 2 * BOUND / 6  # standard deviation of the first generation (published: nevergrad's, for bounds of an Array)
 PARETO = "pareto"  # CMA-ES told two losses, which nevergrad turns into each point's gain in dominated volume
 SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA", PARETO: "CMA"}
 

@@ -146,8 +146,9 @@ def fitness_records(setup: Setup, user: User, seed: int) -> list[Record]:
     return history_records(user, texts.task, texts.templates, profile, setup.recent_k)
 
 
-def sample_records(records: Sequence[Record], size: int, seed: int) -> list[Record]:
-    """`size` of the records in their order, drawn by the user's seed; 0 = all."""
+def sample_records(records: Sequence[Record], size: float, seed: int) -> list[Record]:
+    """`size` of the records in their order, drawn by the user's seed; below 1 a share of them, 0 = all."""
+    size = max(1, round(size * len(records))) if 0 < size < 1 else int(size)
     if size == 0 or size >= len(records):
         return list(records)
     places = sorted(random.Random(seed).sample(range(len(records)), size))

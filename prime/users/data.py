@@ -27,6 +27,7 @@ CANDIDATE_FILE = "user_anchor_candidate.json"
 TEST_FILE = "test_100/user_test_100.json"
 LABEL_FILE = "test_100/user_test_100_label.json"
 PROFILE_FILE = "profile-id2text.json"
+PUBLISHED_PROFILE_FILE = "profile-id2text-gpt-4o-mini.json"  # as the published task stage names it
 
 # The folder that prepare_data.py works in, within a task's folder. Once the report is in it, files are being placed.
 PREPARING = ".prepare"

@@ -121,7 +121,8 @@ def _finish_f1(sums: np.ndarray) -> np.ndarray:
     return np.where(sums[..., -1] > 0, f1, np.nan)
 
 
-def _number(text: str) -> float | None:
+def number(text: str) -> float | None:
+    """The number that a text is; None: no number, or none that could be a rating."""
     try:
         value = float(text)
     except ValueError:
@@ -135,7 +136,7 @@ def _distance(pred: str, gold: str) -> float:
     That is the published rule for predictions. Two sides that are no numbers are alike, at distance 0: only
     the similarity of two predictions can meet that.
     """
-    a, b = _number(pred), _number(gold)
+    a, b = number(pred), number(gold)
     if a is not None and b is not None:
         return abs(a - b)
     known = b if a is None else a

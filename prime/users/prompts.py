@@ -30,6 +30,7 @@ class Record:
     input: str
     target: str
     held_out: bool = False  # nothing trains on it
+    position: int = 0  # of its item in the user's history
 
 
 @dataclass(frozen=True)
@@ -72,11 +73,11 @@ def history_records(
         name, is_held_out = f"u{user.user_id}-{item['id']}", position in held_out
         text = templates["OPPU_input"].format(**fields)
         target = templates["OPPU_full"].format(**fields)[len(text) :]
-        records.append(Record(name, text, target, is_held_out))
+        records.append(Record(name, text, target, is_held_out, position))
         if quoting and task.paired and earlier:
             retrieved = _retrieve(templates["retrieval_query"].format(**fields), earlier, RECORD_K)
             context = _context(profile_text or "", retrieved)
-            records.append(Record(f"{name}-k{RECORD_K}-p", context + text, target, is_held_out))
+            records.append(Record(f"{name}-k{RECORD_K}-p", context + text, target, is_held_out, position))
         if not is_held_out:
             earlier.append(shown)
     return records

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prime.errors import tell
-from prime.users.data import BASE_FILE, CANDIDATE_FILE, PROFILE_FILE, TEST_FILE, User, load_profiles, load_users
+from prime.users.data import (
+    BASE_FILE,
+    CANDIDATE_FILE,
+    PROFILE_FILE,
+    PUBLISHED_PROFILE_FILE,
+    TEST_FILE,
+    User,
+    load_profiles,
+    load_users,
+)
 from prime.users.tasks import Task, get_task
 from prime.users.templates import load_templates
 
@@ -34,6 +43,8 @@ def load_texts(data_dir: Path, task_name: str, prompt_path: str | None) -> Texts
     """Task, templates and profiles; without a profile file there are no prompts with a profile."""
     task = get_task(task_name)
     path = data_dir / PROFILE_FILE
+    if not path.exists() and (data_dir / PUBLISHED_PROFILE_FILE).exists():
+        path = data_dir / PUBLISHED_PROFILE_FILE
     profiles = load_profiles(path) if path.exists() else None
     if profiles is None:
         tell(f"{path}: not there; prompts with a textual profile are left out (gen_profile.py makes it)")
