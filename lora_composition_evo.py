@@ -44,6 +44,7 @@ from prime.merging.optimizer import Search, optimizer_name
 from prime.merging.population import Population, Setup
 from prime.merging.sharers import Pool, Selection, load_pool
 from prime.report.methods import REFERENCE, choices
+from prime.runs.files import check_own
 from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
 from prime.runs.progress import for_each
 from prime.runs.run import Run
@@ -160,6 +161,7 @@ def deploy(stage: Stage, run: Run, index: int, user: User, best: Evaluation, mor
 def open_runs(settings: Settings, folder: Path) -> list[Run]:
     """A run directory for each penalty: `folder` itself, or penalty-<p> in it where there are several."""
     penalties = settings.search.sim_penalty
+    check_own(folder)
     runs = []
     for penalty in penalties:
         root = folder / f"{PENALTY_DIR}{penalty:g}" if len(penalties) > 1 else folder

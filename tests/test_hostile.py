@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import history_anchor
 from prime import cli
@@ -24,6 +27,8 @@ from prime.merging.anchors import load_anchor_idx, load_embeddings, load_encoder
 from prime.merging.gates import load_gate
 from prime.runs.files import read_json, write_json
 from prime.runs.run import Run, read_results, user_dirname
+from prime.sources.depth import Depth
+from prime.sources.lamp import stream
 from prime.sources.prepare import report_notes
 from prime.users.data import User, load_profiles, load_users
 from prime.users.prompts import history_records
@@ -223,13 +228,51 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ('{"a": NaN}', "not JSON: NaN"), ('[-Infinity]', "not JSON: -Infinity"), ("[" * 10**6, "nested too deeply"),
-        ('{"1": "x", "1": "y"}', "key '1' more than once"), ("[" + "1" * 5000 + "]", "Exceeds the limit"),
+        ('{"1": "x", "1": "y"}', "key '1' more than once"), ("[" + "1" * 5000 + "]", "a number of 5,000 digits"),
     ],
 )  # fmt: skip
 def test_json_that_parsers_disagree_on(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(InputError, match=f"x.json: .*{told}"):
         read_json(tmp_path / "x.json")
+
+
+TEXTS = st.text(alphabet='[]{}"\\a', max_size=6)
+VALUES = st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3))
+
+
+class Watched(Depth):
+    deepest = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        super().__setattr__("deepest", max(self.deepest, self.depth))
+
+
+def levels(value: object) -> int:
+    if isinstance(value, dict | list):
+        return 1 + max(map(levels, value.values() if isinstance(value, dict) else value), default=0)
+    return 0
+
+
+@given(VALUES, st.integers(1, 9))
+def test_depth_is_that_of_the_value_however_its_bytes_are_cut(value: object, size: int) -> None:
+    content = json.dumps(value).encode()
+    watched = Watched()
+    for start in range(0, len(content), size):
+        watched.feed(content[start : start + size])
+    assert (watched.depth, watched.deepest) == (0, levels(value))
+
+
+def test_deep_json_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ijson takes time that grows with the square of the depth: 57 s for 200 kB of brackets."""
+    monkeypatch.setattr("prime.sources.lamp.ijson.items", lambda file, *_, **__: (yield file.read(2**20)))
+    for text in ("[" * 200_000, '[{"a":' * 50_000, '["\\"[[", ' + "[" * 101):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(InputError, match="x.json: not JSON: nested deeper than 100 levels"):
+            list(stream(tmp_path / "x.json", "item"))
+    (tmp_path / "x.json").write_text('["\\"' + "[" * 500 + '"]')
+    assert list(stream(tmp_path / "x.json", "item"))
 
 
 # -- adapters of strangers ------------------------------------------------------------------------------------------
@@ -346,6 +389,41 @@ def test_a_configuration_of_a_giant_is_refused(change: dict, tmp_path: Path) -> 
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(InputError, match=tmp_path.name):
         load_model(str(tmp_path), "cpu")
+
+
+GIANTS: list[tuple[dict, str]] = [
+    ({"vocab_size": 4_000_000}, "describes a model of [0-9,]{11,} numbers, the weight files hold 74,176"),
+    ({"intermediate_size": 10**8}, "describes a model of"),
+    ({"num_hidden_layers": 9_999}, "9,999 layers, .* 21 tensors"),
+    ({"num_labels": 10**8}, "num_labels is 100000000, above 10,000"),
+    ({"inner": {"deeper": {"n_layers": 10**8}}}, "n_layers is 100000000, above 10,000"),
+]
+
+
+@pytest.mark.parametrize(("change", "told"), GIANTS)
+@pytest.mark.parametrize("load", [lambda folder: load_model(folder, "cpu"), load_encoder], ids=["model", "encoder"])
+def test_no_model_is_larger_than_its_files(
+    load: Callable, change: dict, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before transformers makes room for what the files do not hold."""
+    tiny.model().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    for auto in ("AutoModelForCausalLM", "AutoModel"):
+        monkeypatch.setattr(f"transformers.{auto}.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match=told):
+        load(str(tmp_path))
+
+
+def test_layers_are_counted_by_whatever_name(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=64, n_head=4, n_layer=2, vocab_size=97)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for layers, told in ((9_999, "describes 9,999 layers, the weight files hold 28 tensors"), (10**9, "n_layer is")):
+        (tmp_path / "config.json").write_text(json.dumps(content | {"n_layer": layers}))
+        with pytest.raises(InputError, match=told):
+            load_model(str(tmp_path), "cpu")
 
 
 def test_no_code_beside_the_weights_runs(tmp_path: Path) -> None:

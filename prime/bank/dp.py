@@ -189,12 +189,18 @@ def load_key(path: Path) -> bytes:
         finally:
             draft.unlink()
     try:
-        key = bytes.fromhex(path.read_text(encoding="ascii").strip())
+        with open(path, encoding="ascii", opener=_unwaiting) as file:
+            key = bytes.fromhex(file.read(1000).strip())
     except ValueError:
         key = b""
     if len(key) != KEY_BYTES:
         raise InputError(f"{path}: not a noise key (--noise_key): expected {2 * KEY_BYTES} hexadecimal digits")
     return key
+
+
+def _unwaiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe under its name is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def uniform(key: bytes, count: int, *parts: object) -> np.ndarray:

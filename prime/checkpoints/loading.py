@@ -21,7 +21,7 @@ from prime.checkpoints.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.checkpoints.placement import dispatched, read_map
 from prime.checkpoints.published import open_adapter
 from prime.checkpoints.tensors import check_hub_dir, shown_error
-from prime.checkpoints.weight_files import check_loaded, weight_files
+from prime.checkpoints.weight_files import check_loaded, check_size, weight_files
 from prime.errors import InputError
 from prime.runs.workers import world
 
@@ -82,10 +82,13 @@ def _load_hugging_face(path: str, device: torch.device, dtype: torch.dtype) -> n
     files = weight_files(path)
     try:
         with _quiet():
+            check_size(path, files, AutoModelForCausalLM)
             # Mismatched sizes are let through here, since `check_loaded` reports them with both shapes.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True
             )
+    except InputError:
+        raise
     except Exception as error:  # a stranger's configuration can make the library raise whatever it likes
         raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
     model, info = loaded
@@ -122,8 +125,8 @@ def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
         return config_of_params(path, dtype)
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a model's configuration: {error}") from None
+    except Exception as error:  # as in `_load_hugging_face`
+        raise InputError(f"{path}: cannot be read as a model's configuration: {shown_error(error)}") from None
 
 
 def check_model_dir(path: str) -> None:

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prime.errors import InputError
+from prime.runs.files import read_bytes
 
 SPACE = "\u2581"  # sentencepiece's space
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -58,7 +59,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def read_tiktoken(path: Path) -> dict[bytes, int] | None:
     """Rank of each token's bytes, or None when the file is not of this format."""
     ranks: dict[bytes, int] = {}
-    for line in path.read_bytes().splitlines():
+    for line in read_bytes(path).splitlines():
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)

@@ -9,6 +9,7 @@ after it: a view with stride 0 can claim any shape over a storage of four bytes.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from prime.runs.files import read_json
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_CLAIM = 2  # times the file's bytes: two names may share one storage (tied embeddings)
 MAX_LAYERS = 10_000
+COUNTED = re.compile("layer|block|expert|label|head")  # in names of a configuration's numbers: parts made one by one
 
 # -- pickles --------------------------------------------------------------------------------------------------------
 
@@ -167,13 +169,18 @@ def _index_problems(index: Path) -> list[str]:
 
 
 def _config_problem(config: Any) -> str:
-    return layers_problem(config, "num_hidden_layers") if isinstance(config, dict) else "expected an object"
+    """What is wrong with a configuration, or one inside it; "" if nothing is."""
+    if not isinstance(config, dict):
+        return "expected an object"
+    inner = [_config_problem(value) for value in config.values() if isinstance(value, dict)]
+    problems = [layers_problem(config, key) for key in config if COUNTED.search(key)]
+    return next((problem for problem in [*problems, *inner] if problem), "")
 
 
 def layers_problem(config: Mapping[str, Any], key: str) -> str:
-    """What is wrong with a number of layers; "" if nothing is.
+    """What is wrong with a number of layers, experts or labels; "" if nothing is.
 
-    A model is built before its weights are found missing, so layers that no model has would be built for hours.
+    transformers makes a list of as many before it looks for weights.
     """
     value = config.get(key, 1)
     return f"{key} is {value}, above {MAX_LAYERS:,}" if isinstance(value, int | float) and value > MAX_LAYERS else ""

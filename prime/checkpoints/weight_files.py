@@ -3,12 +3,15 @@
 There is one file, or several with an index: safetensors, or .bin (pickles, of which only tensors are read).
 """
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
 
 from prime.checkpoints.tensors import first_line, load_named
 from prime.errors import InputError
@@ -17,8 +20,14 @@ from prime.runs.files import read_json
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
-def weight_files(folder: str | Path) -> dict[str, list[str]]:
-    """The names of the tensors in each weight file, by the file's path.
+# Numbers that a model may have beyond twice those of its files: a head that a checkpoint lacks, tables of positions.
+SLACK = 4 << 20
+
+Sizes = Mapping[str, Mapping[str, int]]  # numbers in each tensor, by the tensor's name within the file's path
+
+
+def weight_files(folder: str | Path) -> dict[str, dict[str, int]]:
+    """How many numbers each tensor of each weight file has, by the headers of the files.
 
     The folder has to have passed `prime.checkpoints.tensors.check_hub_dir`.
 
@@ -29,39 +38,72 @@ def weight_files(folder: str | Path) -> dict[str, list[str]]:
     for name in NAMES:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return {str(folder / name): sorted(tensor_names(folder / name))}
+            return {str(folder / name): tensor_sizes(folder / name)}
         if index.is_file():
             return _sharded(index)
     raise InputError(f"{folder}: no weights there: neither {' nor '.join(NAMES)}, nor an index of several files")
 
 
-def _sharded(index: Path) -> dict[str, list[str]]:
+def _sharded(index: Path) -> dict[str, dict[str, int]]:
     """The same by an index of several files."""
     tensors_of: dict[str, list[str]] = {}
     for tensor, file in read_json(index)["weight_map"].items():
         tensors_of.setdefault(str(index.parent / file), []).append(tensor)
+    files: dict[str, dict[str, int]] = {}
     problems = []
     for path, tensors in sorted(tensors_of.items()):
-        missing = sorted(set(tensors) - set(tensor_names(Path(path))))
+        sizes = tensor_sizes(Path(path))
+        missing = sorted(set(tensors) - sizes.keys())
+        files[path] = {name: sizes[name] for name in tensors if name in sizes}
         if missing:
             problems.append(f"{path}: lacks {missing[0]} and {len(missing) - 1} other tensors that {index.name} names")
     if problems:
         raise InputError.many(problems)
-    return tensors_of
+    return files
 
 
-def tensor_names(path: Path) -> Iterable[str]:
-    """Names of the tensors in a file, without reading them; InputError if it is cut short."""
+def tensor_sizes(path: Path) -> dict[str, int]:
+    """How many numbers each tensor of a file has, without reading them; InputError if it is cut short."""
     if path.suffix == ".bin":
-        return load_named(path, mmap=True)
+        return {name: tensor.numel() for name, tensor in load_named(path, mmap=True).items()}
     try:
         with safe_open(path, framework="pt") as tensors:
-            return list(tensors.keys())
+            return {name: math.prod(tensors.get_slice(name).get_shape()) for name in sorted(tensors.keys())}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: cut short, or not a safetensors file: {first_line(error)}") from error
 
 
-def check_loaded(path: str, files: dict[str, list[str]], info: dict[str, Any], layers: int) -> None:
+def check_size(folder: str | Path, files: Sizes, auto: Any) -> None:
+    """InputError for a configuration whose model is far larger than the weight files beside it.
+
+    transformers allocates what it does not find in them, so the model is built before, on the meta device, without
+    data. A configuration that cannot be built is told of by whoever loads it.
+
+    Args:
+        files: as `weight_files` returned them.
+        auto: the class that is to load the model, such as `AutoModelForCausalLM`.
+    """
+    held: dict[str, int] = {}
+    for tensors in files.values():
+        held |= tensors
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers <= len(held):
+            with torch.device("meta"):
+                model = auto.from_config(config, trust_remote_code=False)
+            described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    except Exception:
+        return
+    if layers > len(held):
+        what = f"config.json describes {layers:,} layers"
+        raise InputError(f"{folder}: {what}, the weight files hold {len(held):,} tensors")
+    if described > 2 * sum(held.values()) + SLACK:
+        what = f"config.json describes a model of {described:,} numbers"
+        raise InputError(f"{folder}: {what}, the weight files hold {sum(held.values()):,}")
+
+
+def check_loaded(path: str, files: Sizes, info: dict[str, Any], layers: int) -> None:
     """InputError for tensors that transformers found missing, of another shape, or in layers that config.json lacks.
 
     Args:

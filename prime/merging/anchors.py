@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from prime.checkpoints.tensors import FLOATS, check_hub_dir, check_plain, load_pickled, shown_error, shown_value
+from prime.checkpoints.weight_files import check_size, weight_files
 from prime.errors import InputError, harmless
 from prime.runs.files import write_bytes
 
@@ -55,7 +56,11 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> SentenceEncod
     try:
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": bool(away)}
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if local:
+            check_size(name, weight_files(name), AutoModel)
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **options)
+    except InputError:
+        raise
     except Exception as error:  # the configuration of a stranger can make the library raise whatever it likes
         unreachable = f"it is no directory, and the Hugging Face hub cannot be reached: {away}"
         reason = unreachable if away else shown_error(error)

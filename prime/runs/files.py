@@ -1,4 +1,4 @@
-"""Files in and out: JSON of bounded size, and writes that are either whole or not there.
+"""Files in and out: regular files of bounded size, and writes that are either whole or not there.
 
 A signal that would stop the process waits until the write in progress is done.
 """
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError
-from prime.runs.locks import grab, remove_abandoned
+from prime.runs.locks import grab, remove_abandoned, still_names
 
 JSON_BYTES = 256 << 20  # a JSON file may have, unless its reader says otherwise
+DIGITS = 300  # of a whole number at most: a float holds 308
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -29,8 +30,8 @@ def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
     object with the same key twice (the second value would silently win).
     """
     try:
-        text = _read_text(Path(path), limit)
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+        text = read_bytes(path, limit).decode("utf-8-sig")
+        return json.loads(text, parse_constant=_refuse_constant, parse_int=_whole, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(f"{path}: {where}: not JSON: {error.msg}") from None
@@ -38,24 +39,66 @@ def read_json(path: str | os.PathLike[str], limit: int = JSON_BYTES) -> Any:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise InputError(f"{path}: nested too deeply") from None
-    except ValueError as error:  # a number of thousands of digits, a key given twice, NaN
+    except ValueError as error:  # a number of hundreds of digits, a key given twice, NaN
         raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
 
 
-def _read_text(path: Path, limit: int) -> str:
-    """The text of a regular file of at most `limit` bytes; a pipe or a device could be read for ever."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if status.st_size > limit:
-        raise ValueError(f"{status.st_size:,} bytes, above the limit of {limit:,} for such a file")
-    return path.read_text(encoding="utf-8-sig")
+def read_bytes(path: str | os.PathLike[str], limit: int = JSON_BYTES, flags: int = 0) -> bytes:
+    """The content of a regular file of at most `limit` bytes; a pipe or a device could be read for ever.
+
+    Args:
+        flags: further ones of `os.open`.
+
+    Raises:
+        InputError: no such file, or another kind of one, or a larger one.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)  # a pipe is not waited for
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        status = os.fstat(handle)  # of what is read, also where the name is given to something else meanwhile
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path}: not a regular file")
+        if status.st_size > limit:
+            raise InputError(f"{path}: {status.st_size:,} bytes, above the limit of {limit:,} for such a file")
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(handle)
+
+
+def check_own(root: Path) -> None:
+    """InputError for anything below a run's folder that is neither a folder nor a regular file.
+
+    A stage writes, cuts and removes files there. The folder may come from a stranger, whose link would have it done
+    elsewhere, and whose pipe would be waited for.
+    """
+    problems: list[str] = []
+    waiting = [os.fspath(root)]
+    while waiting:
+        try:
+            entries = list(os.scandir(waiting.pop()))
+        except (FileNotFoundError, NotADirectoryError):  # another process has just removed it
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and os.path.lexists(entry.path):
+                kind = "a link" if entry.is_symlink() else "a pipe or a device"
+                problems.append(f"{entry.path}: {kind}; a run's folder holds folders and regular files only")
+    if problems:
+        raise InputError.many(sorted(problems))
 
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"not JSON: {name}")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, beyond the largest number")
+    return int(digits)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,9 +113,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """A file of one JSON object per line; InputError names a line that is none."""
     rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=_whole)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -162,10 +205,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     make_folder(path.parent)
     _remove_abandoned(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
+    handle, temporary = _held_temporary(path)
     try:
-        grab(handle)  # as long as this process holds it, other processes do not take it for abandoned
         yield temporary
         with uninterrupted():
             flush(temporary)
@@ -179,6 +220,16 @@ def replacing(path: Path | str) -> Iterator[Path]:
         raise
     finally:
         os.close(handle)
+
+
+def _held_temporary(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`; as long as this process holds it, others do not take it for abandoned."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        grab(handle)
+        if still_names(Path(name), handle):
+            return handle, Path(name)
+        os.close(handle)  # somebody removed it before it was held
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -20,6 +20,7 @@ from prime.errors import tell
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL = 0.2  # seconds between two looks at a claim that somebody else holds
 PATIENCE = 5  # looks in vain before a message says who is waited for
+FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link leads elsewhere, a pipe would be waited for
 TRIES = 100  # to create a folder that other processes may be removing
 
 
@@ -69,7 +70,7 @@ def _lock(path: Path) -> int | None:
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | FLAGS, 0o644)
         except (FileExistsError, FileNotFoundError):  # the folder was just removed by the last of the others
             failed += 1
             if failed == TRIES:  # nobody removes it: the path leads through a broken link, or the like
@@ -79,7 +80,7 @@ def _lock(path: Path) -> int | None:
             if grab(handle) is False:
                 os.close(handle)
                 return None
-            if _still_names(path, handle):
+            if still_names(path, handle):
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return handle
@@ -92,11 +93,11 @@ def _lock(path: Path) -> int | None:
 def hold(path: Path) -> int:
     """An open handle of a file: as long as any process has one, `unheld` is False for all others."""
     while True:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDONLY | FLAGS)
         try:
             with suppress_without_locks():
                 fcntl.flock(handle, fcntl.LOCK_SH)
-            if _still_names(path, handle):
+            if still_names(path, handle):
                 return handle
         except BaseException:
             os.close(handle)
@@ -111,12 +112,12 @@ def unheld(path: Path) -> Iterator[bool]:
     False on a file system without locks.
     """
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDWR | FLAGS)
     except OSError:
         yield False
         return
     try:
-        yield grab(handle) is True and _still_names(path, handle)
+        yield grab(handle) is True and still_names(path, handle)
     finally:
         os.close(handle)
 
@@ -146,7 +147,7 @@ def suppress_without_locks() -> Iterator[None]:
 def remove_abandoned(path: Path) -> None:
     """Remove a temporary file unless its writer holds the lock on it, and so is still alive."""
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        handle = os.open(path, os.O_RDWR | FLAGS)
     except OSError:
         return
     if grab(handle) is True:
@@ -154,7 +155,7 @@ def remove_abandoned(path: Path) -> None:
     os.close(handle)
 
 
-def _still_names(path: Path, handle: int) -> bool:
+def still_names(path: Path, handle: int) -> bool:
     """Whether the path still names the open file, and nobody has removed or replaced it."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(handle))

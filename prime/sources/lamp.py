@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from prime.errors import MAX_LINES, InputError
+from prime.sources.depth import Depth
 from prime.sources.spool import Item, Question, Spool, item_key
 from prime.sources.values import date_key, id_of, id_order, text_of
 from prime.users.tasks import Task, extract
@@ -32,15 +33,16 @@ _DATE_AT_END = re.compile(r"\bdate: (\d{4}(?:-\d{1,2}){0,2})\s*$")
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-class _CountedFile:
-    """A binary file that reports how many bytes are read of it."""
+class _WatchedFile:
+    """A binary file that reports how many bytes are read of it, and refuses what is nested too deeply."""
 
     def __init__(self, file: BinaryIO, progress: Callable[[int], object]):
-        self.file, self.progress = file, progress
+        self.file, self.progress, self.depth = file, progress, Depth()
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
         self.progress(len(data))
+        self.depth.feed(data)
         return data
 
 
@@ -56,10 +58,10 @@ def stream(path: Path, prefix: str, progress: Callable[[int], object] = lambda _
                 file.read(3)
             if file.peek(64).lstrip()[:1] == b"<":
                 raise InputError(f"{path}: holds HTML or XML, not JSON; the download failed")
-            yield from ijson.items(_CountedFile(file, progress), prefix, use_float=True, buf_size=2**20)
+            yield from ijson.items(_WatchedFile(file, progress), prefix, use_float=True, buf_size=2**20)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (ijson.JSONError, UnicodeDecodeError, RecursionError) as error:
+    except (ijson.JSONError, ValueError) as error:  # also bytes that are no text, and numbers of thousands of digits
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise InputError(f"{path}: not JSON: {reason}") from None
 
