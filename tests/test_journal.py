@@ -99,3 +99,23 @@ def test_a_dropped_journal_is_gone(tmp_path: Path) -> None:
     compute(journal, [])
     journal.drop()
     assert not (tmp_path / "folder" / "j.jsonl").exists()
+
+
+@pytest.mark.parametrize("place", [0.2, 0.4, 0.6, 0.8, 0.99])
+def test_a_damaged_line_is_not_believed_nor_what_comes_after_it(tmp_path: Path, place: float) -> None:
+    """A digit that another one replaced: the line is JSON as before."""
+    path = tmp_path / "j.jsonl"
+    expected = compute(Journal(path), [])
+    whole = path.read_bytes()
+    spot = next(i for i in range(int(place * len(whole)), len(whole)) if whole[i : i + 1] in b"34567")
+    path.write_bytes(whole[:spot] + b"2" + whole[spot + 1 :])
+    damaged = whole[:spot].count(b"\n") - 1  # the first line names the users
+    counted: list[int] = []
+    assert compute(Journal(path), counted) == expected and counted == list(range(damaged, 5))
+
+
+def test_a_line_nested_too_deeply_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    expected = compute(Journal(path), [], calls=1)
+    path.write_bytes(path.read_bytes() + b"[" * 10**6 + b"\n")
+    assert compute(Journal(path), [], calls=1) == expected

@@ -292,6 +292,46 @@ def test_only_a_result_marks_a_user_as_done(tmp_path: Path) -> None:
     assert [result["user_id"] for result in read_results(tmp_path)] == ["b", "A/7", "3"]
 
 
+FOREIGN: list[object] = [
+    [{"user_id": "8", "index": 0}], [{"user_id": "7"}], [{"index": 0}], [{"user_id": "7", "index": 0, "weights": "x"}],
+    {"user_id": "7"}, [7], [], "7", [[[]]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("results", FOREIGN)
+def test_a_journal_of_somebody_else_finishes_nobody(results: object, tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.journal(["7"]).call(runs.RESULTS, lambda: results)
+    run.recover(["7"])
+    assert not run.done("7")
+    run.finish_all([{"user_id": "7", "index": 0}])
+    assert [result["user_id"] for result in read_results(tmp_path)] == ["7"]
+
+
+@pytest.mark.parametrize("lost", ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "log.jsonl"])
+def test_a_user_whose_file_is_lost_is_done_again(lost: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = make(tmp_path)
+    for name in ("7", "8"):
+        for file in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "log.jsonl", ".log.x.tmp"):
+            write_text(run.user_dir(name) / file, "{}")
+        run.finish(name, {"user_id": name, "index": int(name), "seconds": {}})
+    assert make(tmp_path).done("7") and capsys.readouterr().err == ""
+    (run.user_dir("7") / lost).unlink()
+    again = make(tmp_path)
+    assert not again.done("7") and again.done("8")
+    assert f"{lost} is lost, so this user is done again" in capsys.readouterr().err
+
+
+def test_a_result_that_names_no_files_stands_as_it_is(tmp_path: Path) -> None:
+    """Of an older version; and one that is not readable is told of where it is read."""
+    make(tmp_path).finish("7", {"user_id": "7", "index": 0})
+    (tmp_path / "users" / "user_8").mkdir()
+    (tmp_path / "users" / "user_8" / "result.json").write_text('{"files": [7')
+    assert make(tmp_path).done("7") and make(tmp_path).done("8")
+    with pytest.raises(InputError, match="user_8/result.json: line 1"):
+        read_results(tmp_path)
+
+
 def test_no_run_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="settings.json: no such file"):
         read_settings(tmp_path / "nowhere")

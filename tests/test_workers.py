@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from prime.runs import run as runs
 from prime.runs.files import write_bytes, write_json
 from prime.runs.locks import claim
 from prime.runs.run import Run
+from prime.users.data import User
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -159,6 +161,7 @@ SHARE = """
 import sys, time
 from prime.runs import workers
 from prime.runs.run import Run
+from prime.users.data import User
 workers.POLL = 0.02
 run = Run(sys.argv[1], "stage", "method", {})
 ids = [str(number) for number in range(12)]
@@ -341,3 +344,14 @@ def test_other_settings_are_refused_whoever_came_first(tmp_path: Path) -> None:
     assert not first.done("1")
     with pytest.raises(InputError, match="seed: there 0, now 1"):
         Run(tmp_path, "stage", "method", {"seed": 1})
+
+
+def test_results_that_are_removed_while_others_are_computed_are_missed(tmp_path: Path) -> None:
+    """A folder that was deleted midway: the stage does not end as if all were there."""
+    run = Run(tmp_path / "run", "stage", "prime", {})
+    users = [User(name, ()) for name in ("1", "2", "3")]
+    with pytest.raises(InputError, match=r"2 results were removed meanwhile \(users 1, 2\); run it again"):
+        for index, user in workers.share_users(run, list(enumerate(users)), lambda _: 1):
+            if user.user_id == "3":
+                shutil.rmtree(run.root)
+            run.finish(user.user_id, {"user_id": user.user_id, "index": index})

@@ -24,7 +24,7 @@ def write(path: Path, value) -> None:
 
 
 def entries(path: Path) -> list[dict]:
-    """The lines of a .jsonl file, but for the seconds they took."""
+    """The lines of a .jsonl file, but for the seconds they took (and a journal's digests of those)."""
     return [without_seconds(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -35,7 +35,7 @@ def results(folder: str | Path) -> dict[str, dict]:
 
 
 def without_seconds(entry: dict) -> dict:
-    return {key: value for key, value in entry.items() if key != "seconds"}
+    return {key: value for key, value in entry.items() if key not in ("seconds", "check")}
 
 
 def build(folder: Path, task: str = "movie_tagging", test_users: int = 6, anchors: int = 6) -> Path:

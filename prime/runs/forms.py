@@ -53,7 +53,7 @@ PLOTTABLE_INTERVAL = {"mean": PLOTTABLE, "low": PLOTTABLE, "high": PLOTTABLE}
 
 # -- a run directory ------------------------------------------------------------------------------------------------
 
-SETTINGS_FILE = {"stage": str, "method": METHOD_NAME, "settings": {}}
+SETTINGS_FILE = {"stage": str, "method": METHOD_NAME, "settings": {}, "versions?": MapOf(ANY_TEXT, str)}
 MEMBERSHIP_SCORES = {"member": [NUMBER], "non_member": [NUMBER]}
 USER_RESULT = {
     "user_id": str,
@@ -65,6 +65,7 @@ USER_RESULT = {
     "record_ids?": [str],
     "seconds?": MapOf(ANY_TEXT, NUMBER),
     "on_base?": bool,
+    "files?": [str],
     "scores?": MapOf(ANY_TEXT, MEMBERSHIP_SCORES),
     "blind?": MapOf(ANY_TEXT, MEMBERSHIP_SCORES),
 }

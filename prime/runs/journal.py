@@ -12,18 +12,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime.runs.files import JSON_BYTES, flush, make_folder, uninterrupted
+from prime.errors import InputError
+from prime.runs.files import flush, make_folder, read_bytes, uninterrupted
 
 
 class Journal:
     """Answers of a deterministic computation, one JSON line each, on disk before they are used.
 
     A computation that was cut off runs again from its start: its recorded calls cost nothing, and from the first call
-    that is not recorded it goes on as if it had never stopped. A torn last line is dropped, and so is everything from
-    the first call whose question is not the recorded one (the data have changed).
+    that is not recorded it goes on as if it had never stopped. Dropped is everything from the first line that is torn
+    or damaged, and from the first call whose question is not the recorded one (the data have changed).
 
     The first line names the users whose results the computation leads to, `{"users": [...]}`. Each further line is
-    `{"question": digest of the question, "seconds": what the answer took to compute, "answer": ...}`.
+    `{"question": digest of the question, "seconds": what the answer took to compute, "answer": ..., "check": digest of
+    these three}`.
 
     Args:
         path: of the file; the first call creates it.
@@ -54,7 +56,8 @@ class Journal:
         del self._recorded[self._next :]
         started = time.perf_counter()
         answer = compute()
-        self._append({"question": digest, "seconds": time.perf_counter() - started, "answer": answer})
+        entry = {"question": digest, "seconds": time.perf_counter() - started, "answer": answer}
+        self._append(entry | {"check": _digest(entry)})
         return answer
 
     def recorded(self, question: Any) -> Any | None:
@@ -75,7 +78,7 @@ class Journal:
         head = b"" if self._size else self._head
         is_new = not self.path.exists()
         make_folder(self.path.parent)
-        with uninterrupted(), open(self.path, "ab") as file:
+        with uninterrupted(), open(self.path, "ab", opener=_no_link) as file:
             file.truncate(self._size)
             file.write(head + line)
             file.flush()
@@ -93,13 +96,9 @@ class Journal:
 
 def users_of(path: Path) -> list[str]:
     """The users that a journal's first line names; none where that line was cut off, or the file is no journal."""
-    if not path.is_file():  # a pipe could be read for ever; or another process has just removed it
-        return []
-    with open(path, "rb") as file:
-        line = file.readline(JSON_BYTES)
     try:
-        head = json.loads(line)
-    except (ValueError, RecursionError):
+        head = json.loads(_lines(path)[0])
+    except (InputError, IndexError, ValueError, RecursionError):  # perhaps another process has just removed it
         return []
     users = head.get("users") if isinstance(head, dict) else None
     return users if isinstance(users, list) and all(isinstance(user, str) for user in users) else []
@@ -110,18 +109,23 @@ def _digest(question: Any) -> str:
 
 
 def _lines(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return read_bytes(path, flags=os.O_NOFOLLOW).splitlines(keepends=True) if os.path.lexists(path) else []
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o644)
 
 
 def _whole_entries(lines: Sequence[bytes]) -> list[bytes]:
-    """The lines before the first that is torn, or no entry."""
+    """The lines before the first that is torn, damaged, or no entry."""
     whole: list[bytes] = []
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not (line.endswith(b"\n") and isinstance(entry, dict) and entry.keys() == {"question", "seconds", "answer"}):
+        check = entry.pop("check", None) if isinstance(entry, dict) else None
+        if not line.endswith(b"\n") or check is None or check != _digest(entry):
             break
         whole.append(line)
     return whole

@@ -23,14 +23,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prime.errors import InputError
-from prime.runs.files import uninterrupted, write_json
-from prime.runs.forms import SETTINGS_FILE, USER_RESULT, merge_problems, read_form
+from prime.errors import InputError, tell
+from prime.runs.files import check_own, uninterrupted, write_json
+from prime.runs.forms import SETTINGS_FILE, USER_RESULT, form_problems, merge_problems, read_form
 from prime.runs.journal import Journal, users_of
 from prime.runs.locks import claim, hold, turn, unheld
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
 DRIVER = Path("/proc/driver/nvidia/gpus")
+# Locks of users, and of what one process does for all (`Run.turn`). Other files are not ours to remove.
+LOCK = re.compile(r"(user_[a-z0-9_-]{1,64}|user\.[a-z0-9-]{0,32}\.[0-9a-f]{32}|settings|the_[a-z_]+)\.lock")
+EXPORTED = "adapter_full"  # in the folder of a finished user, whose result does not depend on it
 NO_RESULTS = ("settings.json", "noise.key")  # the key that noise is drawn from is as good under other settings
 RESULTS = "results of all users of the group"  # the question of the last entry in a group's journal
 LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
@@ -80,7 +83,7 @@ class Run:
 
     Raises:
         InputError: the directory holds results of other settings, or another process is at work in it under other
-            settings; names each key that differs, with both values.
+            settings; names each key that differs, with both values. Or it holds links, pipes or devices.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Run:
         self.working = self.root / "working"
         self._path, self._default = self.root / "settings.json", default
         self.settings: dict[str, Any] = _as_json(dict(settings))
+        check_own(self.root)
         wanted: dict[str, Any] = {"stage": stage, "method": method, "settings": self.settings}
         if not self._path.exists() or self._problem(wanted):
             with self.turn("settings"):
@@ -100,6 +104,7 @@ class Run:
         if problem := self._problem(wanted):
             raise InputError(problem)
         self._remove_leftovers()
+        self._reopen()
 
     def _write_settings(self, wanted: Mapping[str, Any]) -> None:
         """Write the settings where there are none, or in place of others that led to nothing and that nobody uses."""
@@ -154,11 +159,17 @@ class Run:
         return self.result_path(user_id).exists()
 
     def finish(self, user_id: str, result: Mapping[str, Any]) -> None:
-        """Write the user's result file, the last of all files of the user; `seconds` go into a file of their own."""
+        """Write the user's result file, the last of all files of the user, and names those in it.
+
+        `seconds` go into a file of their own.
+        """
+        folder = self.user_dir(user_id)
         with uninterrupted():
             if "seconds" in result:
-                write_json(self.user_dir(user_id) / "seconds.json", result["seconds"])
+                write_json(folder / "seconds.json", result["seconds"])
             kept = {key: value for key, value in result.items() if key != "seconds"}
+            if files := _files_of(folder):
+                kept["files"] = files
             write_json(self.result_path(user_id), kept)
 
     # Work in progress
@@ -176,8 +187,11 @@ class Run:
 
     def journal(self, user_ids: Sequence[str]) -> Journal:
         """The journal of the unfinished work that leads to the results of these users together."""
+        return Journal(self._journal_path(user_ids), user_ids)
+
+    def _journal_path(self, user_ids: Sequence[str]) -> Path:
         digest = hashlib.sha256(json.dumps(list(user_ids)).encode()).hexdigest()[:32]
-        return Journal(self.working / f"{digest}.jsonl", user_ids)
+        return self.working / f"{digest}.jsonl"
 
     def finish_all(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Finish those users of a group who are not finished yet.
@@ -193,19 +207,49 @@ class Run:
 
     def recover(self, user_ids: Sequence[str]) -> None:
         """Finish a group whose results had been noted when `finish_all` was cut off."""
-        results = self.journal(user_ids).recorded(RESULTS)
-        if results is not None:
+        journal = self.journal(user_ids)
+        results = journal.recorded(RESULTS)
+        if results is None:
+            return
+        if form_problems(results, [USER_RESULT], "") or [result["user_id"] for result in results] != list(user_ids):
+            journal.drop()  # somebody else wrote it: these users are done anew
+        else:
             self.finish_all(results)
 
     def _remove_leftovers(self) -> None:
         """Remove what a crash left: journals whose users were all finished by then, and locks of dead processes."""
         for path in sorted(self.working.glob("*.jsonl")):
             users = users_of(path)
-            if users and all(self.done(user_id) for user_id in users):
+            if users and path == self._journal_path(users) and all(self.done(user_id) for user_id in users):
                 path.unlink(missing_ok=True)
         for path in sorted(self.working.glob("*.lock")):
-            with claim(path):  # giving a lock back removes its file
-                pass
+            if LOCK.fullmatch(path.name):
+                with claim(path):  # giving a lock back removes its file
+                    pass
+
+
+    def _reopen(self) -> None:
+        """Remove results of which a file has been lost since: those users are done again."""
+        for path in sorted(self.root.glob("users/*/result.json")):
+            lost = [name for name in _named_files(path) if not (path.parent / name).is_file()]
+            if lost:
+                tell(f"{path.parent}: {lost[0]} is lost, so this user is done again")
+                path.unlink(missing_ok=True)
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files of a user that are there before result.json and seconds.json, as paths within the folder."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    names = {path.relative_to(folder).as_posix() for path in paths} - {"result.json", "seconds.json"}
+    return sorted(name for name in names if not name.startswith(f"{EXPORTED}/"))
+
+
+def _named_files(path: Path) -> list[str]:
+    """The files that a result names; none where it is not readable, which is told where it is used."""
+    try:
+        return read_form(path, {"files?": [str]}).get("files", [])
+    except InputError:
+        return []
 
 
 def _as_json(value: Any) -> Any:
@@ -233,6 +277,7 @@ def read_result(path: Path) -> dict:
 def read_results(root: Path | str) -> list[dict]:
     """The results of all finished users of a run directory, by index; one InputError lists all problems."""
     results, problems = [], []
+    check_own(Path(root))
     for path in sorted(Path(root).glob("users/*/result.json")):
         try:
             results.append(read_result(path))

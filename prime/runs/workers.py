@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import chain, product
 from typing import NamedTuple, Protocol, TypeVar
 
-from prime.errors import tell
+from prime.errors import InputError, tell
 from prime.runs.locks import PATIENCE, POLL, holder
 from prime.runs.run import Run
 
@@ -106,6 +106,9 @@ def share(
 
     Units that other processes work on are waited for at the end, and taken over if their process dies.
 
+    Raises:
+        InputError: users who were finished are so no longer: somebody removes files of the run.
+
     Args:
         units: every process passes the same ones in the same order.
         ids: of the users that a unit finishes.
@@ -134,6 +137,11 @@ def share(
                 _tell_holders(run, chain.from_iterable(map(ids, waiting)))
             time.sleep(POLL)
         waiting = claimed_by_others
+    user_ids = list(chain.from_iterable(map(ids, units)))
+    lost = [user_id for user_id in user_ids if not _finished([run, *others], [user_id])]
+    if lost:
+        named = ", ".join(lost[:8]) + (", ..." if len(lost) > 8 else "")
+        raise InputError(f"{run.root}: {len(lost)} results were removed meanwhile (users {named}); run it again")
 
 
 def _finished(runs: Sequence[Run], user_ids: Sequence[str]) -> bool:
