@@ -94,7 +94,7 @@ def attack_open(settings: Settings, owners: Owners, todo: Sequence[tuple[Run, Gr
     texts = load_texts(data.folder, data.task_name, prompts.prompt_path)
     load = load_test_users if owners.are_test_users else load_candidates
     users = load(data.folder, texts.task)
-    engine = load_engine(settings.model, prompts.max_length)
+    engine = load_engine(settings.model, prompts.max_length, prompts.chat)
     records = owned_records(owners, users, texts, engine.encoder, prompts.recent_k, settings.max_records)
     references = References.draw(owners.ids, settings.references, settings.seed)
     # In the references' order, so that with --skip_sharers few other owners are scored beside them.

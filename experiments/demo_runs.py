@@ -124,5 +124,5 @@ def start_of(settings: stage.Settings) -> Start:
     golds = load_labels(data.folder / LABEL_FILE)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), search.n_sim)
-    engine = load_engine(settings.model, settings.prompts.max_length)
+    engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
     return Start(settings, texts, users, golds, pool, engine)

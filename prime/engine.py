@@ -86,11 +86,12 @@ class Engine:
             return train(self.bank, learners, settings, self.max_batch_tokens, progress.update, stacks, scalers)
 
 
-def load_engine(settings: ModelSettings, max_length: int) -> Engine:
+def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto") -> Engine:
     """Model (with the task adapter folded in, if there is one), bank and tokenizer.
 
     Args:
         max_length: tokens of a prompt with its answer.
+        chat: on, off or auto, see `prime.bank.encoding.Encoder`.
     """
     if settings.convert_to:
         kept_conversion(settings.llama_model_path, settings.convert_to, settings.tokenizer_path)
@@ -101,8 +102,9 @@ def load_engine(settings: ModelSettings, max_length: int) -> Engine:
     model = load_model(base, settings.device, settings.dtype, settings.lora_ckpt, settings.device_map)
     embeddings = check_vocabulary(tokenizer, model, settings.tokenizer_path or base)
     bank = AdapterBank(model, settings.modules)
-    encoder = Encoder(tokenizer, max_length, embeddings)
-    return Engine(bank, encoder, eos_ids(tokenizer, model), settings.max_batch_tokens)
+    encoder = Encoder(tokenizer, max_length, embeddings, chat)
+    eos = sorted({*eos_ids(tokenizer, model), encoder.end})
+    return Engine(bank, encoder, eos, settings.max_batch_tokens)
 
 
 def setting_name(k: int, profile: bool) -> str:

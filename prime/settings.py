@@ -313,6 +313,12 @@ class PromptSettings:
     max_length: int = setting(
         3000, "tokens of a prompt with its answer", parse=positive, aliases=("--max_seq_len",)
     )
+    chat: str = setting(
+        "auto",
+        "write prompts and answers as turns of the tokenizer's chat template; auto: where it has one",
+        choices=("auto", "on", "off"),
+        published="off",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,14 +217,17 @@ def test_long_records_are_cut_at_the_prompts_left(text: str, target: str, room: 
 
 
 def test_a_token_without_an_embedding_is_named() -> None:
-    """Hub copies of Llama 2 list a padding token behind the vocabulary; a text may hold its name."""
+    """A text may hold the name of an added token; that of a special one is text."""
     tokenizer = tiny.tokenizer()
     rows = len(tokenizer)
+    tokenizer.add_tokens(["[TOOL]"])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     encoder = Encoder(tokenizer, embeddings=rows)
     assert encoder.prompt("p", "a quiet film").ids == Encoder(tiny.tokenizer()).prompt("p", "a quiet film").ids
-    with pytest.raises(InputError, match=rf"'\[PAD\]' as id {rows}, the model's embedding has {rows} rows.*a \[PAD\]"):
-        encoder.record("r", "a [PAD] b", " c")
+    told = rf"'\[TOOL\]' as id {rows}, the model's embedding has {rows} rows.*a \[TOOL\]"
+    with pytest.raises(InputError, match=told):
+        encoder.record("r", "a [TOOL] b", " c")
+    assert max(encoder.record("r", "a [PAD] b", " c").ids) < rows
 
 
 def test_answers_come_back_as_text() -> None:

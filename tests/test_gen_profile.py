@@ -182,10 +182,12 @@ def test_texts_are_what_transformers_generates(here: Path) -> None:
     assert len(empty) == 1 and found[empty[0]] == ""
     for user in [user for user in users if user.profile][-3:]:
         lines = "".join(f"Movie: {item['description']} Tag: {item['tag']}\n" for item in user.profile[-3:])
-        lines = lines.replace("</s>", "").replace("<s>", "")
         question = PROFILE_PROMPTS["movie_tagging"].format(lines)
-        ids = tokenizer(f"[user] {question}</s>[assistant]", return_tensors="pt").input_ids  # the tokenizer adds BOS
-        assert (ids == tokenizer.bos_token_id).sum() == 1
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, sanitize_control_tokens=True,
+            return_tensors="pt", return_dict=False,
+        )  # fmt: skip
+        assert (ids == tokenizer.eos_token_id).sum() == 1  # that of the template
         answer = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
         text = tokenizer.decode(answer, skip_special_tokens=True).strip()
         assert found[user.user_id] == (whole_sentences(text) if len(answer) == 6 else text)

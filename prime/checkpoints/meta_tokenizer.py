@@ -3,7 +3,7 @@
 Llama 2 keeps a sentencepiece model there (BPE, byte fallback, a space in front of every text). Llama 3 keeps a tiktoken
 file (a line per token: base64 of its bytes, its rank), and has 256 special tokens with ids behind those. Both become a
 list of merges: every way to divide a token into two other tokens, the better token first. Special tokens written out in
-a text stay text, as with Meta's encoders; `prime.bank.encoding.Encoder` puts BOS and EOS around texts.
+a text stay text, as with Meta's encoders, and BOS goes in front.
 
 Known differences: inside a repetition a token that can be divided in several ways may be merged from another side; and
 Meta's Llama 3 encoder cuts runs of more than 25,000 characters without (or only of) space, this one does not.
@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prime.errors import InputError
@@ -83,6 +83,7 @@ def _from_tiktoken(ranks: dict[bytes, int]) -> PreTrainedTokenizerFast:
     reserved = iter(range(LLAMA3_SPECIALS))
     named = [LLAMA3_NAMED.get(i) or f"<|reserved_special_token_{next(reserved)}|>" for i in range(LLAMA3_SPECIALS)]
     inner.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in named])
+    _begin_with(inner, named[0], len(ranks))
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token=named[0], eos_token=named[1], split_special_tokens=True,
         clean_up_tokenization_spaces=False,
@@ -123,12 +124,18 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     inner.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    _begin_with(inner, begin, model.bos_id())
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token=unknown, bos_token=begin, eos_token=end, split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
     _check_same(tokenizer, model, path)
     return tokenizer
+
+
+def _begin_with(inner: Tokenizer, token: str, number: int) -> None:
+    """Put BOS in front of every text, as Meta's own code does."""
+    inner.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=[(token, number)])
 
 
 def _bpe_of(model: Any, pieces: list[str], unknown: str) -> models.BPE:

@@ -71,7 +71,7 @@ def load_encoder(name: str, device: str | torch.device = "cpu") -> SentenceEncod
     limit = min(MAX_TOKENS, tokenizer.model_max_length, positions)
 
     def tokens(text: str) -> list[int]:
-        return tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        return tokenizer(text, truncation=True, max_length=limit, split_special_tokens=True)["input_ids"]
 
     return SentenceEncoder(model.to(device).eval().requires_grad_(False), tokens, pad)
 

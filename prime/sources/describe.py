@@ -9,8 +9,6 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
@@ -41,24 +39,6 @@ def model_dir(name: str) -> str:
         ) from None
 
 
-def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A question as the model was taught to read one, without BOS; where it has no chat template, as it is.
-
-    What a user wrote is text: the names of special tokens in it are taken out.
-    """
-    special = (token.content for token in getattr(tokenizer, "added_tokens_decoder", {}).values() if token.special)
-    for token in sorted(special, key=len, reverse=True):
-        text = text.replace(token, "")
-    if not tokenizer.chat_template:
-        return text
-    try:
-        question = [{"role": "user", "content": text}]
-        prompt = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise InputError(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
-    return str(prompt).removeprefix(str(tokenizer.bos_token or ""))
-
-
 @dataclass(frozen=True)
 class Asking:
     """What is asked about a user.
@@ -67,11 +47,13 @@ class Asking:
         prompts: `profile` and `retrieval_history`, see `prime.users.profiles.load_profile_prompts`.
         item_words: words of an item's field at most.
         max_length: tokens of a question with its answer.
+        chat: on, off or auto, see `prime.bank.encoding.Encoder`.
     """
 
     prompts: Mapping[str, str]
     item_words: int
     max_length: int
+    chat: str = "auto"
 
 
 class Describer:
@@ -80,7 +62,7 @@ class Describer:
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, seed: int, asking: Asking):
         self.asking, self.max_gen_len = asking, sampling.max_gen_len
         local = replace(model, llama_model_path=model_dir(model.llama_model_path))
-        self.engine = load_engine(local, asking.max_length)
+        self.engine = load_engine(local, asking.max_length, asking.chat)
         self.sampler = Sampler(sampling.temperature, sampling.top_p, seed)
 
     def texts(self, users: Sequence[User], progress: Progress) -> dict[str, dict[str, Any]]:
@@ -106,10 +88,9 @@ class Describer:
         room = self.asking.max_length - self.max_gen_len
 
         def fits(text: str) -> bool:
-            tokens = encoder.tokenizer(as_chat(encoder.tokenizer, text), add_special_tokens=False)["input_ids"]
-            return len(encoder.bos) + len(tokens) <= room
+            return len(encoder.prompt_ids(text)) <= room
 
         text, number = fit(user.profile, self.asking.prompts, self.asking.item_words, fits)
         if not number:
             raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.asking.max_length})")
-        return as_chat(encoder.tokenizer, text), number
+        return text, number
