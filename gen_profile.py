@@ -48,7 +48,9 @@ class Settings:
             metavar="NAME_OR_DIR",
         ),
     )
-    prompts: opt.PromptSettings = opt.group()
+    prompts: opt.PromptSettings = opt.group(
+        chat=opt.setting("auto", "ask through the chat template; auto: where there is one", choices=opt.CHAT)
+    )
     decoding: opt.SamplingSettings = opt.group(max_gen_len=160)
 
 

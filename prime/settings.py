@@ -14,6 +14,7 @@ from typing import Any, get_type_hints
 
 HIDDEN = argparse.SUPPRESS  # help of an option that only says why it is refused
 DEVICES = ("auto", "cpu", "cuda", "mps")
+CHAT = ("auto", "on", "off")
 RECENT_K = 50  # published window of a history
 
 
@@ -316,7 +317,7 @@ class PromptSettings:
     chat: str = setting(
         "auto",
         "write prompts and answers as turns of the tokenizer's chat template; auto: where it has one",
-        choices=("auto", "on", "off"),
+        choices=CHAT,
         published="off",
     )
 
