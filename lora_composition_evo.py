@@ -38,11 +38,12 @@ from prime.checkpoints import plan
 from prime.checkpoints.memory import Work
 from prime.engine import Engine, Predictions, load_engine, predict
 from prime.errors import tell
+from prime.merging.controls import load_sharers
 from prime.merging.deploy import export_full, save_personal
 from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
 from prime.merging.optimizer import Search, optimizer_name
 from prime.merging.population import Population, Setup
-from prime.merging.sharers import Pool, Selection, load_pool
+from prime.merging.sharers import Pool, Selection
 from prime.report.methods import REFERENCE, choices
 from prime.runs.files import check_own
 from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = asked_as_queries(data.folder, texts)
     users = load_test_users(data.folder, texts.task)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
-    pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), search.n_sim)
+    pool = load_sharers(selection, settings.model, settings.anchor_dir, len(users), search, settings.seed)
     runs = open_runs(settings, Path(settings.output_dir or f"./output/{data.task_name}/{method.folder}"))
     wanted = select_indices(settings.user_idxs, len(users))
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))

@@ -19,9 +19,10 @@ sys.path.insert(0, str(ROOT))
 import lora_composition_evo as stage
 from prime import cli
 from prime.engine import Engine, load_engine
+from prime.merging.controls import load_sharers
 from prime.merging.evolution import Evaluation, search_each
 from prime.merging.population import Population, Setup
-from prime.merging.sharers import Pool, Selection, load_pool
+from prime.merging.sharers import Pool, Selection
 from prime.settings import positive
 from prime.users.data import LABEL_FILE, User, load_labels
 from prime.users.tasks import TASKS
@@ -123,6 +124,6 @@ def start_of(settings: stage.Settings) -> Start:
     users = load_test_users(data.folder, texts.task)
     golds = load_labels(data.folder / LABEL_FILE)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
-    pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), search.n_sim)
+    pool = load_sharers(selection, settings.model, settings.anchor_dir, len(users), search, settings.seed)
     engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
     return Start(settings, texts, users, golds, pool, engine)

@@ -401,6 +401,11 @@ class SearchSettings:
     """The search for merging weights, and which of the evaluated candidates may win."""
 
     n_sim: int = setting(3, "most similar sharers to merge; 0 = all", parse=natural)
+    sharers: str = setting(
+        "nearest",
+        "who they are; null controls: random or the farthest ones, or noise in place of the nearest ones' adapters",
+        choices=("nearest", "random", "farthest", "noise"),
+    )
     opt_type: str = setting(
         "cma",
         "cma, ngopt, tbpsa, or any optimizer of nevergrad; pareto: one search of utility and similarity at once, from "

@@ -14,7 +14,7 @@ import world
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from experiments import ablation, demo_runs
+from experiments import ablation, demo_runs, sweep
 from prime import cli
 from prime.bank.encoding import Encoder
 from prime.bank.lora import Adapter, merge
@@ -568,3 +568,21 @@ def test_the_arms_of_the_ablation_are_what_stage_4_gives_with_their_options(insi
     by_test = found["answers"][ablation.CHOSEN_BY_TEST][user_id]
     assert sorted(sample["id"] for sample in by_test) == sorted(asked)
     assert sum(found["origins"][ablation.CHOSEN_BY_TEST].values()) == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_is_stage_4_at_each_value(
+    inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = evo("./unused")[1:]
+    del words[words.index("--output_dir") : words.index("--output_dir") + 2]
+    monkeypatch.setattr(demo_runs, "trained", lambda *_: Path("./output/swept"))
+    monkeypatch.setattr(demo_runs, "search_options", lambda *_: words)
+    sweep.main(["--vary", "sharers", "--values", "nearest,noise", "--tasks", TASK, "--users", "2",
+                "--output_dir", "./output/sweep"])  # fmt: skip
+    swept, whole = world.results("./output/swept/sweep/sharers-nearest"), world.results(EVO)
+    assert len(swept) == 2 and all(swept[user] == whole[user] for user in swept)
+    table = world.read(Path("./output/sweep/sweep-sharers.json"))["tasks"][TASK]
+    assert table["nearest"]["paired"]["equal"] == 2 and set(table) == {"nearest", "noise"}
+    assert "| noise |" in capsys.readouterr().out
+    assert Path(f"./output/sweep/sweep-sharers-{TASK}.svg").stat().st_size > 1000
