@@ -70,9 +70,9 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
     """The settings of a command line; `argv` None: of this process."""
     parser = parser_of(settings_class, doc)
     for word in sys.argv[1:] if argv is None else argv:
-        flag = word.partition("=")[0]
-        if flag in ELSEWHERE:
-            parser.error(f"{flag}: {ELSEWHERE[flag]}")
+        flag = "--sample" if word.startswith("--sample") else word.partition("=")[0]
+        if flag in ELSEWHERE and flag not in parser._option_string_actions:
+            parser.error(f"{word}: {ELSEWHERE[flag]}")
     values = parser.parse_args(argv)
     if values.as_published:
         parser.set_defaults(**published(settings_class))
@@ -95,9 +95,8 @@ ELSEWHERE = {
     "--minimize": "the task's metrics know their direction; leave it out",
     "--infer": "test queries are always answered; --k_list says with how many retrieved items",
     "--num_eval_anchors": "--user_idxs says who is worked on",
-    "--sample": "a gate sees the whole window of the history; --recent_k says how long that is",
-    "--sample_size": "a gate sees the whole window of the history; --recent_k says how long that is",
-    "--sample_ratio": "--shared_ratio says which part of the anchors share",
+    "--sample": "a gate sees its whole window of the history (--recent_k); --shared_ratio is the part that shares",
+    "--epochs": "nothing is trained here",
     "--secure_rng": "noise is always drawn from a secret key, see --noise_key",
     "--poisson_sample": "differentially private batches are always drawn so",
     "--embedding_filename": "the files are named as published, in --anchor_selection_dir",
