@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prime.errors import InputError
 from prime.settings import RECENT_K
@@ -30,7 +30,7 @@ class Record:
     input: str
     target: str
     held_out: bool = False  # nothing trains on it
-    position: int = 0  # of its item in the user's history
+    position: int = field(default=0, compare=False)  # of its item in the user's history
 
 
 @dataclass(frozen=True)
