@@ -9,13 +9,13 @@ Takes   seconds by rule; by a model about as long as answering one long prompt p
     python gen_profile.py --task_name movie_tagging --rule
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.errors import InputError
 from prime.runs.files import read_json, write_json

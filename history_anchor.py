@@ -8,11 +8,11 @@ Takes   seconds on the demo (2 CPU cores). A finished selection is left as it is
     python history_anchor.py --candidate_path ./data/movie_tagging/user_anchor_candidate.json --task_name movie_tagging
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.checkpoints.loading import pick_device
 from prime.errors import InputError

@@ -22,6 +22,7 @@ the more similar sharer; the order of records is drawn by the user's seed. --n_s
         --output_dir ./output/movie_tagging/LoRA-Composition
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import json
 import time
 from collections.abc import Sequence
@@ -30,7 +31,6 @@ from functools import partial
 
 import torch
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress

@@ -20,6 +20,7 @@ The method is `prime/merging/evolution.py`, its objective `prime/merging/objecti
 --objective nll is LoraHub (Huang et al., 2023); as published with --as_published --opt_type ngopt --opt_budget 40.
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.lora import merge

@@ -26,12 +26,12 @@ train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
         --exp_dir ./output/movie_tagging/LoRA-Composition-evo
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.attack.evidence import References, Scorer, attack_group, owned_records
 from prime.attack.scoring import ATTACKS

@@ -14,14 +14,14 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
     python postprocess.py --task_name movie_tagging --output_dir ./output/movie_tagging/LoRA-Composition-evo
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.report.frontier import frontier_table, write_frontier
 from prime.report.page import write_pages
-from prime.report.predictions import check_golds, check_stage, check_users, gather
+from prime.report.predictions import check_answers, check_golds, check_stage, check_users, gather
 from prime.report.scores import write_stage_files
 from prime.report.sections.content import Content
 from prime.report.summary import about_methods, build_summary
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         predictions, sources = gather(run, task)
         check_users(predictions, user_ids, users_path)
         check_golds(predictions, golds, labels_path)
+        check_answers(predictions, users, sources)
         write_stage_files(run, task, golds)
     if penalties:
         print(frontier_table(write_frontier(stage_dir, task, golds)))

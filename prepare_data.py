@@ -11,10 +11,10 @@ Takes   about a minute per GB, within a few hundred MB of memory. A second run m
 docs/real_data.md: where the files are, what is done to them, and what differs from those of the Per-Pcs authors.
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.errors import InputError
 from prime.report.tables import aligned

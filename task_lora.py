@@ -10,6 +10,7 @@ Takes   1 to 2 minutes on the demo (2 CPU cores). Resumes: run the same command 
         --output_dir ./output/movie_tagging/task-base_LLM
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.train import Learner

@@ -20,13 +20,13 @@ back up behind the last of them.
 on the same items: result.json also tells the budget of both together, or that the adapter was not trained privately.
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.dp import Terms, terms_of
 from prime.bank.train import Learner

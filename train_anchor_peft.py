@@ -14,6 +14,7 @@ Takes   about 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor
 item, without records that quote other items, and the card then carries the guarantee, but no scores on the history.
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from pathlib import Path
 
 import torch
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.batching import Pair
 from prime.bank.dp import Mechanism, Terms, terms_of

@@ -19,6 +19,7 @@ A user without history has nothing to train on: oppu leaves the base to him, mta
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt --output_dir ./output/movie_tagging/OPPU
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,6 @@ from pathlib import Path
 
 import torch
 
-from prime import cli
 from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.lora import Adapter, merge

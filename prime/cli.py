@@ -1,5 +1,6 @@
 """The command line: settings become options and options settings; what every script does around its `main`."""
 
+from prime.runs.interrupts import STOPPED  # isort: skip (first: Ctrl-C ends with one line from here on)
 import argparse
 import errno
 import os
@@ -8,9 +9,9 @@ import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
-from prime.errors import InputError, tell
+from prime.errors import InputError, harmless, tell
 from prime.runs.files import stop_between_writes
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, world
@@ -101,6 +102,21 @@ ELSEWHERE = {
     "--poisson_sample": "differentially private batches are always drawn so",
     "--embedding_filename": "the files are named as published, in --anchor_selection_dir",
 }
+
+
+class _Harmless:
+    """A stream for results, in which names out of files (ids) do not steer the terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(harmless(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -116,7 +132,10 @@ def run(main: Callable[[list[str] | None], None]) -> None:
     keep_freed_memory()
     name = Path(sys.argv[0]).name
     try:
-        with open(os.devnull, "w") if world().rank else nullcontext(sys.stdout) as output, redirect_stdout(output):
+        with (
+            open(os.devnull, "w") if world().rank else nullcontext(sys.stdout) as results,
+            redirect_stdout(_Harmless(results)),
+        ):
             main(None)
     except (InputError, OSError) as error:
         if "--debug" in sys.argv:
@@ -126,5 +145,5 @@ def run(main: Callable[[list[str] | None], None]) -> None:
         tell(f"{name}: error: {error}{hint}")
         sys.exit(2)
     except KeyboardInterrupt:
-        tell(f"{name}: stopped; run the same command again to go on")
+        tell(f"{name}: {STOPPED}")
         sys.exit(130)

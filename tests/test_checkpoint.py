@@ -154,6 +154,10 @@ def test_eos_of_tokenizer_and_model() -> None:
     for listed, expected in ((None, [EOS]), (7, [EOS, 7]), ([7, EOS, 9], [EOS, 7, 9])):
         model.generation_config.eos_token_id = listed
         assert eos_ids(TOKENIZER, model) == expected
+    for listed in ("abc", 1.5, [1, "x"], {"a": 1}, [[1]], True, -3, 10**400):
+        model.generation_config.eos_token_id = listed
+        with pytest.raises(InputError, match="generation_config.json: eos_token_id is .*, expected ids of tokens"):
+            eos_ids(TOKENIZER, model)
 
 
 # -- texts ----------------------------------------------------------------------------------------------------------

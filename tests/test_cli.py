@@ -1,9 +1,12 @@
 """The command line as a contract: every announced and documented command parses, every option is told and read."""
 
 import argparse
+import os
 import re
 import shlex
 import string
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,3 +141,28 @@ def test_a_stage_leaves_out_what_it_does_not_have(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit):
         cli.parse(Baking, None, ["--task_name", "citation"])
     assert "the following arguments are required: --tray" in capsys.readouterr().err
+
+
+INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_a_script_still_imports_is_one_line(name: str, tmp_path: Path) -> None:
+    """The first library that it imports is one that presses Ctrl-C."""
+    signal_name = "SIGTERM" if name == "mia.py" else "SIGINT"
+    for library in ("torch", "numpy", "ijson"):
+        (tmp_path / f"{library}.py").write_text(INTERRUPTED.format(name=signal_name))
+    ended = subprocess.run(
+        [sys.executable, name], cwd=world.ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    told = f"{name}: stopped; run the same command again to go on\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", told)
+
+
+def test_results_do_not_steer_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids come out of files; tables, line breaks and letters stay as they are."""
+    for name in ("stop_between_writes", "limit_threads", "keep_freed_memory"):  # they are for the whole process
+        monkeypatch.setattr(cli, name, lambda: None)
+    cli.run(lambda _: print("2 anchors: \x1b[2J\u202e7, \u00e9\tx\n"))
+    assert capsys.readouterr().out == "2 anchors: \\u001b[2J\\u202e7, \u00e9\tx\n\n"

@@ -7,13 +7,14 @@ import pytest
 
 import postprocess
 from prime.errors import InputError
-from prime.report.predictions import Cell, check_golds, check_stage, gather
+from prime.report.predictions import Cell, check_answers, check_golds, check_stage, gather
 from prime.report.scores import paired_comparison, write_stage_files
 from prime.report.summary import LEAKAGE, about_methods, build_summary, seconds_per_user
 from prime.report.summary_table import method_rows, notes, table_rows, write_summary
 from prime.report.tables import aligned
 from prime.runs.files import read_json
 from prime.runs.run import Run
+from prime.users.data import Query, User
 from prime.users.metrics import METRICS
 from prime.users.tasks import TASKS
 
@@ -278,7 +279,11 @@ def test_table_and_files(output):
 def test_the_stage_from_its_command_line(output, write, capsys):
     golds = [{"id": key, "output": gold} for key, gold in golds_of().items()]
     write("data/test_100/user_test_100_label.json", {"task": "LaMP_2M", "golds": golds})
-    write("data/test_100/user_test_100.json", [{"user_id": int(u), "profile": [], "query": []} for u in USERS])
+    users = []
+    for user in USERS:
+        queries = [{"id": key, "input": "x"} for key in golds_of([user])]
+        users.append({"user_id": int(user), "profile": [], "query": queries})
+    write("data/test_100/user_test_100.json", users)
     stage = output / "LoRA-Composition-evo"
     argv = ["--task_name", TASK.name, "--data_dir", str(output / "data"), "--output_dir", str(stage)]
     postprocess.main(argv)
@@ -293,3 +298,24 @@ def test_the_stage_from_its_command_line(output, write, capsys):
     with pytest.raises(InputError, match="user_test_100_label.json: no gold for 1 .*: 0-0"):
         postprocess.main(argv)
     assert (output / "summary.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda samples: samples[1:], "no answer to 1 of {n} queries, 0-0 for one"),
+        (lambda samples: [*samples, samples[0]], "more than one answer to 1 of {n} queries, 0-0 for one"),
+        (lambda samples: [*samples, {"id": "else", "output": "x"}], "an answer to else, which is not asked"),
+        (lambda samples: [{**samples[0], "id": "0-1"}, *samples[1:]], "no answer to 1 of {n} queries, 0-0 for one"),
+        (lambda samples: samples[::-1], ""),
+    ],
+)
+def test_answers_that_are_missing_or_listed_twice_are_named(change, told, tmp_path):
+    samples = answers("0", 1)
+    users = [User("0", (), tuple(Query(sample["id"], "x", None) for sample in samples)), User("1", ())]
+    predictions = {Cell("prime", 0, True): {"0": change(samples), "somebody": samples}}
+    if not told:
+        return check_answers(predictions, users, {"prime": tmp_path})
+    where = f"{tmp_path}: user 0: prime at k0-profile: "
+    with pytest.raises(InputError, match=f"^{where}{told.format(n=len(samples))}$"):
+        check_answers(predictions, users, {"prime": tmp_path})

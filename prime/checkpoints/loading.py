@@ -20,7 +20,7 @@ from prime.checkpoints.meta_params import config_of_params, is_meta_dir
 from prime.checkpoints.meta_tokenizer import end_ids, load_meta_tokenizer
 from prime.checkpoints.placement import dispatched, read_map
 from prime.checkpoints.published import open_adapter
-from prime.checkpoints.tensors import check_hub_dir, shown_error
+from prime.checkpoints.tensors import check_hub_dir, shown, shown_error
 from prime.checkpoints.weight_files import check_loaded, check_size, weight_files
 from prime.errors import InputError
 from prime.runs.workers import world
@@ -206,7 +206,10 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: nn.Module, sourc
 
 def eos_ids(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> list[int]:
     """Ids that end an answer: the tokenizer's (with Llama 3's ends of a turn), and those of the generation settings."""
-    eos: int | list[int] | None = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        return sorted(end_ids(tokenizer))
-    return sorted({*end_ids(tokenizer), *([eos] if isinstance(eos, int) else eos)})
+    eos: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        source = getattr(getattr(model, "config", None), "_name_or_path", "the model")
+        problem = f"eos_token_id is {shown(repr(eos))}, expected ids of tokens"
+        raise InputError(f"{source}: generation_config.json: {problem}")
+    return sorted({*end_ids(tokenizer), *ids})

@@ -5,6 +5,7 @@ A *cell* of the table is a method at one test setting: k retrieved items, with o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from prime.errors import InputError
 from prime.report import methods
 from prime.runs.run import read_results, read_settings
+from prime.users.data import User
 from prime.users.tasks import Task
 
 Sample = Mapping[str, str]  # {"id", "output"}
@@ -116,6 +118,34 @@ def check_golds(predictions: CellPredictions, golds: Mapping[str, str], labels_p
     if missing:
         named = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise InputError(f"{labels_path}: no gold for {len(missing)} predicted sample ids: {named}")
+
+
+def check_answers(predictions: CellPredictions, users: Sequence[User], sources: Mapping[str, Path]) -> None:
+    """InputError unless each predicted user of the test file has one answer to each of his queries, and no other.
+
+    Args:
+        sources: the folder that each method's predictions come from.
+    """
+    queries = {user.user_id: Counter(query.id for query in user.queries) for user in users}
+    problems: list[str] = []
+    for cell, by_user in predictions.items():
+        for user_id in by_user.keys() & queries.keys():
+            answers = Counter(sample["id"] for sample in by_user[user_id])
+            if problem := _answers_problem(answers, queries[user_id]):
+                where = f"{sources[cell.method]}: user {user_id}: {cell.method} at {setting_of(cell)}"
+                problems.append(f"{where}: {problem}")
+    if problems:
+        raise InputError.many(sorted(problems))
+
+
+def _answers_problem(answers: Counter[str], queries: Counter[str]) -> str:
+    missing, more = queries - answers, answers - queries
+    if missing:
+        return f"no answer to {len(missing)} of {len(queries)} queries, {min(missing)} for one"
+    twice = [query for query in more if query in queries]
+    if twice:
+        return f"more than one answer to {len(twice)} of {len(queries)} queries, {min(twice)} for one"
+    return f"an answer to {min(more)}, which is not asked" if more else ""
 
 
 def check_users(predictions: CellPredictions, users: Sequence[str], users_path: Path) -> None:
