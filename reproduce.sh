@@ -107,7 +107,7 @@ check_task() {
 [ -n "${tasks// /}" ] || wrong "--tasks names no task"
 for task in $tasks; do check_task "$task"; done
 
-install_requirements requirements.txt
+install_requirements requirements
 # Processes share a step's users among them and give the same files as one (docs/scaling.md).
 launcher=("$PY")
 [ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")

@@ -3,7 +3,7 @@
 # Further arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
-install_requirements requirements.txt requirements-dev.txt
+install_requirements requirements requirements-dev
 cd "$ROOT"
 select=()
 if [ "${1:-}" = "--fast" ]; then

@@ -18,13 +18,13 @@ PYTHON = '#!/bin/sh\necho "$@" >> "$NOTES"\nfor last; do :; done\nmkdir -p "$las
 @pytest.fixture
 def here(tmp_path: Path) -> Path:
     """reproduce.sh in a folder of its own, nothing to install, a model and data of one task."""
-    for name in ("reproduce.sh", "setup_env.sh", "requirements.txt"):
+    for name in ("reproduce.sh", "setup_env.sh", "requirements.lock"):
         shutil.copy(world.ROOT / name, tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
-    shutil.copy(tmp_path / "requirements.txt", tmp_path / ".venv" / "installed-requirements.txt")
+    shutil.copy(tmp_path / "requirements.lock", tmp_path / ".venv" / "installed-requirements.lock")
     for name in DATA:
         world.write(tmp_path / "data" / "movie_tagging" / name, [])
     (tmp_path / "llama").mkdir()
