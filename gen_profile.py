@@ -19,10 +19,12 @@ from pathlib import Path
 from prime import settings as opt
 from prime.errors import InputError
 from prime.runs.files import read_json, write_json
+from prime.runs.inputs import Inputs
 from prime.runs.progress import bar
 from prime.runs.run import read_results
 from prime.runs.workers import open_groups, share_groups
 from prime.users.data import BASE_FILE, CANDIDATE_FILE, PROFILE_FILE, TEST_FILE, User, load_users, user_cost
+from prime.users.identity import wording
 from prime.users.profiles import ITEM_WORDS, load_profile_prompts, rule_profile
 from prime.users.tasks import Task, get_task
 
@@ -82,7 +84,8 @@ def write_by_model(settings: Settings, users: Sequence[User], task: Task, data: 
     folder = Path(settings.output_dir)
     prompts = load_profile_prompts(settings.prompts.prompt_path, task)
     check_target(target, folder)
-    run = cli.open_run(settings, folder, "gen_profile", "profiles", data=data)
+    inputs = Inputs(wording(prompts, settings.prompts.prompt_path))
+    run = cli.open_run(settings, folder, "gen_profile", "profiles", inputs, data=data)
     index = {user.user_id: place for place, user in enumerate(users)}
     groups = open_groups(users, settings.users_per_batch, run.done)
     if groups:

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prime import settings as opt
+from prime.checkpoints.identity import encoder_sources
 from prime.checkpoints.loading import pick_device
 from prime.errors import InputError
 from prime.merging.anchors import (
     ANCHOR_IDX,
+    CANDIDATE_EMB,
+    TEST_EMB,
     check_k,
     choose_anchors,
     cluster,
@@ -25,8 +28,10 @@ from prime.merging.anchors import (
     load_encoder,
     save_selection,
 )
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.users.data import CANDIDATE_FILE, TEST_FILE, User, load_users
+from prime.users.identity import all_of, wording
 from prime.users.prompts import history_texts
 from prime.users.tasks import Task, get_task
 from prime.users.templates import load_templates
@@ -57,12 +62,12 @@ def item_texts(embed: str, prompt_path: str | None, user: User, task: Task) -> l
     return history_texts(user.profile, load_templates(prompt_path, task))
 
 
-def open_run(settings: Settings, candidate_path: str) -> Run:
+def open_run(settings: Settings, candidate_path: str, inputs: Inputs) -> Run:
     """The run in the output folder; a selection from elsewhere (the published one) is not overwritten."""
     folder = Path(settings.output_dir)
     if (folder / ANCHOR_IDX).exists() and not (folder / "settings.json").exists():
         raise InputError(f"{folder}: holds a selection that was not made here; give another --output_dir")
-    return cli.open_run(settings, folder, "history_anchor", "anchors", candidate_path=candidate_path)
+    return cli.open_run(settings, folder, "history_anchor", "anchors", inputs, candidate_path=candidate_path)
 
 
 def select_anchors(
@@ -87,7 +92,10 @@ def main(argv: list[str] | None = None) -> None:
     candidate_path = settings.candidate_path or str(data_dir / CANDIDATE_FILE)
     candidates = load_users(candidate_path, task)
     tests = load_users(data_dir / TEST_FILE, task)
-    run = open_run(settings, candidate_path)
+    shared = encoder_sources(settings.encoder, settings.device)
+    shared |= wording(load_templates(settings.prompt_path, task), settings.prompt_path)
+    shared |= all_of("candidates", candidate_path, candidates) | all_of("test users", data_dir / TEST_FILE, tests)
+    run = open_run(settings, candidate_path, Inputs(shared, products=(ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB)))
     with run.turn("the anchors"):
         if not (run.root / ANCHOR_IDX).exists():
             select_anchors(settings, task, candidates, tests, run.root)

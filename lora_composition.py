@@ -42,7 +42,7 @@ from prime.errors import InputError
 from prime.merging import gates
 from prime.merging.deploy import export_full, save_personal
 from prime.merging.objective import Objective, Trial
-from prime.merging.sharers import Pool, Selection, load_pool
+from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
 from prime.runs.files import write_text
 from prime.runs.progress import for_each
 from prime.runs.run import Run
@@ -200,7 +200,11 @@ def main(argv: list[str] | None = None) -> None:
     users = load_test_users(data.folder, texts.task)
     pool = load_shared(settings, load_candidates(data.folder, texts.task), len(users))
     check_inputs(settings, pool, select(users, settings.user_idxs))
-    run = cli.open_run(settings, settings.output_dir, "lora_composition", "per_pcs")
+    inputs = merging_inputs(data.folder, settings.prompts.prompt_path, users, texts, pool)
+    for index, sources in enumerate(inputs.by_user.values()):
+        for sharer in pool.sharers(index):
+            sources |= gates.gate_source(settings.gate_dir, sharer.user_id)
+    run = cli.open_run(settings, settings.output_dir, "lora_composition", "per_pcs", inputs)
     todo = open_users(users, select_indices(settings.user_idxs, len(users)), run.done)
     if todo:
         engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)

@@ -43,9 +43,10 @@ from prime.merging.deploy import export_full, save_personal
 from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
 from prime.merging.optimizer import Search, optimizer_name
 from prime.merging.population import Population, Setup
-from prime.merging.sharers import Pool, Selection
+from prime.merging.sharers import Pool, Selection, merging_inputs
 from prime.report.methods import REFERENCE, choices
 from prime.runs.files import check_own
+from prime.runs.inputs import Inputs
 from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
 from prime.runs.progress import for_each
 from prime.runs.run import Run
@@ -159,14 +160,13 @@ def deploy(stage: Stage, run: Run, index: int, user: User, best: Evaluation, mor
     run.finish(user.user_id, {"user_id": user.user_id, "index": index, **choice, **more})
 
 
-def open_runs(settings: Settings, folder: Path) -> list[Run]:
+def open_runs(settings: Settings, folder: Path, inputs: Inputs) -> list[Run]:
     """A run directory for each penalty: `folder` itself, or penalty-<p> in it where there are several."""
-    penalties = settings.search.sim_penalty
     check_own(folder)
-    runs = []
+    penalties, runs = settings.search.sim_penalty, []
     for penalty in penalties:
         root = folder / f"{PENALTY_DIR}{penalty:g}" if len(penalties) > 1 else folder
-        runs.append(cli.open_run(settings, root, "lora_composition_evo", str(settings.name), sim_penalty=penalty))
+        runs.append(cli.open_run(settings, root, "lora_composition_evo", settings.name, inputs, sim_penalty=penalty))
     return runs
 
 
@@ -199,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     users = load_test_users(data.folder, texts.task)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     pool = load_sharers(selection, settings.model, settings.anchor_dir, len(users), search, settings.seed)
-    runs = open_runs(settings, Path(settings.output_dir or f"./output/{data.task_name}/{method.folder}"))
+    inputs = merging_inputs(data.folder, settings.prompts.prompt_path, users, texts, pool)
+    runs = open_runs(settings, Path(settings.output_dir or f"./output/{data.task_name}/{method.folder}"), inputs)
     wanted = select_indices(settings.user_idxs, len(users))
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:

@@ -54,10 +54,13 @@ from prime.merging.deploy import add_attacks
 from prime.merging.sharers import Selection
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run, read_results, read_settings
 from prime.runs.workers import open_groups, share
+from prime.users.data import CANDIDATE_FILE, TEST_FILE, User
+from prime.users.identity import all_of, wording
 from prime.users.tasks import get_task
-from prime.users.texts import load_candidates, load_test_users, load_texts
+from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 Groups = Sequence[Sequence[Subject]]  # whose adapters are in the bank together
 
@@ -88,15 +91,36 @@ class Settings:
     )
 
 
-def attack_open(settings: Settings, owners: Owners, todo: Sequence[tuple[Run, Groups]]) -> None:
+@dataclass(frozen=True)
+class Stage:
+    """Whose records are attacked, and with whose adapters as references."""
+
+    settings: Settings
+    owners: Owners
+    users: Sequence[User]  # who the owners may be
+    texts: Texts
+    references: References
+
+    def inputs(self, subjects: Sequence[Subject]) -> Inputs:
+        """What the results of these subjects depend on."""
+        data, owners = self.settings.data, set(self.owners.ids)
+        file = data.folder / (TEST_FILE if self.owners.are_test_users else CANDIDATE_FILE)
+        attacked = [user for user in self.users if user.user_id in owners]
+        shared = wording(self.texts.templates, self.settings.prompts.prompt_path)
+        shared |= all_of("attacked histories", file, attacked, self.texts)
+        by_user = {}
+        for subject in subjects:
+            others = {name: self.owners.adapter(name) for name in self.references.pool(subject)}
+            by_user[subject.user_id] = subject.sources(others)
+        return Inputs(shared, by_user)
+
+
+def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
     """Attack the groups of subjects that hold one without a result."""
-    data, prompts = settings.data, settings.prompts
-    texts = load_texts(data.folder, data.task_name, prompts.prompt_path)
-    load = load_test_users if owners.are_test_users else load_candidates
-    users = load(data.folder, texts.task)
+    settings, owners, references, prompts = stage.settings, stage.owners, stage.references, stage.settings.prompts
     engine = load_engine(settings.model, prompts.max_length, prompts.chat)
-    records = owned_records(owners, users, texts, engine.encoder, prompts.recent_k, settings.max_records)
-    references = References.draw(owners.ids, settings.references, settings.seed)
+    limits = prompts.recent_k, settings.max_records
+    records = owned_records(owners, stage.users, stage.texts, engine.encoder, *limits)
     # In the references' order, so that with --skip_sharers few other owners are scored beside them.
     adapters = [owners.adapter(name) for name in references.order]
     scorer = Scorer(engine, records, settings.users_per_batch, adapters, settings.model.llama_model_path)
@@ -134,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
-    exp_dir = Path(settings.exp_dir)
+    data, exp_dir = settings.data, Path(settings.exp_dir)
     if settings.gate_dir and not Path(settings.gate_dir).is_dir():
         raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")
     alone = trained_alone(exp_dir)
@@ -143,18 +167,22 @@ def main(argv: list[str] | None = None) -> None:
     sharers = [] if alone or settings.skip_sharers else own_subjects(owners)
     users = with_members(users, owners)
     check_members([*users, *sharers], owners.ids)
-    stage = read_settings(exp_dir)
-    about = {"attacked": stage["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
-    of_users = cli.open_run(settings, exp_dir / "mia", "mia", "users", **about)
-    of_sharers = cli.open_run(settings, exp_dir / "mia" / "sharers", "mia", "sharers", **about)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    everybody = (load_test_users if alone else load_candidates)(data.folder, texts.task)
+    references = References.draw(owners.ids, settings.references, settings.seed)
+    stage = Stage(settings, owners, everybody, texts, references)
+    attacked = read_settings(exp_dir)
+    about = {"attacked": attacked["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
+    of_users = cli.open_run(settings, exp_dir / "mia", "mia", "users", stage.inputs(users), **about)
+    of_sharers = cli.open_run(settings, exp_dir / "mia" / "sharers", "mia", "sharers", stage.inputs(sharers), **about)
     todo = []
     for run, subjects in ((of_users, users), (of_sharers, sharers)):
         todo.append((run, open_groups(subjects, settings.users_per_batch, run.done)))
     if any(groups for _, groups in todo):
-        attack_open(settings, owners, todo)
+        attack_open(stage, todo)
     by_user, by_sharer = results_of(of_users, users), results_of(of_sharers, sharers)
     with of_users.turn("the summary"):
-        summary = write_attacks(exp_dir, stage["method"], by_user, by_sharer, settings.seed)
+        summary = write_attacks(exp_dir, attacked["method"], by_user, by_sharer, settings.seed)
         add_attacks(exp_dir, summary["per_user"])
     print(attack_table(summary))
 

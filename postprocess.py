@@ -34,7 +34,7 @@ from prime.users.tasks import get_task
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    data: opt.DataSettings = opt.group()
+    data: opt.DataSettings = opt.group(without=("refresh",))
     output_dir: str = opt.setting(help="output of a stage that predicts")
 
 

@@ -56,7 +56,7 @@ class SplitSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    data: opt.DataSettings = opt.group(without=("data_dir",))
+    data: opt.DataSettings = opt.group(without=("data_dir", "refresh"))
     lamp_dir: str = opt.setting(help="folder of the official files of this task")
     output_dir: str = opt.task_path("./data/<task_name>", "where the files go")
     split: str = opt.setting(

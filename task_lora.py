@@ -27,11 +27,13 @@ from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.runs.files import write_json
+from prime.runs.inputs import Inputs
 from prime.runs.progress import for_each
 from prime.runs.run import Run
 from prime.runs.workers import open_users, share_users
 from prime.seeds import derive_seed
-from prime.users.data import BASE_FILE, User, load_users, select_indices, user_cost
+from prime.users.data import BASE_FILE, TEST_FILE, User, load_users, select_indices, user_cost
+from prime.users.identity import all_of, user_sources, wording
 from prime.users.prompts import task_records
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_test_users, load_texts
@@ -47,6 +49,9 @@ class Settings:
     training: opt.TrainingSettings = opt.group(without=("max_step",))
     decoding: opt.DecodingSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
+
+
+MADE_ONCE = ("adapter_config.json", "adapter_model.safetensors", "train_log.json")
 
 
 def load_base_users(data_dir: Path, texts: Texts) -> list[User]:
@@ -100,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     folder, data_dir = Path(settings.output_dir), settings.data.folder
     texts = load_texts(data_dir, settings.data.task_name, settings.prompts.prompt_path)
     base_users, users = load_base_users(data_dir, texts), load_test_users(data_dir, texts.task)
-    run = cli.open_run(settings, folder, "task_lora", "task_lora")
+    shared = wording(texts.templates, settings.prompts.prompt_path)
+    shared |= all_of("base users", data_dir / BASE_FILE, base_users, texts, trained_on=True)
+    inputs = Inputs(shared, user_sources(data_dir, TEST_FILE, users, texts, asked=True), MADE_ONCE)
+    run = cli.open_run(settings, folder, "task_lora", "task_lora", inputs)
     todo = open_users(users, select_indices(settings.user_idxs, len(users)), run.done)
     trained = folder / "adapter_config.json"
     if trained.exists() and not todo:

@@ -31,6 +31,7 @@ from prime import settings as opt
 from prime.bank.dp import Terms, terms_of
 from prime.bank.train import Learner
 from prime.checkpoints import plan
+from prime.checkpoints.identity import adapter_source
 from prime.checkpoints.memory import Work
 from prime.checkpoints.published import open_adapter
 from prime.engine import Engine, load_engine
@@ -38,11 +39,13 @@ from prime.errors import InputError, tell
 from prime.merging.gates import Gates, gate_file, save_gate
 from prime.merging.sharers import Selection, adapter_folder
 from prime.runs.files import read_json
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import User, select, user_cost
+from prime.users.data import CANDIDATE_FILE, User, select, user_cost
 from prime.users.holdout import trained_records, trained_split
+from prime.users.identity import user_sources, wording
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
 
@@ -150,7 +153,11 @@ def main(argv: list[str] | None = None) -> None:
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))
-    run = cli.open_run(settings, folder, "train_anchor_gate", "gates")
+    by_user = user_sources(data.folder, CANDIDATE_FILE, anchors, texts)
+    for name, sources in by_user.items():
+        sources |= adapter_source("adapter", adapter_folder(settings.anchor_path, name))
+    inputs = Inputs(wording(texts.templates, settings.prompts.prompt_path), by_user)
+    run = cli.open_run(settings, folder, "train_anchor_gate", "gates", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return

@@ -35,11 +35,13 @@ from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
 from prime.merging.sharers import Selection
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import User, select, user_cost
+from prime.users.data import CANDIDATE_FILE, User, select, user_cost
 from prime.users.holdout import Split, trained_records
+from prime.users.identity import user_sources, wording
 from prime.users.metrics import score
 from prime.users.prompts import Record
 from prime.users.tasks import get_task
@@ -177,7 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))
-    run = cli.open_run(settings, folder, "train_anchor_peft", "anchors")
+    shared = wording(texts.templates, settings.prompts.prompt_path)
+    inputs = Inputs(shared, user_sources(data.folder, CANDIDATE_FILE, anchors, texts))
+    run = cli.open_run(settings, folder, "train_anchor_peft", "anchors", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return

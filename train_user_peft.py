@@ -38,7 +38,7 @@ from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
 from prime.merging.deploy import PERSONAL
-from prime.merging.sharers import Pool, Selection, load_pool
+from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
 from prime.report.methods import choices
 from prime.runs.progress import for_each
 from prime.runs.run import Run
@@ -189,7 +189,8 @@ def main(argv: list[str] | None = None) -> None:
         selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
         pool = load_pool(selection, settings.model, settings.anchor_dir, len(users), settings.n_sim)
     folder = settings.output_dir or f"./output/{data.task_name}/{METHODS[settings.method].folder}"
-    run = cli.open_run(settings, Path(folder), "train_user_peft", settings.method)
+    inputs = merging_inputs(data.folder, settings.prompts.prompt_path, users, texts, pool)
+    run = cli.open_run(settings, Path(folder), "train_user_peft", settings.method, inputs)
     groups = open_groups(select(users, settings.user_idxs), settings.users_per_batch, run.done)
     if not groups:
         return

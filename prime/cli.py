@@ -8,14 +8,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 from prime.errors import InputError, harmless, tell
 from prime.runs.files import stop_between_writes
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, world
-from prime.settings import Option, build, defaults, options, published, recorded
+from prime.settings import ModelSettings, Option, build, defaults, options, published, recorded
 from prime.users.tasks import TASKS
 
 Settings = TypeVar("Settings")
@@ -83,12 +85,18 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
     return build(settings_class, vars(values))
 
 
-def open_run(settings: Any, root: Path | str, stage: str, method: str, **more: Any) -> Run:
+def open_run(settings: Any, root: Path | str, stage: str, method: str | None, inputs: Inputs, **more: Any) -> Run:
     """The run directory `root` of a stage; `more` replaces or adds to the recorded settings.
 
-    A directory made before an option came was made with the option left alone.
+    A directory made before an option came was made with the option left alone. `inputs` are what results depend on
+    beside the settings; model, tokenizer and task adapter are added here.
     """
-    return Run(root, stage, method, recorded(settings) | more, defaults(type(settings)).get)
+    if isinstance(model := getattr(settings, "model", None), ModelSettings):
+        from prime.checkpoints.identity import model_sources  # the model's libraries, which some scripts do without
+
+        inputs = replace(inputs, shared={**model_sources(model), **inputs.shared})
+    default = defaults(type(settings)).get
+    return Run(root, stage, str(method), recorded(settings) | more, default, inputs, settings.data.refresh)
 
 
 # Options of the published scripts that have no counterpart, and what does their work here.

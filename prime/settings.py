@@ -239,6 +239,7 @@ class DataSettings:
 
     task_name: str = setting(help="task, of the table in users/tasks.py")
     data_dir: str | None = setting(None, "folder of the task's data files; default ./data/<task_name>")
+    refresh: bool = setting(False, "make again what was made from files that have changed since, no more", neutral=True)
 
     @property
     def folder(self) -> Path:

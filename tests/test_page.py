@@ -24,7 +24,8 @@ from prime.report.sections.content import Content
 from prime.report.sections.leakage import strongest
 from prime.report.sections.words import EXAMPLES, base_won
 from prime.runs.files import read_json, read_lines
-from prime.runs.run import Run, machine, user_dirname
+from prime.runs.machine import machine
+from prime.runs.run import Run, user_dirname
 from prime.users.tasks import TASKS
 
 TASK = TASKS["movie_tagging"]

@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prime.errors import InputError
-from prime.runs import run as runs
+from prime.runs import machine
 from prime.runs.files import replacing, write_json, write_text
-from prime.runs.run import Run, read_results, read_settings, user_dirname
+from prime.runs.run import RESULTS, Run, read_results, read_settings, user_dirname
 from prime.seeds import derive_seed
 
 NASTY = st.one_of(
@@ -160,12 +160,12 @@ def test_the_machine_is_recorded_with_its_gpus(tmp_path: Path, monkeypatch: pyte
     for place in ("0", "1"):
         (tmp_path / place).mkdir()
         (tmp_path / place / "information").write_text("Model: \t\t NVIDIA H100\nIRQ: 7\n")
-    monkeypatch.setattr(runs, "DRIVER", tmp_path)
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
     make(tmp_path / "run")
     told = json.loads((tmp_path / "run" / "settings.json").read_text())["machine"]
     assert told.endswith(f"{os.cpu_count()} CPU cores, 2 x NVIDIA H100")
-    monkeypatch.setattr(runs, "DRIVER", tmp_path / "none")
-    assert runs.machine().endswith("CPU cores")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "none")
+    assert machine.machine().endswith("CPU cores")
 
 
 def test_other_settings_are_refused_with_every_differing_key(tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ FOREIGN: list[object] = [
 @pytest.mark.parametrize("results", FOREIGN)
 def test_a_journal_of_somebody_else_finishes_nobody(results: object, tmp_path: Path) -> None:
     run = make(tmp_path)
-    run.journal(["7"]).call(runs.RESULTS, lambda: results)
+    run.journal(["7"]).call(RESULTS, lambda: results)
     run.recover(["7"])
     assert not run.done("7")
     run.finish_all([{"user_id": "7", "index": 0}])

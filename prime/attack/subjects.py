@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from prime.checkpoints.identity import adapter_source
 from prime.checkpoints.published import has_adapter
 from prime.errors import InputError, tell
 from prime.merging.sharers import adapter_folder
+from prime.runs.inputs import PLACE, Source, digest_of
 from prime.runs.run import read_results, read_settings
 from prime.users.data import User
 
@@ -82,6 +84,17 @@ class Subject:
     def others(self, owners: Iterable[str]) -> list[str]:
         """The owners who are non-members."""
         return [owner for owner in owners if owner not in self.members and owner not in self.neither]
+
+    def sources(self, references: Mapping[str, Path]) -> dict[str, Source]:
+        """What an attack reads of the subject, as a run records it; `references`: adapters by owner."""
+        deployed = str(self.adapter or "the base")
+        found = {PLACE: Source(str(self.index), deployed), "deployed adapter": Source("the base", deployed)}
+        found["members"] = Source(digest_of([list(self.members), list(self.neither)]), deployed)
+        if self.adapter is not None:
+            found |= adapter_source("deployed adapter", self.adapter)
+        for owner, path in references.items():
+            found |= adapter_source(f"adapter of {owner}", path)
+        return found
 
 
 def own_subjects(owners: Owners) -> list[Subject]:

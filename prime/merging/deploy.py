@@ -17,7 +17,8 @@ from prime.checkpoints.peft import load_adapter, save_adapter, write_card
 from prime.checkpoints.published import open_adapter
 from prime.runs.files import read_json
 from prime.runs.forms import read_form
-from prime.runs.run import EXPORTED, Run, library_versions
+from prime.runs.machine import library_versions
+from prime.runs.run import EXPORTED, Run
 from prime.settings import ModelSettings
 from prime.users.data import User
 

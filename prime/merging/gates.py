@@ -31,6 +31,7 @@ from prime.checkpoints.published import load_published_gate
 from prime.checkpoints.tensors import finite_problem, read_safetensors, shown
 from prime.errors import InputError
 from prime.runs.files import write_bytes
+from prime.runs.inputs import Source, file_digest
 from prime.runs.run import user_dirname
 from prime.seeds import derive_seed
 
@@ -55,6 +56,12 @@ def gate_path(gate_dir: str | Path, user_id: str) -> Path:
     path = gate_file(gate_dir, user_id)
     published = path.with_name("gate.pt")
     return published if published.is_file() and not path.is_file() else path
+
+
+def gate_source(gate_dir: str | Path, user_id: str) -> dict[str, Source]:
+    """A gate by its content, as a run records what it read."""
+    path = gate_path(gate_dir, user_id)
+    return {f"gate of {user_id}": Source(file_digest(path), str(path))} if path.is_file() else {}
 
 
 def save_gate(gate: Gate, path: Path) -> None:

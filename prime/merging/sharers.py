@@ -6,13 +6,17 @@ from functools import lru_cache
 from pathlib import Path
 
 from prime.bank.lora import Adapter
+from prime.checkpoints.identity import adapter_source
 from prime.checkpoints.published import has_adapter, open_adapter
 from prime.errors import InputError
 from prime.merging.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anchor_idx, load_embeddings
 from prime.merging.nearest import top_similar
+from prime.runs.inputs import Inputs, Source, digest_of
 from prime.runs.run import user_dirname
 from prime.settings import ModelSettings, SelectionSettings
-from prime.users.data import User
+from prime.users.data import BASE_FILE, TEST_FILE, User
+from prime.users.identity import user_sources, wording
+from prime.users.texts import Texts
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Pool:
         """Their adapters, in the same order."""
         return [self.open_once(self.folders[place], self.base, self.used_on) for place in self.ranking[user_index]]
 
+    def sources(self, user_index: int) -> dict[str, Source]:
+        """Who they are, and their adapters, as a run records what it read."""
+        names = [sharer.user_id for sharer in self.sharers(user_index)]
+        found = {"sharers": Source(", ".join(names), f"{ANCHOR_IDX}, {CANDIDATE_EMB}, {TEST_EMB}")}
+        for name, place in zip(names, self.ranking[user_index], strict=True):
+            found |= adapter_source(f"adapter of {name}", self.folders[place])
+        return found
+
 
 def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:
     """Where stage 3 puts an anchor's adapter."""
@@ -107,3 +119,16 @@ def load_pool(
     for row in nearest:
         ranking.append(tuple(sharing[number] for number in row))
     return Pool(anchors, folders, tuple(ranking), model.llama_model_path, model.adapted_base)
+
+
+def merging_inputs(
+    folder: Path, prompt_path: str | None, users: Sequence[User], texts: Texts, pool: Pool | None
+) -> Inputs:
+    """What results of test users depend on: their files in a task's data folder, and their sharers where they merge."""
+    by_user = user_sources(folder, TEST_FILE, users, texts, asked=True)
+    for index, user in enumerate(users):
+        by_user[user.user_id] |= pool.sources(index) if pool else {}
+    shared = wording(texts.templates, prompt_path)
+    if texts.others:
+        shared["base users"] = Source(digest_of([dict(item) for item in texts.others]), str(folder / BASE_FILE))
+    return Inputs(shared, by_user)

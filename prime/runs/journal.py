@@ -23,19 +23,21 @@ class Journal:
     that is not recorded it goes on as if it had never stopped. Dropped is everything from the first line that is torn
     or damaged, and from the first call whose question is not the recorded one (the data have changed).
 
-    The first line names the users whose results the computation leads to, `{"users": [...]}`. Each further line is
-    `{"question": digest of the question, "seconds": what the answer took to compute, "answer": ..., "check": digest of
-    these three}`.
+    The first line names the users whose results the computation leads to, and the digest of what these depend on,
+    `{"users": [...], "inputs": "..."}`. Each further line is `{"question": digest of the question, "seconds": what the
+    answer took to compute, "answer": ..., "check": digest of these three}`.
 
     Args:
         path: of the file; the first call creates it.
         users: their ids. A file of other users is started anew.
+        inputs: the digest; a file of others is started anew, too. "": not known, and left out.
     """
 
-    def __init__(self, path: Path, users: Sequence[str] = ()):
+    def __init__(self, path: Path, users: Sequence[str] = (), inputs: str = ""):
         self.path = path
         self.spared = 0.0  # seconds that the calls answered from the journal took when they were computed
-        self._head = json.dumps({"users": list(users)}).encode() + b"\n"
+        about = {"users": list(users)} | ({"inputs": inputs} if inputs else {})
+        self._head = json.dumps(about).encode() + b"\n"
         head, *entries = _lines(path) or [b""]
         same = head == self._head
         self._recorded = _whole_entries(entries) if same else []

@@ -4,6 +4,7 @@
                                          anything was computed under these
     <root>/users/<name>/result.json      one per finished user (or anchor): a function of settings, seed and user alone
     <root>/users/<name>/seconds.json     how long it took, the one file that differs from run to run
+    <root>/**/inputs.json                what was read, by content (`prime.runs.inputs`)
     <root>/working/                      locks and journals of unfinished users; gone when nobody is at work
 
 Every file is written under a temporary name, flushed to disk and renamed, and its folder is flushed. So a reader never
@@ -13,30 +14,28 @@ sees half a file, and a result that was seen survives a loss of power.
 import hashlib
 import json
 import os
-import platform
 import re
 import weakref
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from prime.errors import InputError, tell
 from prime.runs.files import check_own, uninterrupted, write_json
 from prime.runs.forms import SETTINGS_FILE, USER_RESULT, form_problems, merge_problems, read_form
+from prime.runs.inputs import INPUTS_FILE, Inputs, record, settle
 from prime.runs.journal import Journal, users_of
 from prime.runs.locks import claim, hold, turn, unheld
+from prime.runs.machine import library_versions, machine, tell_versions
 
 PLAIN_ID = re.compile(r"[a-z0-9_-]{1,64}")
-DRIVER = Path("/proc/driver/nvidia/gpus")
 # Locks of users, and of what one process does for all (`Run.turn`). Other files are not ours to remove.
 LOCK = re.compile(r"(user_[a-z0-9_-]{1,64}|user\.[a-z0-9-]{0,32}\.[0-9a-f]{32}|settings|the_[a-z_]+)\.lock")
 EXPORTED = "adapter_full"  # in the folder of a finished user, whose result does not depend on it
-NO_RESULTS = ("settings.json", "noise.key")  # the key that noise is drawn from is as good under other settings
+NO_RESULTS = ("settings.json", INPUTS_FILE, "noise.key")  # the key of the noise is as good under other settings
 RESULTS = "results of all users of the group"  # the question of the last entry in a group's journal
-LIBRARIES = ("torch", "transformers", "peft", "nevergrad", "cma", "numpy")
+NO_INPUTS = Inputs()
 
 
 def user_dirname(user_id: str) -> str:
@@ -52,24 +51,6 @@ def user_dirname(user_id: str) -> str:
     return f"user.{readable}.{digest}"
 
 
-def library_versions() -> dict[str, str]:
-    """Versions that can change a result, for the run's record."""
-    return {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES}
-
-
-def machine() -> str:
-    """What computes here, for the run's record: system, CPU cores, NVIDIA's GPUs as their driver names them.
-
-    CUDA is not asked, since starting it takes seconds and memory of every GPU.
-    """
-    names: list[str] = []
-    for path in sorted(DRIVER.glob("*/information")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        names += [line.partition(":")[2].strip() for line in lines if line.startswith("Model:")]
-    gpus = [f"{count} x {name}" for name, count in Counter(names).items()]
-    return ", ".join([f"{platform.system()} {platform.machine()}", f"{os.cpu_count()} CPU cores", *gpus])
-
-
 class Run:
     """The output directory of one stage.
 
@@ -80,17 +61,22 @@ class Run:
         settings: everything a result depends on.
         default: the value of a setting that settings.json does not name: an option's default, since the directory may
             be older than the option.
+        inputs: everything else that a result depends on.
+        refresh: make again what was made from other inputs.
+
+    Other versions of libraries than those that began the run are told.
 
     Raises:
         InputError: the directory holds results of other settings, or another process is at work in it under other
-            settings; names each key that differs, with both values. Or it holds links, pipes or devices.
+            settings; names each key that differs, with both values. Or it holds links, pipes or devices, or, without
+            `refresh`, results of other inputs.
     """
 
     def __init__(
         self, root: Path | str, stage: str, method: str, settings: Mapping[str, Any],
-        default: Callable[[str], Any] = lambda key: None,
+        default: Callable[[str], Any] = lambda key: None, inputs: Inputs = NO_INPUTS, refresh: bool = False,
     ):  # fmt: skip
-        self.root = Path(root)
+        self.root, self.inputs = Path(root), inputs
         self.working = self.root / "working"
         self._path, self._default = self.root / "settings.json", default
         self.settings: dict[str, Any] = _as_json(dict(settings))
@@ -103,6 +89,11 @@ class Run:
         weakref.finalize(self, os.close, hold(self._path))
         if problem := self._problem(wanted):
             raise InputError(problem)
+        tell_versions(self._path, read_settings(self.root).get("versions", {}))
+        if inputs != NO_INPUTS:
+            with self.turn("the inputs"):
+                folders = {user_id: self.user_dir(user_id) for user_id in inputs.by_user}
+                settle(self.root, folders, inputs, refresh)
         self._remove_leftovers()
         self._reopen()
 
@@ -165,6 +156,8 @@ class Run:
         """
         folder = self.user_dir(user_id)
         with uninterrupted():
+            if sources := self.inputs.of(user_id):
+                record(folder, sources)
             if "seconds" in result:
                 write_json(folder / "seconds.json", result["seconds"])
             kept = {key: value for key, value in result.items() if key != "seconds"}
@@ -187,7 +180,7 @@ class Run:
 
     def journal(self, user_ids: Sequence[str]) -> Journal:
         """The journal of the unfinished work that leads to the results of these users together."""
-        return Journal(self._journal_path(user_ids), user_ids)
+        return Journal(self._journal_path(user_ids), user_ids, self.inputs.identity(user_ids))
 
     def _journal_path(self, user_ids: Sequence[str]) -> Path:
         digest = hashlib.sha256(json.dumps(list(user_ids)).encode()).hexdigest()[:32]
@@ -238,9 +231,9 @@ class Run:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """The files of a user that are there before result.json and seconds.json, as paths within the folder."""
+    """The files of a user that a result speaks of, as paths within the folder."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    names = {path.relative_to(folder).as_posix() for path in paths} - {"result.json", "seconds.json"}
+    names = {path.relative_to(folder).as_posix() for path in paths} - {"result.json", "seconds.json", INPUTS_FILE}
     return sorted(name for name in names if not name.startswith(f"{EXPORTED}/"))
 
 
