@@ -14,7 +14,8 @@
 #   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
 #
-# Each step is printed before it runs and timed after; steps that finished under the same command are skipped. Stage 2
+# Each step is printed before it runs and timed after. Steps that finished under the same command and with the same
+# files to read (data, model, what the steps before made) are skipped; others make again what is stale, no more. Stage 2
 # comes before stage 1: it is short, so a wrong --k or --encoder is told before the model trains.
 set -euo pipefail
 CALLED_FROM="$PWD"
@@ -24,7 +25,7 @@ ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title t
 tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
 holdout=0 processes=1 published=()
 
-usage() { sed -n '2,18s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,19s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/${1#./}" ;; esac; }
 
@@ -112,21 +113,33 @@ install_requirements requirements
 launcher=("$PY")
 [ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")
 
-# step NAME COMMAND...: runs a stage unless it finished under the same command and all steps before it did too.
+# made_of COMMAND...: the command, and a digest of the files and folders it names, but for those it fills.
+made_of() {
+    local word paths=()
+    for word in "${@:2:$#-3}"; do [ ! -e "$word" ] || paths+=("$word"); done
+    case "$1" in mia.py | postprocess.py) paths+=("${@: -1}") ;; esac # a stage's output, which they add to
+    echo "$*"
+    "$PY" -m prime.runs.inputs "${paths[@]}"
+}
+
+# step NAME COMMAND...: runs a stage unless it finished under the same command and read the same.
 step() {
-    local name="$1" mark="$out/.steps/$1" started=$SECONDS
+    local name="$1" mark="$out/.steps/$1" started=$SECONDS refresh=(--refresh) now
     shift
     [ "$stopped" = no ] || return 0
     [ "$name" != "$until" ] || stopped=yes
-    if [ "$fresh" = no ] && [ -d "${@: -1}" ] && [ "$(cat "$mark" 2> /dev/null)" = "$*" ]; then
+    now="$(made_of "$@")"
+    if [ -d "${@: -1}" ] && [ "$now" = "$(cat "$mark" 2> /dev/null)" ]; then
         echo "[$task] $name: finished before, skipped"
         return
     fi
     fresh=yes
+    rm -f "$mark" "$out/.steps/postprocess" # the table is of all steps
     echo "[$task] $name: python $*"
-    "${launcher[@]}" "$@"
+    [ "$1" != postprocess.py ] || refresh=()
+    "${launcher[@]}" "$1" "${refresh[@]}" "${@:2}"
     mkdir -p "$out/.steps"
-    printf '%s' "$*" > "$mark"
+    echo "$now" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"
 }
 

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import world
 
 DATA = ("user_base_LLM.json", "user_anchor_candidate.json", "test_100/user_test_100.json",
         "test_100/user_test_100_label.json")  # fmt: skip
-PYTHON = '#!/bin/sh\necho "$@" >> "$NOTES"\nfor last; do :; done\nmkdir -p "$last"\n'
+PYTHON = f"""#!/bin/sh
+[ "$1" != -m ] || PYTHONPATH={world.ROOT} exec {sys.executable} "$@"
+echo "$@" >> "$NOTES"
+for last; do :; done
+mkdir -p "$last"
+echo "{{}}" > "$last/settings.json"
+"""
 
 
 @pytest.fixture
@@ -32,9 +39,8 @@ def here(tmp_path: Path) -> Path:
 
 
 def reproduce(here: Path, *words: str) -> subprocess.CompletedProcess:
-    call = ["bash", str(here / "reproduce.sh"), *words]
-    return subprocess.run(call, cwd=here, env={"PATH": "/usr/bin:/bin", "NOTES": str(here / "notes")},
-                          capture_output=True, text=True)  # fmt: skip
+    call, env = ["bash", str(here / "reproduce.sh"), *words], {"PATH": "/usr/bin:/bin", "NOTES": str(here / "notes")}
+    return subprocess.run(call, cwd=here, env=env, capture_output=True, text=True)
 
 
 def commands(here: Path) -> list[list[str]]:
@@ -131,6 +137,41 @@ def test_as_published_reaches_every_stage_and_what_suits_the_demo_better_is_left
         assert args.as_published, name
         assert getattr(args, "embed", "history") == "history" and getattr(args, "max_records", 0) == 0
         assert getattr(args, "fitness", "history") == "history"
+
+
+STEPS = ["history_anchor", "task_lora", "train_anchor_peft", "lora_composition_evo", "mia", "postprocess"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changed", "redone"),
+    [
+        ("", []),
+        ("data/movie_tagging/test_100/user_test_100_label.json", STEPS),
+        ("llama/model.safetensors", STEPS[1:]),
+        ("output/movie_tagging/anchor_selection/anchor_user_idx.pt", STEPS[2:4] + ["postprocess"]),
+        ("output/movie_tagging/task-base_LLM/adapter_model.safetensors", STEPS[2:]),
+        ("output/movie_tagging/Anchor_PEFT/LoRA/users/a/adapter/adapter_model.safetensors", STEPS[3:]),
+        ("output/movie_tagging/LoRA-Composition-evo/users/a/result.json", STEPS[4:]),
+        ("output/movie_tagging/LoRA-Composition-evo/users/a/adapter/card.json", []),
+        ("output/movie_tagging/LoRA-Composition-evo/users/a/seconds.json", []),
+    ],
+)
+def test_a_step_is_done_again_where_what_it_reads_has_changed(here: Path, changed: str, redone: list[str]) -> None:
+    words = ["--llama_model_path", "llama", "--data_dir", "data", "--output_dir", "output"]
+    assert reproduce(here, *words).returncode == 0
+    assert [name for name, *_ in commands(here)] == [f"{step}.py" for step in STEPS]
+    if changed:
+        world.write(here / changed, ["changed"])
+    (here / "notes").unlink()
+    done = reproduce(here, *words)
+    found = [name.removesuffix(".py") for name, *_ in commands(here)] if (here / "notes").exists() else []
+    assert done.returncode == 0 and found == redone
+    assert all(f"{step}: finished before, skipped" in done.stdout for step in STEPS if step not in redone)
+    for name, *options in commands(here) if found else ():
+        assert ("--refresh" in options) == (name != "postprocess.py")
+    again = reproduce(here, *words)
+    assert again.stdout.count("finished before, skipped") == len(STEPS)
 
 
 def test_help_tells_every_option(here: Path) -> None:
