@@ -426,3 +426,22 @@ def test_labels_are_read_anew_by_each_table(stage: str) -> None:
     world.run(command("evo"))
     world.run(table)
     assert world.read(Path("out/evo/eval-k0.json")) != before and states("evo") == results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [("evo",)])
+def test_after_a_withdrawal_merges_are_those_of_a_fresh_run_without_him(stage: str) -> None:
+    name, before = first("evo")["sharers"][0], states("evo")
+    words = ["withdraw.py", "--task_name", kills.TASK, "--user", name, "--output_dir", "out"]
+    world.run([*words, "--anchor_selection_dir", "out/selection"])
+    without = {path: state for path, state in before.items() if name not in state[0]["sharers"]}
+    assert states("evo") == without and len(without) < len(before)
+    assert [path for path, content in kills.files(Path("out")).items() if f'"{name}"'.encode() in content] == []
+    for again in ("anchors", "gates", "evo", "composed"):
+        world.run(command(again))
+    assert states("evo").items() >= without.items() and len(states("evo")) == len(before)
+    for merging in ("evo", "composed"):
+        found = kills.files(output(merging))
+        shutil.rmtree(output(merging))
+        world.run(command(merging))
+        assert kills.differing(found, kills.files(output(merging))) == []
