@@ -7,6 +7,7 @@ import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from prime.attack import scoring, sets, statistics
+from prime.errors import InputError
 
 
 def pairs(members, non_members):
@@ -33,6 +34,23 @@ def test_auroc_is_pair_counting_and_scikit_learns(scores):
 def test_swapping_members_and_non_members_gives_one_minus_auroc(scores):
     members, non_members = scores
     assert statistics.auroc(non_members, members) == pytest.approx(1 - statistics.auroc(members, non_members))
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_score_that_is_no_number_is_no_score(side):
+    """Sorted last it would be the best of all: one such record made an AUROC of 1."""
+    scores = [[-3.0, -2.0, -1.0], [-4.0, -2.5]]
+    scores[side][1] = float("nan")
+    of_users = [[np.array(one)] for one in scores]
+    for function in (
+        lambda: statistics.auroc(*scores),
+        lambda: statistics.tpr_at_fpr(*scores, 0.5),
+        lambda: statistics.roc_curve(*scores),
+        lambda: statistics.pair_counts(*of_users),
+        lambda: statistics.above(of_users[side], np.array([0.0])),
+    ):
+        with pytest.raises(InputError, match="1 of [23] attack scores are no numbers"):
+            function()
 
 
 def test_auroc_extremes():

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import ArrayLike
 
+from prime.errors import InputError
 from prime.users.metrics import percentile_interval
 
 FPRS = (0.1, 0.01, 0.001)  # false positive rates at which an attack is summarised
@@ -22,10 +23,17 @@ MAX_THRESHOLDS = 4096  # at which a resample's rates are looked up
 # --- one population --------------------------------------------------------------------------------
 
 
+def _scores(values: ArrayLike) -> np.ndarray:
+    """The scores as an array; InputError if one is no number: sorted last, it would count as the best of all."""
+    scores = np.asarray(values, dtype=float)
+    if np.isnan(scores).any():
+        raise InputError(f"{int(np.isnan(scores).sum())} of {scores.size} attack scores are no numbers (NaN)")
+    return scores
+
+
 def _wins(members: ArrayLike, non_members: ArrayLike) -> np.ndarray:
     """For each member, the number of non-members that it outscores; a tie counts half."""
-    ordered = np.sort(np.asarray(non_members, dtype=float))
-    members = np.asarray(members, dtype=float)
+    ordered, members = np.sort(_scores(non_members)), _scores(members)
     below = np.searchsorted(ordered, members, side="left")
     not_above = np.searchsorted(ordered, members, side="right")
     return (below + not_above) / 2
@@ -33,7 +41,7 @@ def _wins(members: ArrayLike, non_members: ArrayLike) -> np.ndarray:
 
 def auroc(members: ArrayLike, non_members: ArrayLike) -> float:
     """P(member outscores non-member) + P(tie) / 2 over all pairs, exactly. NaN where a side is empty."""
-    members, non_members = np.asarray(members, dtype=float), np.asarray(non_members, dtype=float)
+    members, non_members = _scores(members), _scores(non_members)
     if len(members) == 0 or len(non_members) == 0:
         return float("nan")
     return float(_wins(members, non_members).mean() / len(non_members))
@@ -45,7 +53,7 @@ def tpr_at_fpr(members: ArrayLike, non_members: ArrayLike, fpr: float) -> float 
     (Carlini et al. 2022, "Membership inference attacks from first principles".) None with fewer than 1 / fpr
     non-members: such a rate cannot be observed.
     """
-    members, non_members = np.asarray(members, dtype=float), np.asarray(non_members, dtype=float)
+    members, non_members = _scores(members), _scores(non_members)
     if len(members) == 0 or len(non_members) * fpr < 1 - 1e-9:
         return None
     allowed = int(np.floor(fpr * len(non_members) + 1e-9))
@@ -59,7 +67,7 @@ def roc_curve(members: ArrayLike, non_members: ArrayLike, points: int = 200) -> 
 
     At most `points` of the curve's corners are kept, those of few false positives densely, as a log scale shows them.
     """
-    members, non_members = np.asarray(members, dtype=float), np.asarray(non_members, dtype=float)
+    members, non_members = _scores(members), _scores(non_members)
     thresholds = np.r_[np.inf, np.unique(np.r_[members, non_members])[::-1], -np.inf]
     false_rates = above([non_members], thresholds)[:, 0] / len(non_members)
     true_rates = above([members], thresholds)[:, 0] / len(members)
@@ -78,7 +86,7 @@ def thinned(positions: int, most: int) -> np.ndarray:
 
 def above(scores: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
     """[k, u] how many of each user's scores lie above each threshold."""
-    counts = [len(of_user) - np.searchsorted(np.sort(of_user), thresholds, side="right") for of_user in scores]
+    counts = [len(of_user) - np.searchsorted(np.sort(_scores(of_user)), thresholds, side="right") for of_user in scores]
     return np.stack(counts, axis=1)
 
 
