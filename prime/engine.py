@@ -12,9 +12,11 @@ from prime.bank.decode import Counts, Progress, Request, decode
 from prime.bank.encoding import EncodedPrompt, EncodedRecord, Encoder, Tokens
 from prime.bank.identity import model_identity
 from prime.bank.sampling import Sampler
+from prime.bank.selfcheck import check_rows
 from prime.bank.train import Learner, Scalers, train
 from prime.checkpoints.loading import (
     check_model_dir,
+    check_positions,
     check_vocabulary,
     eos_ids,
     load_model,
@@ -86,12 +88,16 @@ class Engine:
             return train(self.bank, learners, settings, self.max_batch_tokens, progress.update, stacks, scalers)
 
 
-def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto") -> Engine:
+def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto", answer: int = 0) -> Engine:
     """Model (with the task adapter folded in, if there is one), bank and tokenizer.
 
     Args:
-        max_length: tokens of a prompt with its answer.
+        max_length: tokens of a prompt, or of a record with its target.
         chat: on, off or auto, see `prime.bank.encoding.Encoder`.
+        answer: new tokens of the longest answer.
+
+    Raises:
+        InputError: a model that is not supported, or has too few positions; files that do not belong together.
     """
     if settings.convert_to:
         kept_conversion(settings.llama_model_path, settings.convert_to, settings.tokenizer_path)
@@ -99,9 +105,11 @@ def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto") ->
     if not settings.tokenizer_path:
         check_model_dir(base)  # else a wrong model directory would be reported as a wrong tokenizer's
     tokenizer = load_tokenizer(settings.tokenizer_path or base)
+    check_positions(base, max_length + answer)
     model = load_model(base, settings.device, settings.dtype, settings.lora_ckpt, settings.device_map)
     embeddings = check_vocabulary(tokenizer, model, settings.tokenizer_path or base)
     bank = AdapterBank(model, settings.modules)
+    check_rows(bank, base)
     encoder = Encoder(tokenizer, max_length, embeddings, chat)
     eos = sorted({*eos_ids(tokenizer, model), encoder.end})
     return Engine(bank, encoder, eos, settings.max_batch_tokens)

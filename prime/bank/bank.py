@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.bank.cpu import device_of, quicken, restore, round_up
+from prime.bank.limits import check_states, lookback, positions
 from prime.bank.linear import BankLinear, InputScaler, Route
 from prime.bank.lora import Adapter, check_widths, layer_of, merge, pad_rank, truncate
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.seeds import derive_seed
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -37,22 +38,35 @@ class AdapterBank:
     layers.
 
     Raises:
-        InputError: no module, or a module that is no `nn.Linear`, has one of these names.
+        InputError: no module, or a module that is no `nn.Linear`, has one of these names; or a kind of model whose
+            layers are not attention alone.
     """
 
     def __init__(self, model: nn.Module, targets: Sequence[str] = DEFAULT_TARGETS):
         self.model = model.requires_grad_(False).eval()
-        self.config: Any = model.config
-        causal_lm: Any = model  # nn.Module does not declare get_input_embeddings
+        causal_lm: Any = model  # nn.Module does not declare what a causal LM has
+        check_states(causal_lm.config, causal_lm)
+        self.config: Any = causal_lm.config.get_text_config(decoder=True)
+        self.lookback = lookback(self.config)  # columns; rows of at most so many may have holes among their tokens
+        self.positions = positions(self.config)
         self.device = device_of(causal_lm.get_input_embeddings())  # of ids and logits; each layer has its own
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
         self.columns = quicken(self.model)
+        if self.positions.hard:
+            self.columns = 1  # padding needs a position, too
         self.layers = 1 + max(layer_of(name) for name in self.wrappers)
         self._stored: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _wrap(self, targets: tuple[str, ...]) -> dict[str, BankLinear]:
-        targeted = {name: module for name, module in self.model.named_modules() if name.rsplit(".", 1)[-1] in targets}
+        model: Any = self.model
+        # What reads images or sound beside a text has modules of the same names.
+        text = set((model if self.config is model.config else model.get_decoder()).modules())
+        targeted = {
+            name: module
+            for name, module in self.model.named_modules()
+            if module in text and name.rsplit(".", 1)[-1] in targets
+        }
         missing = set(targets) - {name.rsplit(".", 1)[-1] for name in targeted}
         if missing:
             raise InputError(f"the model has no module named {', '.join(sorted(missing))} (--target_modules)")
@@ -78,6 +92,24 @@ class AdapterBank:
         return round_up(tokens, self.columns)
 
     @property
+    def last_position(self) -> float | None:
+        """The last one that a token may have; None where there is no end."""
+        return self.positions.most - 1 if self.positions.hard else None
+
+    def check_length(self, name: str, prompt: int, answer: int) -> None:
+        """InputError for a row of this name that has more tokens than the model has positions. The first one of more
+        tokens than it was trained on is told.
+        """
+        most, hard, reason = self.positions
+        if prompt + answer - 1 <= most:  # nothing follows the last token
+            return
+        message = f"{name}: a prompt of {prompt} tokens, an answer of up to {answer}; {reason} (--max_length)"
+        if hard:
+            raise InputError(message)
+        tell(f"warning: {message}; only the first such text is told")
+        self.positions = self.positions._replace(most=math.inf)
+
+    @property
     def n(self) -> int:
         """Number of adapters (or candidates) that rows can be routed to."""
         first = next(iter(self.wrappers.values())).A
@@ -92,6 +124,12 @@ class AdapterBank:
             self._stored[name] = self._stack(parts, name)
             wrapper.A, wrapper.B = self._stored[name]
             wrapper.scale, wrapper.under = 1.0, None
+
+    def clear(self) -> None:
+        """No adapters."""
+        self._stored.clear()
+        for wrapper in self.wrappers.values():
+            wrapper.A = wrapper.B = wrapper.under = None
 
     def _stack(self, parts: Sequence[Adapter], name: str) -> tuple[Tensor, Tensor]:
         """One module's factors of all adapters: `[n, r, in]`, `[n, out, r]` with r the largest rank; 0 where it has

@@ -6,7 +6,7 @@ from prime.bank.bank import AdapterBank
 from prime.bank.budgets import WAITING_BUDGETS
 from prime.bank.drafts import Drafts
 from prime.bank.encoding import Tokens
-from prime.bank.rows import Batch, Prefix, Row, sliding_window
+from prime.bank.rows import Batch, Prefix, Row
 
 Pair = tuple[int, int]  # (adapter, prompt or record)
 
@@ -24,18 +24,19 @@ def every_pair(adapters: Iterable[int], prompts: int) -> list[Pair]:
 def batches_of(bank: AdapterBank, rows: Iterable[Row], drafts: Drafts, limit: int, budget: int) -> Iterator[Batch]:
     """Batches of at most `budget` fed tokens, rows of similar length together, their shared prefix computed before.
 
-    A prefix is shared only where prompt, draft and `limit` new tokens fit a sliding window, since padding behind the
-    prefix would count in it.
+    A prefix is shared only where prompt, draft and `limit` new tokens fit what each layer looks back on, since padding
+    behind the prefix would count in it.
     """
     by_index: dict[int, list[Row]] = {}
     for row in rows:
+        bank.check_length(row.name, len(row.text), limit or drafts.longest(row.index) + 1)
         by_index.setdefault(row.index, []).append(row)
     for indices, shared in prefix_groups({index: alike[0].text for index, alike in by_index.items()}):
         group: list[Row] = []
         for index in indices:
             group += by_index[index]
         longest = max(len(row.text) + drafts.longest(row.index) for row in group)
-        length = shared if longest + limit <= sliding_window(bank.config) else 0
+        length = shared if longest + limit <= bank.lookback else 0
         adapters = sorted({row.adapter for row in group})
         prefix = Prefix(bank, group[0].text[:length], adapters) if length else None
         for row in group:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from prime.bank.bank import AdapterBank
+from prime.bank.limits import numbers
 
 WAITING_BUDGETS = 4  # cached tokens of waiting rows, in batch budgets, before they are decoded together
 # On a CPU a step of few rows is bound by reading the weights, so more rows wait as long as their caches stay small.
@@ -43,8 +44,9 @@ def batch_tokens(config: Any, weights: int, memory: int | None) -> int:
     """
     if memory is None:
         return CPU_BATCH_TOKENS
-    width = config.hidden_size * 12 + getattr(config, "intermediate_size", 4 * config.hidden_size) * 3
-    per_token = 2 * (width + 2 * config.hidden_size * config.num_hidden_layers) + 4 * config.vocab_size
+    hidden, inner = largest(config, "hidden_size"), largest(config, "intermediate_size")
+    width = hidden * 12 + (inner or 4 * hidden) * 3
+    per_token = 2 * (width + 2 * hidden * config.num_hidden_layers) + 4 * config.vocab_size
     return max(CPU_BATCH_TOKENS, min(GPU_BATCH_TOKENS, int((memory - weights) / 10 / per_token)))
 
 
@@ -58,7 +60,12 @@ def waiting_tokens(config: Any, budget: int, on_cpu: bool) -> int:
 
 def cache_bytes(config: Any, itemsize: int) -> int:
     """Bytes of the keys and values of one token in all layers, numbers of `itemsize` bytes each."""
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads = largest(config, "num_attention_heads")
+    head_width = largest(config, "head_dim") or largest(config, "hidden_size") // heads
+    kv_heads = largest(config, "num_key_value_heads") or heads
     return 2 * config.num_hidden_layers * kv_heads * head_width * itemsize
+
+
+def largest(config: Any, name: str) -> int:
+    """A size of a configuration, that of the largest layer where they differ; 0 if it says none."""
+    return max(numbers(config, name), default=0)

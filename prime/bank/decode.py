@@ -21,7 +21,7 @@ from prime.bank.batching import Pair, batches_of
 from prime.bank.budgets import auto_batch_tokens, waiting_tokens
 from prime.bank.drafts import Depth, Drafts, agreement
 from prime.bank.encoding import EncodedPrompt, Tokens
-from prime.bank.rows import Batch, Row
+from prime.bank.rows import Batch, Row, check_finite
 from prime.bank.sampling import Sampler
 
 Progress = Callable[[int], object]
@@ -50,7 +50,11 @@ class Request:
     def rows(self) -> list[Row]:
         """A row per pair, nothing answered yet."""
         keys = [self.sampler.key(prompt.id) for prompt in self.prompts]
-        return [Row(adapter, index, self.prompts[index].ids, keys[index]) for adapter, index in self.pairs]
+        rows = []
+        for adapter, index in self.pairs:
+            prompt = self.prompts[index]
+            rows.append(Row(adapter, index, prompt.ids, prompt.id, keys[index]))
+        return rows
 
 
 @torch.inference_mode()
@@ -73,6 +77,9 @@ def decode(
 
     Returns:
         Token ids without EOS, by pair.
+
+    Raises:
+        InputError: a prompt with its answer has more tokens than the model has positions, or logits are not finite.
     """
     drafts = Drafts([()] * len(request.prompts) if request.drafts is None else request.drafts, eos)
     budget = max_batch_tokens or auto_batch_tokens(bank)
@@ -204,5 +211,7 @@ def _choose(logits: Tensor, rows: list[Row], guesses: list[Tokens], sampler: Sam
     index = torch.tensor(places, device=logits.device)
     keys = torch.tensor([rows[place].key for place, _ in places], device=logits.device)
     positions = torch.tensor([len(rows[place].answer) + depth for place, depth in places], device=logits.device)
-    chosen = iter(sampler.choose(logits[index[:, 0], index[:, 1]], keys, positions).tolist())
+    wanted = logits[index[:, 0], index[:, 1]]
+    check_finite(wanted.amax(1), [rows[place].name for place, _ in places], wanted.dtype)
+    chosen = iter(sampler.choose(wanted, keys, positions).tolist())
     return [list(islice(chosen, len(guess) + 1)) for guess in guesses]

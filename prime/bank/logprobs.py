@@ -10,7 +10,7 @@ from prime.bank.batching import Pair, batches_of
 from prime.bank.budgets import auto_batch_tokens
 from prime.bank.drafts import Drafts
 from prime.bank.encoding import EncodedRecord
-from prime.bank.rows import Row
+from prime.bank.rows import Row, check_finite
 
 
 @torch.inference_mode()
@@ -35,19 +35,25 @@ def target_logprobs(
 
     Returns:
         fp32 CPU tensors `[target tokens, EOS included]`, by pair.
+
+    Raises:
+        InputError: a record has more tokens than the model has positions, or logits that are not finite.
     """
     logprobs: dict[Pair, Tensor] = {}
     fed_targets = [record.target[:-1] for record in records]  # nothing is read behind the last token
-    rows = [Row(adapter, index, records[index].ids) for adapter, index in pairs]
+    rows = [Row(adapter, index, records[index].ids, records[index].id) for adapter, index in pairs]
     budget = max_batch_tokens or auto_batch_tokens(bank)
     for batch in batches_of(bank, rows, Drafts([[target] for target in fed_targets]), 0, budget):
         batch_logits = batch.feed([row.text for row in batch.rows], [fed_targets[row.index] for row in batch.rows])
         for row, padded_logits in zip(batch.rows, batch_logits, strict=True):
             target = torch.tensor(records[row.index].target, device=padded_logits.device)
             logits = padded_logits[: len(target)].float()
-            logprobs[row.adapter, row.index] = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).cpu()
+            found = (logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1)).cpu()
+            check_finite(found.sum()[None], [row.name], padded_logits.dtype)
+            logprobs[row.adapter, row.index] = found
             if moments is not None:
                 moments[row.adapter, row.index] = _moments(logits).cpu()
+                check_finite(moments[row.adapter, row.index].sum()[None], [row.name], padded_logits.dtype)
         if progress:
             progress(len(batch.rows))
     return logprobs

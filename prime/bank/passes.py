@@ -64,7 +64,13 @@ class Passes:
 
 
 def row_losses(bank: AdapterBank, rows: list[TrainRow], dropout: float, scalers: Scalers | None = None) -> Tensor:
-    """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks."""
+    """Summed negative log-likelihood of each row's target, `[b]`; rows are padded at the right, where no one looks.
+
+    Raises:
+        InputError: a record has more tokens than the model has positions.
+    """
+    for row in rows:
+        bank.check_length(row.record.id, len(row.record.ids), len(row.record.target))
     texts = [[*row.record.ids, *row.record.target[:-1]] for row in rows]
     width = bank.width(max(len(text) for text in texts))
     first = min(len(row.record.ids) for row in rows) - 1  # first column that predicts a target token

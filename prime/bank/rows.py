@@ -6,7 +6,6 @@ Shapes: `b` rows, `t` tokens, `v` vocabulary, `h` key-value heads, `d` head widt
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.nn.functional import pad
 from prime.bank.bank import AdapterBank
 from prime.bank.cache import ROOM, RoomyCache
 from prime.bank.encoding import Tokens
+from prime.errors import InputError
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Row:
     adapter: int  # -1: the plain base
     index: int  # of the prompt
     text: Tokens  # of the prompt; once the row is in a batch, what follows the shared prefix
+    name: str = ""  # of the prompt or record, for messages
     key: int = 0  # of the prompt's noise
     answer: list[int] = field(default_factory=list)
 
@@ -107,14 +108,15 @@ class Batch:
     def feed(self, pending: list[Tokens], guesses: list[Tokens]) -> Tensor:
         """Logits `[b, 1 + D, v]` after the pending tokens and after each of at most D guessed ones."""
         width, depth = max(map(len, pending)), max(map(len, guesses))
-        if width > 1 and math.isinf(sliding_window(self.bank.config)):  # steps stay narrow, and a window counts padding
+        if width > 1 and math.isinf(self.bank.lookback):  # steps stay narrow, and a window counts padding
             width = self.bank.width(width + depth) - depth
         padded = [_padded(*tokens, width, depth) for tokens in zip(pending, guesses, strict=True)]
         ids = torch.tensor(padded).to(self.bank.device)
         left = torch.tensor([[width - len(tokens)] for tokens in pending], device=self.bank.device)
         columns = torch.arange(width + depth, device=self.bank.device)[None]
         new = (columns >= left).long()
-        positions = (self.seen + columns - left).clamp(min=0)
+        # Padding needs a position, too, and one that no token has may change those of all tokens.
+        positions = (self.seen + columns - left).clamp(min=0, max=self.bank.last_position)
         self.mask = torch.cat([self.mask, new], 1)
         self.seen = self.seen + (width - left)
         with self.bank.routed([row.adapter for row in self.rows]):
@@ -133,7 +135,7 @@ class Batch:
         A refused guess leaves a hole in the cache. A sliding window counts holes, so there must be none that
         reaches it.
         """
-        return sliding_window(self.bank.config) - self.mask.shape[1] - width - limit
+        return self.bank.lookback - self.mask.shape[1] - width - limit
 
     def accept(self, counts: Tensor, depth: int) -> None:
         """Of the last `depth` fed columns keep the first counts `[b]` per row; mask the others for good."""
@@ -159,6 +161,15 @@ def _padded(pending: Tokens, guess: Tokens, width: int, depth: int) -> list[int]
     return [0] * (width - len(pending)) + [*pending, *guess] + [0] * (depth - len(guess))
 
 
+def check_finite(values: Tensor, names: Sequence[str], dtype: torch.dtype) -> None:
+    """InputError where values `[b]` of rows with these names are not finite; `dtype` is that of the model's logits."""
+    if not values.isfinite().all():
+        name = names[int(values.isfinite().int().argmin())]
+        narrow = "float16 is too narrow for this model, give --dtype bfloat16"
+        reason = narrow if dtype == torch.float16 else "are all weights, and those of the adapters, finite?"
+        raise InputError(f"{name}: the model's logits are not finite; {reason}")
+
+
 class Prefix:
     """Keys and values of a prefix under each adapter, computed once: `[adapters, h, length, d]` per layer."""
 
@@ -179,9 +190,3 @@ class Prefix:
             for keys, values in self.layers
         )
         return RoomyCache.holding(chosen, max(len(row.text) for row in rows) + ROOM)
-
-
-def sliding_window(config: Any) -> float:
-    """Tokens that the model's narrowest attention layer looks back; infinite without a sliding window."""
-    window = getattr(config, "sliding_window", None)
-    return window if window and getattr(config, "use_sliding_window", True) else math.inf

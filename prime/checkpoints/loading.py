@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging
 
 from prime.bank.cpu import quicken
+from prime.bank.limits import check_states, positions
 from prime.bank.lora import Adapter
 from prime.checkpoints.meta import MetaCheckpoint
 from prime.checkpoints.meta_params import config_of_params, is_meta_dir
@@ -79,6 +80,7 @@ def load_model(
 
 def _load_hugging_face(path: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model of a Hugging Face directory, still on the CPU."""
+    model_config(path, dtype)
     files = weight_files(path)
     try:
         with _quiet():
@@ -89,7 +91,7 @@ def _load_hugging_face(path: str, device: torch.device, dtype: torch.dtype) -> n
             )
     except InputError:
         raise
-    except Exception as error:  # a stranger's configuration can make the library raise whatever it likes
+    except Exception as error:  # as in `model_config`
         raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
     model, info = loaded
     check_loaded(path, files, info, getattr(model.config, "num_hidden_layers", 0))
@@ -119,14 +121,30 @@ def _load_meta(path: str, device: torch.device, dtype: torch.dtype) -> nn.Module
 
 
 def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
-    """The configuration of a model directory, from config.json or params.json alone."""
+    """The configuration of a model directory, from config.json or params.json alone.
+
+    Raises:
+        InputError: it cannot be read, or is that of a kind of model that is not supported.
+    """
     check_model_dir(path)
     if is_meta_dir(path):
         return config_of_params(path, dtype)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # as in `_load_hugging_face`
-        raise InputError(f"{path}: cannot be read as a model's configuration: {shown_error(error)}") from None
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # a stranger's configuration can make the library raise whatever it likes
+        raise InputError(f"{path}: cannot be read as a model's configuration: {shown_error(error)}") from error
+    try:
+        check_states(config, AutoModelForCausalLM._model_mapping.get(type(config), None))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return config
+
+
+def check_positions(path: str, tokens: int) -> None:
+    """InputError, before weights are read, for a model that has no positions for rows of so many tokens."""
+    most, hard, reason = positions(model_config(path, torch.float32).get_text_config(decoder=True))
+    if hard and tokens > most:
+        raise InputError(f"{path}: {reason}; --max_length and the longest answer are {tokens} together")
 
 
 def check_model_dir(path: str) -> None:
