@@ -112,3 +112,79 @@ def test_pickled_code_is_not_run(tmp_path: Path) -> None:
     as_bin(tmp_path)
     torch.save({QUERY: Evil()}, tmp_path / "pytorch_model.bin")
     refused(tmp_path, "pytorch_model.bin: cut short, or not a file of tensors")
+
+
+# -- what lies beside -----------------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 13476939516\n"
+
+
+def index_of_absent(folder: Path, name: str, file: str) -> None:
+    """The index of files that were not downloaded."""
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(BASE.state_dict(), file)}))
+
+
+def beside_an_index_of_bins(folder: Path) -> None:
+    index_of_absent(folder, "pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin")
+
+
+def beside_an_index_of_another_library(folder: Path) -> None:
+    index_of_absent(folder, "tf_model.h5.index.json", "tf_model-00001-of-00002.h5")
+
+
+def beside_an_index_that_is_none(folder: Path) -> None:
+    (folder / "flax_model.msgpack.index.json").write_text("[]")
+
+
+def beside_what_was_not_downloaded(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_text(POINTER)
+    (folder / "scheduler.bin").symlink_to("/nonexistent/blob")
+
+
+@pytest.mark.parametrize("save", [one_file, sharded])
+@pytest.mark.parametrize("put", [beside_an_index_of_bins, beside_an_index_of_another_library,
+                                 beside_an_index_that_is_none, beside_what_was_not_downloaded])  # fmt: skip
+def test_only_what_is_read_is_checked(save: Callable, put: Callable, tmp_path: Path) -> None:
+    save(tmp_path)
+    put(tmp_path)
+    assert torch.equal(tiny.logits(load_model(str(tmp_path), "cpu", "float32"), IDS), tiny.logits(BASE, IDS))
+
+
+def test_an_index_beside_one_file_is_not_read(tmp_path: Path) -> None:
+    one_file(tmp_path)
+    index_of_absent(tmp_path, "model.safetensors.index.json", "model-00001-of-00002.safetensors")
+    assert torch.equal(tiny.logits(load_model(str(tmp_path), "cpu", "float32"), IDS), tiny.logits(BASE, IDS))
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "../other.safetensors", "/etc/other.safetensors", 3])
+def test_weights_that_the_configuration_names(name: object, tmp_path: Path) -> None:
+    """As transformers does, and inside the directory alone."""
+    one_file(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"transformers_weights": name}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if name != "other.safetensors":
+        refused(tmp_path, "config.json: transformers_weights is .* no file of this folder")
+        return
+    assert torch.equal(tiny.logits(load_model(str(tmp_path), "cpu", "float32"), IDS), tiny.logits(BASE, IDS))
+
+
+@pytest.mark.parametrize("field", ["num_nextn_predict_layers", "num_mtp_modules"])
+def test_layers_that_predict_further_tokens_are_left_out(field: str, tmp_path: Path) -> None:
+    """DeepSeek's and GLM's last layer; as many as the configuration tells, and no more."""
+    one_file(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    refused(tmp_path, r"model.layers.2.* is of a layer that config.json does not have")
+    config = json.loads((tmp_path / "config.json").read_text()) | {field: 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(tiny.logits(load_model(str(tmp_path), "cpu", "float32"), IDS), tiny.logits(BASE, IDS))
+
+
+@pytest.mark.parametrize("stem", ["mtp.layers.7", "vision_tower.encoder.layers.26", "model.mtp_layers.2"])
+def test_layers_of_what_is_not_loaded_at_all(stem: str, tmp_path: Path) -> None:
+    one_file(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {f"{stem}.weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert torch.equal(tiny.logits(load_model(str(tmp_path), "cpu", "float32"), IDS), tiny.logits(BASE, IDS))

@@ -94,7 +94,7 @@ def _load_hugging_face(path: str, device: torch.device, dtype: torch.dtype) -> n
     except Exception as error:  # as in `model_config`
         raise InputError(f"{path}: cannot be loaded as a causal language model: {shown_error(error)}") from error
     model, info = loaded
-    check_loaded(path, files, info, getattr(model.config, "num_hidden_layers", 0))
+    check_loaded(path, files, info, model)
     return model
 
 

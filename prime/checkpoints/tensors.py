@@ -27,6 +27,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_CLAIM = 2  # times the file's bytes: two names may share one storage (tied embeddings)
 MAX_LAYERS = 10_000
 COUNTED = re.compile("layer|block|expert|label|head")  # in names of a configuration's numbers: parts made one by one
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 # -- pickles --------------------------------------------------------------------------------------------------------
 
@@ -135,20 +136,44 @@ def check_hub_dir(folder: Path) -> None:
     """InputError for a model directory that would make transformers read something else than its own files.
 
     An adapter_config.json in it names another model to load instead; an index names files by path; a `.bin` is a
-    pickle in an archive. (Code beside the weights is never run: `trust_remote_code` is off everywhere.)
+    pickle in an archive. Only what would be read counts: many repositories hold the same weights in several formats,
+    and indices of files that were not downloaded. (Code beside the weights is never run: `trust_remote_code` is off.)
     """
     problems = []
     if (folder / "adapter_config.json").is_file():
         problems.append(f"{folder}: adapter_config.json is there; this is an adapter, not a model")
-    for index in sorted(folder.glob("*.index.json")):
-        problems += _index_problems(index)
+    weights = weights_of(folder)
+    if weights and weights.name.endswith(".index.json"):
+        problems += _index_problems(weights)
     config = folder / "config.json"
     if config.is_file() and (problem := _config_problem(read_json(config))):
         problems.append(f"{config}: {problem}")
     if problems:
         raise InputError.many(problems)
-    for file in sorted(folder.glob("*.bin")):
-        check_pickled(file)
+    if weights and ".bin" in weights.name:
+        names = [weights.name] if weights.suffix == ".bin" else read_json(weights)["weight_map"].values()
+        for name in sorted(set(names)):
+            check_pickled(folder / name)
+
+
+def weights_of(folder: Path) -> Path | None:
+    """The file of weights, or the index of several, that transformers reads in a model directory; None without one.
+
+    Raises:
+        InputError: config.json names a file of weights that is not in the directory.
+    """
+    config = folder / "config.json"
+    content = read_json(config) if config.is_file() else {}
+    named = content.get("transformers_weights") if isinstance(content, dict) else None
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or not (folder / named).is_file():
+            raise InputError(f"{config}: transformers_weights is {shown(repr(named))}, no file of this folder")
+        return folder / named
+    for name in WEIGHTS:
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
+    return None
 
 
 def _index_problems(index: Path) -> list[str]:

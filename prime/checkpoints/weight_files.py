@@ -13,11 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
-from prime.checkpoints.tensors import first_line, load_named
+from prime.checkpoints.tensors import WEIGHTS, first_line, load_named, weights_of
 from prime.errors import InputError
 from prime.runs.files import read_json
-
-NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
 
 
 # Numbers that a model may have beyond twice those of its files: a head that a checkpoint lacks, tables of positions.
@@ -34,14 +32,10 @@ def weight_files(folder: str | Path) -> dict[str, dict[str, int]]:
     Raises:
         InputError: no weights, a file that is cut short, or one that lacks tensors which the index places in it.
     """
-    folder = Path(folder)
-    for name in NAMES:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return {str(folder / name): tensor_sizes(folder / name)}
-        if index.is_file():
-            return _sharded(index)
-    raise InputError(f"{folder}: no weights there: neither {' nor '.join(NAMES)}, nor an index of several files")
+    weights = weights_of(Path(folder))
+    if weights is None:
+        raise InputError(f"{folder}: no weights there: neither {' nor '.join(WEIGHTS)}, nor an index of several files")
+    return _sharded(weights) if weights.suffix == ".json" else {str(weights): tensor_sizes(weights)}
 
 
 def _sharded(index: Path) -> dict[str, dict[str, int]]:
@@ -103,14 +97,14 @@ def check_size(folder: str | Path, files: Sizes, auto: Any) -> None:
         raise InputError(f"{folder}: {what}, the weight files hold {sum(held.values()):,}")
 
 
-def check_loaded(path: str, files: Sizes, info: dict[str, Any], layers: int) -> None:
+def check_loaded(path: str, files: Sizes, info: dict[str, Any], model: Any) -> None:
     """InputError for tensors that transformers found missing, of another shape, or in layers that config.json lacks.
 
     Args:
         path: the model's directory.
         files: as `weight_files` returned them.
         info: the loading information of `from_pretrained` with mismatched sizes ignored.
-        layers: of the model by config.json.
+        model: what was loaded.
     """
     file_of: dict[str, str] = {}
     for file, tensors in files.items():
@@ -122,7 +116,13 @@ def check_loaded(path: str, files: Sizes, info: dict[str, Any], layers: int) -> 
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         problems.append(f"{path}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one")
-    beyond = [name for name in sorted(info["unexpected_keys"]) if _layer(name) >= layers]
+    layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0)
+    own = {_layer(name)[0] for name in model.state_dict()}
+    beyond = []
+    for name in sorted(info["unexpected_keys"]):
+        stem, layer = _layer(name)
+        if stem in own and layer >= layers + _predicting_layers(model.config):
+            beyond.append(name)
     if beyond:
         problem = f"{beyond[0]} is of a layer that config.json does not have (num_hidden_layers {layers})"
         problems.append(f"{file_of.get(beyond[0], path)}: {problem}")
@@ -130,7 +130,14 @@ def check_loaded(path: str, files: Sizes, info: dict[str, Any], layers: int) -> 
         raise InputError.many(problems)
 
 
-def _layer(name: str) -> int:
-    """The number behind `layers` in a tensor's name; -1 without one."""
-    match = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
-    return int(match[1]) if match else -1
+def _layer(name: str) -> tuple[str, int]:
+    """What stands before the number of a layer in a tensor's name, and that number; -1 without one."""
+    match = re.match(r"((?:.*\.)?layers)\.(\d+)(?:\.|$)", name)
+    return (match[1], int(match[2])) if match else ("", -1)
+
+
+def _predicting_layers(config: Any) -> int:
+    """Layers behind the model's own that predict further tokens (DeepSeek, GLM); they are not loaded."""
+    counts = [value for name, value in config.get_text_config(decoder=True).to_dict().items()
+              if re.search("nextn|mtp", name) and type(value) is int]  # fmt: skip
+    return max(counts, default=0)
