@@ -204,7 +204,9 @@ def main(argv: list[str] | None = None) -> None:
     wanted = select_indices(settings.user_idxs, len(users))
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
-        engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len)
+        engine = load_engine(
+            settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len
+        )
         recent_k = settings.prompts.recent_k
         setup = Setup(settings.search, fitness, settings.decoding, recent_k, texts, engine)
         mine = share_users(runs[-1], todo, partial(user_cost, recent_k=recent_k), runs[:-1])

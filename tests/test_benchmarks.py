@@ -11,6 +11,7 @@ import pytest
 from benchmarks import (
     convert,
     draft_shares,
+    families,
     measuring,
     membership,
     merge,
@@ -103,6 +104,30 @@ def test_membership(capsys: pytest.CaptureFixture) -> None:
     found = last_line(capsys)
     check(found, published="peft_loop")
     assert set(found["largest_loss_difference"]) == {"peft_loop", "peft_sorted", "peft_mixed", "peft_onednn"}
+
+
+def test_families(capsys: pytest.CaptureFixture) -> None:
+    """Positions of all sorts, windows by several names, experts, latent attention, shared keys; and refused ones."""
+    kinds = {
+        "equal": "bloom codegen deepseek_v3 doge gemma3n_text gpt_bigcode gpt_neo gpt_oss llama4_text mixtral phi3",
+        "dense": "mpt",
+        "refused": "bert bart roberta xlnet gpt2 mamba jamba qwen3_next falcon_h1 rwkv recurrent_gemma deepseek_v4",
+    }
+    wanted: dict[str, str] = {}
+    for kind, names in kinds.items():
+        wanted |= dict.fromkeys(names.split(), kind)
+    families.main(list(wanted))
+    found = last_line(capsys)
+    assert {family: kind for family, (kind, _) in found["families"].items()} == wanted
+    assert found["outputs_equal"] is True
+
+
+def test_families_sees_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the self-check, and with an unlimited view, the loop over one row finds other answers."""
+    monkeypatch.setattr(families, "check_rows", lambda *_: None)
+    assert families.verdict("mpt").kind == "wrong"
+    monkeypatch.setattr("prime.bank.bank.lookback", lambda _: math.inf)
+    assert families.verdict("gpt_neo").kind == "wrong"
 
 
 def test_products(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from prime.checkpoints.tensors import WEIGHTS, first_line, load_named, weights_o
 from prime.errors import InputError
 from prime.runs.files import read_json
 
-
 # Numbers that a model may have beyond twice those of its files: a head that a checkpoint lacks, tables of positions.
 SLACK = 4 << 20
 
