@@ -204,12 +204,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = select_indices(settings.user_idxs, len(users))
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
-        engine = load_engine(
-            settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len
-        )
-        recent_k = settings.prompts.recent_k
-        setup = Setup(settings.search, fitness, settings.decoding, recent_k, texts, engine)
-        mine = share_users(runs[-1], todo, partial(user_cost, recent_k=recent_k), runs[:-1])
+        prompts = settings.prompts
+        engine = load_engine(settings.model, prompts.max_length, prompts.chat, settings.decoding.max_gen_len)
+        setup = Setup(settings.search, fitness, settings.decoding, prompts.recent_k, texts, engine)
+        mine = share_users(runs[-1], todo, partial(user_cost, recent_k=prompts.recent_k), runs[:-1])
         for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))
     if len(runs) > 1:
         print(sharing_text(shared_evaluations([run.root for run in runs])))
