@@ -3,9 +3,9 @@
 from datetime import date
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from prime.bank.bounded import ends_in_time, limited
 from prime.errors import InputError
 
 # Some templates write today's date, which would make a result depend on the day it is computed. They get this one, the
@@ -30,6 +30,8 @@ class Chat:
         self.tokenizer = tokenizer
         template = tokenizer.get_chat_template()
         self.template = FIXED_DATE + template if "strftime_now" in template else template
+        if not ends_in_time(lambda: self._apply([{"role": "user", "content": "a"}], tokenize=False)):
+            raise InputError(f"{self._name}: its chat template takes more time or memory than one may; {OFF}")
         prompt, other = self.prompt("a"), self.prompt("b")
         self.head = prompt[: common(prompt, other)]  # ids in front of every prompt's own text
         written = str(tokenizer.decode(prompt[len(self.head) :]))
@@ -60,13 +62,14 @@ class Chat:
 
     def _ids(self, turns: list[dict[str, str]], **more: Any) -> list[int]:
         try:
-            ids = self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, return_dict=False, sanitize_control_tokens=True,
-                enable_thinking=False, **more,
-            )  # fmt: skip
-        except (TemplateError, ValueError) as error:
-            raise InputError(f"{self._name}: its chat template fails ({error}); {OFF}") from None
-        return list(ids)
+            with limited():
+                return list(self._apply(turns, return_dict=False, sanitize_control_tokens=True, **more))
+        except Exception as error:  # a template can make jinja raise whatever it likes
+            reason = str(error)[:200] or type(error).__name__
+            raise InputError(f"{self._name}: its chat template fails ({reason}); {OFF}") from None
+
+    def _apply(self, turns: list[dict[str, str]], **more: Any) -> Any:
+        return self.tokenizer.apply_chat_template(turns, chat_template=self.template, enable_thinking=False, **more)
 
 
 def common(one: list[int], other: list[int]) -> int:
