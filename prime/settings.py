@@ -250,7 +250,7 @@ class DataSettings:
 class ModelSettings:
     """The base model, the task adapter that is folded into it, and how both are computed with."""
 
-    llama_model_path: str = setting(help="directory of the base model, of Hugging Face or Meta")
+    llama_model_path: str = setting(help="base model: directory of Hugging Face or Meta, or a name of the hub")
     tokenizer_path: str | None = setting(None, "directory of the tokenizer; default the model's")
     convert_to: str | None = setting(
         None,

@@ -1,7 +1,9 @@
 """Models, tokenizers and adapters by their content, as a run records what it read (`prime.runs.inputs`)."""
 
+from contextlib import suppress
 from pathlib import Path
 
+from prime.checkpoints.hub import is_hub_name, local_dir
 from prime.checkpoints.loading import pick_device, pick_dtype
 from prime.checkpoints.peft import adapter_dir
 from prime.checkpoints.published import FILE
@@ -20,17 +22,24 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def model_sources(settings: ModelSettings) -> dict[str, Source]:
-    """What all results of a stage depend on that reads a model. A path where nothing is (a name of the hub, say) is
-    left out: whoever needs it reports it.
+    """What all results of a stage depend on that reads a model. A path where nothing is is left out: whoever needs it
+    reports it. A name of the hub counts by its commit.
     """
     model, adapter = settings.llama_model_path, settings.lora_ckpt
     tokenizer = Path(settings.tokenizer_path or model)
     found = {
         **computed_with(settings.device, settings.dtype),
-        **_there("base model", folder_digest(model, MODEL_FILES), model),
+        **_there("base model", _commit(model) or folder_digest(model, MODEL_FILES), model),
         **tokenizer_source(tokenizer.parent if tokenizer.is_file() else tokenizer),
     }
     return found | (adapter_source("task adapter", adapter) if adapter else {})
+
+
+def _commit(name: str) -> str:
+    """Of a model on the hub; "" for a directory, and for one that cannot be had."""
+    with suppress(InputError):
+        return Path(local_dir(name, weights=False)).name if is_hub_name(name) else ""
+    return ""
 
 
 def encoder_sources(name: str, device: str) -> dict[str, Source]:

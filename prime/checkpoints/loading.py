@@ -16,6 +16,7 @@ from transformers.utils import logging
 from prime.bank.cpu import quicken
 from prime.bank.limits import check_states, positions
 from prime.bank.lora import Adapter
+from prime.checkpoints.hub import local_dir
 from prime.checkpoints.meta import MetaCheckpoint
 from prime.checkpoints.meta_params import config_of_params, is_meta_dir
 from prime.checkpoints.meta_tokenizer import end_ids, load_meta_tokenizer
@@ -56,7 +57,7 @@ def load_model(
     """A frozen causal LM in evaluation mode.
 
     Args:
-        path: a Hugging Face directory, or a Meta one.
+        path: a Hugging Face directory, or a Meta one, or a name of the hub.
         device: auto, cpu, cuda, mps.
         dtype: auto, float32, bfloat16, float16.
         task_adapter: PEFT directory or published lora_ckpt.pt to fold into the weights; None: the untouched model.
@@ -66,6 +67,7 @@ def load_model(
         InputError: no such model, or an adapter that does not fit it.
     """
     main_device = pick_device(device)
+    named, path = path, local_dir(path)
     check_model_dir(path)
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -73,7 +75,7 @@ def load_model(
     load = _load_meta if is_meta_dir(path) else _load_hugging_face
     model = load(path, main_device if parts is None else torch.device("cpu"), pick_dtype(dtype, main_device))
     if task_adapter is not None:
-        fold(model, open_adapter(task_adapter, path, path), task_adapter)
+        fold(model, open_adapter(task_adapter, path, named), task_adapter)
     quicken(model.requires_grad_(False).eval())  # before accelerate hooks into the layers
     return nn.Module.to(model, main_device) if parts is None else dispatched(model, parts, main_device)
 
@@ -126,6 +128,7 @@ def model_config(path: str, dtype: torch.dtype) -> PreTrainedConfig:
     Raises:
         InputError: it cannot be read, or is that of a kind of model that is not supported.
     """
+    path = local_dir(path, weights=False)
     check_model_dir(path)
     if is_meta_dir(path):
         return config_of_params(path, dtype)
@@ -149,6 +152,7 @@ def check_positions(path: str, tokens: int) -> None:
 
 def check_model_dir(path: str) -> None:
     """InputError unless `path` is a model directory of Hugging Face or Meta."""
+    path = local_dir(path, weights=False)
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such model directory (--llama_model_path)")
     if not is_meta_dir(path) and not (Path(path) / "config.json").is_file():
@@ -183,13 +187,14 @@ def fold(model: nn.Module, adapter: Adapter, source: str) -> None:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face directory, or of one with Meta's bare tokenizer.model (or that file itself).
+    """The tokenizer of a Hugging Face directory or name, or of a folder with Meta's tokenizer.model (or that file).
 
     Raises:
         InputError: no tokenizer, or one without an end-of-sequence token. (A padding token is never used.)
     """
     if Path(path).is_file() and Path(path).name == "tokenizer.model":
         path = str(Path(path).parent)
+    path = local_dir(path, weights=False)
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such tokenizer directory (--tokenizer_path)")
     if is_bare_tokenizer(path):

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prime.bank.lora import Adapter
+from prime.checkpoints.hub import local_dir
 from prime.checkpoints.meta import rope_rows
 from prime.checkpoints.meta_params import is_meta_dir, read_params
 from prime.checkpoints.peft import factor_problems, load_adapter, named_halves, paired
@@ -50,6 +51,7 @@ def has_adapter(folder: Path) -> bool:
 
 def heads_of(base: str) -> tuple[int, int]:
     """(query heads, key-value heads) of a model directory, without loading it."""
+    base = local_dir(base, weights=False)
     if is_meta_dir(base):
         params = read_params(base)
         return params.n_heads, params.n_kv_heads

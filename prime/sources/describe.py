@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from prime.bank.batching import every_pair
 from prime.bank.decode import Progress
@@ -21,22 +17,6 @@ from prime.users.data import User
 from prime.users.profiles import fit, whole_sentences
 
 BASE = -1  # the bank's row without an adapter
-WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")  # of a repository of the hub
-DOUBLE = ("consolidated*", "original/*")  # the same weights in Meta's or Mistral's own format
-
-
-def model_dir(name: str) -> str:
-    """A directory as it is; a name of the hub downloaded, or found where it was downloaded before."""
-    if Path(name).is_dir():
-        return name
-    try:
-        return snapshot_download(name, allow_patterns=list(WANTED), ignore_patterns=list(DOUBLE))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{name}: no directory, and it cannot be had from the Hugging Face hub ({reason}); "
-            "download it elsewhere and give its directory (--model_name)"
-        ) from None
 
 
 @dataclass(frozen=True)
@@ -61,8 +41,7 @@ class Describer:
 
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, seed: int, asking: Asking):
         self.asking, self.max_gen_len = asking, sampling.max_gen_len
-        local = replace(model, llama_model_path=model_dir(model.llama_model_path))
-        self.engine = load_engine(local, asking.max_length, asking.chat)
+        self.engine = load_engine(model, asking.max_length, asking.chat)
         self.sampler = Sampler(sampling.temperature, sampling.top_p, seed)
 
     def texts(self, users: Sequence[User], progress: Progress) -> dict[str, dict[str, Any]]:
