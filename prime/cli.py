@@ -20,6 +20,9 @@ from prime.runs.workers import keep_freed_memory, limit_threads, world
 from prime.settings import ModelSettings, Option, build, defaults, options, published, recorded
 from prime.users.tasks import TASKS
 
+# No display is needed. A notebook's shell names a backend of its own, which matplotlib would not find here.
+os.environ["MPLBACKEND"] = "Agg"
+
 Settings = TypeVar("Settings")
 AS_PUBLISHED_HELP = "give every option that is not given its value in the published code (docs/stages.md)"
 

@@ -1,12 +1,14 @@
 """Figures as PNG and SVG: one style, readable without colour, the same bytes for the same numbers."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+os.environ["MPLBACKEND"] = "Agg"  # as in prime.cli
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, nor asked for
+matplotlib.use("Agg")  # where matplotlib was there before
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

@@ -6,9 +6,9 @@ Lustre mounted with `flock`). On a file system without locks every claim is gran
 """
 
 import errno
-import fcntl
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +16,12 @@ from itertools import count
 from pathlib import Path
 
 from prime.errors import tell
+
+try:
+    import fcntl
+except ImportError:
+    tell("this toolkit needs Linux or macOS, whose file locks keep runs apart; on Windows run it in WSL")
+    sys.exit(2)
 
 WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 POLL = 0.2  # seconds between two looks at a claim that somebody else holds

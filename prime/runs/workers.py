@@ -51,7 +51,12 @@ def limit_threads() -> None:
     if local > 1 and not os.environ.get("OMP_NUM_THREADS"):
         import torch
 
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(max(1, cores() // local))
+
+
+def cores() -> int:
+    """Cores that this process may use; macOS tells only how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt
