@@ -49,6 +49,7 @@ class Settings:
         "encoder reads the taste better off the latter",
         choices=("history", "target"),
     )
+    texts: str = opt.texts()
     prompt_path: str | None = opt.setting(None, "template file in the published schema; default: the built-in wording")
     k: int = opt.setting(50, "clusters, so anchors at most", parse=opt.positive)
     device: str = opt.setting("auto", "where to compute", choices=opt.DEVICES, neutral=True)
@@ -88,7 +89,7 @@ def select_anchors(
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    task, data_dir = get_task(settings.data.task_name), settings.data.folder
+    task, data_dir = get_task(settings.data.task_name, settings.texts), settings.data.folder
     candidate_path = settings.candidate_path or str(data_dir / CANDIDATE_FILE)
     candidates = load_users(candidate_path, task)
     tests = load_users(data_dir / TEST_FILE, task)

@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, recent_k = settings.data, settings.prompts.recent_k
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     users = load_test_users(data.folder, texts.task)
     pool = load_shared(settings, load_candidates(data.folder, texts.task), len(users))
     check_inputs(settings, pool, select(users, settings.user_idxs))

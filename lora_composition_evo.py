@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = replace(settings, name=settings.name or method.name)
     if fitness.objective == "nll":
         settings = replace(settings, search=replace(search, sim_penalty=(0.0,)))
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     if fitness.fitness == "query":
         texts = asked_as_queries(data.folder, texts)
     users = load_test_users(data.folder, texts.task)

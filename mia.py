@@ -137,7 +137,7 @@ def owners_of(settings: Settings, alone: bool) -> Owners:
     folder = Path(settings.exp_dir if alone else settings.anchor_dir)
     if read_results(folder):
         return read_owners(folder, opt.recorded(settings), are_test_users=alone)
-    task = get_task(settings.data.task_name)
+    task = get_task(settings.data.task_name, settings.prompts.texts)
     candidates = load_candidates(settings.data.folder, task)
     return imported_owners(folder, Selection.of(settings.anchors, task.name, candidates).anchors())
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     sharers = [] if alone or settings.skip_sharers else own_subjects(owners)
     users = with_members(users, owners)
     check_members([*users, *sharers], owners.ids)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     everybody = (load_test_users if alone else load_candidates)(data.folder, texts.task)
     references = References.draw(owners.ids, settings.references, settings.seed)
     stage = Stage(settings, owners, everybody, texts, references)

@@ -15,7 +15,7 @@ Takes   seconds. Runs on what is there: a partial stage gives partial scores, an
 """
 
 from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prime import settings as opt
@@ -29,6 +29,7 @@ from prime.report.summary_table import method_rows, notes, table_rows, write_sum
 from prime.report.tables import aligned
 from prime.runs.penalties import penalty_runs
 from prime.users.data import LABEL_FILE, TEST_FILE, load_labels, load_users
+from prime.users.metrics import with_unicode
 from prime.users.tasks import get_task
 
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         check_stage(run, task)
     users_path, labels_path = settings.data.folder / TEST_FILE, settings.data.folder / LABEL_FILE
     users, golds = load_users(users_path, task), load_labels(labels_path)
+    task = replace(task, metrics=with_unicode(task.metrics, golds.values()))
     user_ids = [user.user_id for user in users]
     for run in runs:
         predictions, sources = gather(run, task)

@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))

@@ -42,7 +42,7 @@ from prime.seeds import derive_seed
 from prime.users.data import CANDIDATE_FILE, User, select, user_cost
 from prime.users.holdout import Split, trained_records
 from prime.users.identity import user_sources, wording
-from prime.users.metrics import score
+from prime.users.metrics import score, with_unicode
 from prime.users.prompts import Record
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
@@ -124,7 +124,7 @@ def history_scores(stage: Stage, anchors: Sequence[Anchor]) -> list[dict]:
 
 
 def score_answers(texts: Texts, golds: list[str], answers: list[str]) -> dict[str, float]:
-    return score(texts.task.history_metrics, answers, golds, texts.task.history_labels)
+    return score(with_unicode(texts.task.history_metrics, golds), answers, golds, texts.task.history_labels)
 
 
 def greedy_answers(stage: Stage, prompts: list[EncodedPrompt], pairs: list[Pair]) -> list[str]:
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data = settings.data
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     users = load_test_users(data.folder, texts.task)
     pool = None
     if settings.method == "mta":

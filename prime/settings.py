@@ -206,6 +206,16 @@ def user_idxs(whom: str) -> Any:
     return setting(None, f"{whom} to work on, e.g. 0-100 (end not included) or 3,7; default all", neutral=True)
 
 
+def texts() -> Any:
+    return setting(
+        "faithful",
+        "users' texts as they are, or as published: with single spaces, and cut to 768 words, which the articles that "
+        "train the task adapter are too",
+        choices=("faithful", "published"),
+        published="published",
+    )
+
+
 def export_full() -> Any:
     return setting(
         False,
@@ -311,6 +321,7 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSettings:
+    texts: str = texts()
     prompt_path: str | None = setting(None, "template file in the published schema; default: the built-in wording")
     max_length: int = setting(
         3000, "tokens of a prompt with its answer", parse=positive, aliases=("--max_seq_len",)

@@ -6,12 +6,20 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from prime.users.metrics import METRICS, bootstrap, paired_bootstrap, score, sum_stats
+from prime.users.metrics import (
+    METRICS,
+    bootstrap,
+    in_their_script,
+    paired_bootstrap,
+    score,
+    sum_stats,
+    with_unicode,
+)
 from prime.users.tasks import TASKS
 
 TAGS = TASKS["movie_tagging"].labels
@@ -32,6 +40,8 @@ ANY = {  # pairs of predictions and the labels, per metric
     "RMSE": (st.lists(st.tuples(*[st.sampled_from(["1", "4", "x", "", "inf"])] * 2), min_size=1), None),
     "rouge-1": (TEXTS, None),
     "rouge-L": (TEXTS, None),
+    "rouge-1-unicode": (TEXTS, None),
+    "rouge-L-unicode": (TEXTS, None),
 }
 
 
@@ -128,7 +138,8 @@ def test_statistics_add_up(name: str, data) -> None:
 
 def test_directions() -> None:
     assert {name for name, metric in METRICS.items() if not metric.higher_is_better} == {"MAE", "RMSE"}
-    assert {name for task in TASKS.values() for name in task.metrics + task.history_metrics} == set(METRICS)
+    of_tasks = {name for task in TASKS.values() for name in task.metrics + task.history_metrics}
+    assert of_tasks == {name for name in METRICS if not name.endswith("-unicode")}
 
 
 def test_surrounding_whitespace_does_not_count() -> None:
@@ -201,3 +212,33 @@ def test_intervals_of_little() -> None:
     assert all(math.isnan(x) for x in bootstrap(np.zeros((0, 2)), MEAN))
     assert all(math.isnan(x) for x in bootstrap(np.zeros((3, 2)), MEAN))
     assert bootstrap(np.array([[1.0, 1.0], [0.0, 0.0]]), MEAN) == (1.0, 1.0, 1.0)
+
+
+# -- other scripts --------------------------------------------------------------------------------------------------
+
+SCRIPTS = ("日本の映画", "Тихий фильм", "فيلم هادئ", "शांत फिल्म", "ภาพ", "Café déjà vu", "😀😀", "straße")
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_a_text_in_any_script_is_like_itself_and_unlike_another(text: str) -> None:
+    names = with_unicode(("rouge-1", "rouge-L"), [text])
+    assert names == ("rouge-1", "rouge-L", "rouge-1-unicode", "rouge-L-unicode")
+    assert in_their_script(("rouge-1", "accuracy"), [text]) == ("rouge-1-unicode", "accuracy")
+    assert [score(names[2:], [text], [text], None)[name] for name in names[2:]] == [1, 1]
+    for other in SCRIPTS:
+        if other != text:
+            assert score(names[2:], [text], [other], None)["rouge-1-unicode"] == 0
+
+
+def test_half_the_words_of_another_script_are_half_the_score() -> None:
+    gold, half = SCRIPTS[1], SCRIPTS[1].split()[0].upper()
+    assert score(["rouge-1-unicode"], [half], [gold], None)["rouge-1-unicode"] == pytest.approx(2 / 3)
+
+
+@given(st.text(st.characters(max_codepoint=127)), st.text(st.characters(max_codepoint=127)))
+@settings(max_examples=50)
+def test_of_ascii_both_rouges_are_one(pred: str, gold: str) -> None:
+    assert with_unicode(("rouge-1",), [pred, gold]) == ("rouge-1",)
+    for name in ("rouge-1", "rouge-L"):
+        of_all = score([f"{name}-unicode"], [pred], [gold], None)[f"{name}-unicode"]
+        assert of_all == score([name], [pred], [gold], None)[name]

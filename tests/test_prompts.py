@@ -8,9 +8,9 @@ import random
 import pytest
 
 from prime.errors import InputError
-from prime.users.data import Query, User
+from prime.users.data import Query, User, first_words, load_users
 from prime.users.prompts import Prompt, Record, history_records, query_records, task_records, test_prompts
-from prime.users.tasks import TASKS
+from prime.users.tasks import TASKS, get_task
 from prime.users.templates import TEMPLATES, load_templates
 
 TAGS = (
@@ -274,17 +274,54 @@ def test_second_record_sees_only_earlier_items_of_the_window() -> None:
     assert "u7-1-k1-p" not in retrieved(5)  # the first of the window has nothing earlier
 
 
-def test_cut_to_768_and_368_words() -> None:
-    long = " ".join(f"w{i}" for i in range(1000))
-    tag = " ".join(f"t{i}" for i in range(1000))
-    records = movies(movie_user(long, "a \n b", tags=(tag, "x")))
-    assert records[0].input.endswith(" w766 w767 Tag:")
-    assert records[0].target.endswith(" t766 t767")
-    assert records[1].input.endswith("\nMovie: a b Tag:")
-    history = records[2].input.split("### User History:\n")[1].split("\n\n\n")[0]
-    assert " w366 w367 Tag: t0 " in history and history.endswith(" t366 t367")
-    (prompt,) = test_prompts(movie_user(long), TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)
-    assert " w366 w367 Tag: comedy\n" in prompt.text and "w368" not in prompt.text
+LONG = " ".join(f"w{i}" for i in range(1000))
+CODE = "def f(x):\n    if x:\n\treturn  x\n"
+
+
+def test_texts_are_kept_as_they_are() -> None:
+    records = movies(movie_user(CODE, LONG, tags=("a\n b ", "x")))
+    assert records[0].input.endswith(f"\nMovie: {CODE} Tag:") and records[0].target == " a\n b "
+    assert f"Movie: {LONG} Tag:" in records[1].input
+    assert f"### User History:\nMovie: {CODE} Tag: a\n b \n" in records[2].input
+    user = User("7", movie_user(CODE).profile, (Query("q", f"] description: {CODE}", "x"),))
+    for text in (
+        test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)[0].text,
+        task_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], None)[0].input,
+    ):
+        assert text.count(CODE) == 2
+
+
+def test_what_is_retrieved_is_cut_to_368_words_between_which_all_stays() -> None:
+    text = CODE + LONG  # six words and more
+    (prompt,) = test_prompts(movie_user(text), TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)
+    kept = first_words(text, 368)
+    assert f"Movie: {kept} Tag: comedy\n" in prompt.text and kept == text[: text.index(" w362 ")]
+    assert first_words(CODE, 6) == CODE == first_words(CODE, 99)
+    assert first_words(CODE, 5) == CODE[: CODE.rindex('x')].rstrip()
+
+
+def test_what_is_retrieved_does_not_depend_on_spacing() -> None:
+    plain = movie_user("robot war at sea", "a love song", "old king of war", "robot war\nat sea")
+    odd = movie_user("robot\n  war\tat sea", "a\nlove song", "old  king\nof war ", " robot war\nat sea")
+    for one, other in zip(movies(plain), movies(odd), strict=True):
+        assert " ".join(one.input.split()) == " ".join(other.input.split())
+
+
+def test_published_texts_have_single_spaces_and_768_words(write) -> None:
+    item = {"id": "1", "description": f"{CODE}{LONG}", "tag": f"a\n b {LONG}"}
+    query = {"id": "q", "input": f"] description: {CODE}{LONG}", "gold": "x"}
+    path = write("users.json", [{"user_id": "7", "profile": [item, item | {"id": "2"}], "query": [query]}])
+    task = get_task("movie_tagging", "published")
+    (user,) = load_users(path, task, need_queries=True)
+    spaced = " ".join(f"{CODE}{LONG}".split())
+    whole, cut, short = spaced, " ".join(spaced.split()[:768]), " ".join(spaced.split()[:368])
+    records = history_records(user, task, TEMPLATES["movie_tagging"], None)
+    assert records[0].input.endswith(f"\nMovie: {cut} Tag:") and records[0].target.endswith(" w764 w765")
+    assert f"Movie: {short} Tag: a b w0 " in records[2].input and whole not in records[2].input
+    (record,) = task_records(user, task, TEMPLATES["movie_tagging"], None)
+    assert record.input.endswith(f"\nMovie: {cut} Tag:")
+    (prompt,) = test_prompts(user, task, TEMPLATES["movie_tagging"], 0, None)
+    assert prompt.text.endswith(f"\nMovie: {CODE}{LONG} Tag:")  # as published, test articles are whole
 
 
 def test_k_items_best_first() -> None:

@@ -106,7 +106,7 @@ def _fits(pattern: str, module: str) -> bool:
 def warn_of_base(path: Path, named: str, used_on: str) -> None:
     """Warn where an adapter names another base than the one it is used on; folders may differ, last names may not."""
     if named and _last_names(named) != _last_names(used_on):
-        text = f"{path}: made for the base {shown(named)}, and used on {shown(used_on)}"
+        text = f"{path}: made for the base {shown(repr(named))}, and used on {shown(repr(used_on))}"
         warnings.warn(harmless(text), stacklevel=2)
 
 

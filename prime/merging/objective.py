@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prime.users.metrics import METRICS, number, score
+from prime.users.metrics import METRICS, in_their_script, number, score
 from prime.users.tasks import Task
 
 Answers = Sequence[str]
@@ -71,13 +71,15 @@ class Objective:
         self.task, self.golds, self.penalty, self.unknown_answers = task, golds, penalty, unknown_answers
         self.reduce_metrics = METRIC_REDUCERS[m_reduce]
         self.reduce_trials = REDUCERS[t_reduce]
+        # The published ROUGE of other scripts than Latin is 0 for equal texts, and a search by it blind.
+        self.metrics = task.history_metrics if task.published_texts else in_their_script(task.history_metrics, golds)
         self.sign = -1.0 if METRICS[task.history_metrics[0]].higher_is_better else 1.0
 
     def agreement(self, answers: Answers, reference: Answers) -> float:
         """The task's history metrics of answers against reference, reduced to one number; 0 without any record."""
         if not reference:
             return 0.0
-        values = score(self.task.history_metrics, answers, reference, self.task.history_labels)
+        values = score(self.metrics, answers, reference, self.task.history_labels)
         return self.reduce_metrics(list(values.values()))
 
     def resemblance(self, answers: Answers, sharer: Answers) -> float:

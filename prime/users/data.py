@@ -6,10 +6,12 @@ Everything is checked once, here. All problems of a file are reported together, 
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,20 @@ PUBLISHED_PROFILE_FILE = "profile-id2text-gpt-4o-mini.json"  # as the published 
 
 # The folder that prepare_data.py works in, within a task's folder. Once the report is in it, files are being placed.
 PREPARING = ".prepare"
+
+
+PUBLISHED_WORDS = 768  # published cut of a history item's fields, and of the articles that train the task adapter
+
+
+def spaced(text: str, words: int | None = None) -> str:
+    """The first `words` words (None: all), with single spaces between them."""
+    return " ".join(text.split()[:words])
+
+
+def first_words(text: str, words: int) -> str:
+    """The first `words` words, with the spaces, line breaks and indents between them."""
+    beyond = next(islice(re.finditer(r"\S+", text), words, None), None)
+    return text[: beyond.start()].rstrip() if beyond else text
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,10 @@ class _Checker:
         if not isinstance(item, dict):
             self.problems.append(f"{where}: expected an object, found {json_type(item)}")
             return {}
-        return {name: _field(item, name, where, self.problems) for name in self.task.fields}
+        fields = {name: _field(item, name, where, self.problems) for name in self.task.fields}
+        if not self.task.published_texts:
+            return fields
+        return {name: text if name == "id" else spaced(text, PUBLISHED_WORDS) for name, text in fields.items()}
 
     def _query(self, query: Any, where: str, user_id: str) -> Query | None:
         if not isinstance(query, dict):

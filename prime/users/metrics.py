@@ -10,6 +10,8 @@ Letters: `u` users, `s` statistics of a metric, `n` resamples.
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -148,23 +150,50 @@ def _error_stats(power: int, pred: str, gold: str, labels: Labels) -> np.ndarray
     return np.array([_distance(pred, gold) ** power, 1.0])
 
 
-def _rouge_stats(kind: str, pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _rouge_stats(kind: str, unicode: bool, pred: str, gold: str, labels: Labels) -> np.ndarray:
     """[F, 1]."""
-    return np.array([_rouge(pred.strip(), gold.strip())[kind == "rougeL"], 1.0])
+    return np.array([_rouge(unicode, pred.strip(), gold.strip())[kind == "rougeL"], 1.0])
 
 
 @lru_cache(maxsize=1 << 17)
-def _rouge(pred: str, gold: str) -> tuple[float, float]:
+def _rouge(unicode: bool, pred: str, gold: str) -> tuple[float, float]:
     """(ROUGE-1 F, ROUGE-L F); the search compares the same texts many times."""
-    scores = _scorer().score(gold, pred)
+    scores = _scorer(unicode).score(gold, pred)
     return scores["rouge1"].fmeasure, scores["rougeL"].fmeasure
 
 
-@lru_cache(maxsize=1)
-def _scorer() -> Any:
+@lru_cache(maxsize=2)
+def _scorer(unicode: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: only when needed
 
-    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    return RougeScorer(["rouge1", "rougeL"], use_stemmer=False, tokenizer=UnicodeWords() if unicode else None)
+
+
+class UnicodeWords:
+    """Words of letters, marks and digits of any script, and signs such as emoji; of ASCII the published ones."""
+
+    def tokenize(self, text: str) -> list[str]:
+        signs = []
+        for sign in unicodedata.normalize("NFC", text).lower():
+            kind = unicodedata.category(sign)
+            signs.append(f" {sign} " if kind == "So" else sign if kind[0] in "LMN" else " ")
+        return "".join(signs).split()
+
+
+def with_unicode(names: Sequence[str], texts: Iterable[str]) -> tuple[str, ...]:
+    """Metrics by name, and beside the published ROUGE, which knows the letters a to z alone, that of all scripts, where
+    it finds other words in the texts.
+    """
+    words = UnicodeWords().tokenize
+    if all(words(text) == re.findall("[a-z0-9]+", text.lower()) for text in texts):
+        return tuple(names)
+    return (*names, *(f"{name}-unicode" for name in names if f"{name}-unicode" in METRICS))
+
+
+def in_their_script(names: Sequence[str], texts: Iterable[str]) -> tuple[str, ...]:
+    """The same, with the ROUGE of all scripts in place of the published one."""
+    beside = with_unicode(names, texts)
+    return tuple(f"{name}-unicode" if f"{name}-unicode" in beside else name for name in names)
 
 
 def _mean(sums: np.ndarray) -> np.ndarray:
@@ -185,7 +214,9 @@ METRICS: dict[str, Metric] = {
         Metric("f1", True, _f1_stats, _finish_f1),
         Metric("MAE", False, partial(_error_stats, 1), _mean),
         Metric("RMSE", False, partial(_error_stats, 2), _root_mean),
-        Metric("rouge-1", True, partial(_rouge_stats, "rouge1"), _mean),
-        Metric("rouge-L", True, partial(_rouge_stats, "rougeL"), _mean),
+        Metric("rouge-1", True, partial(_rouge_stats, "rouge1", False), _mean),
+        Metric("rouge-L", True, partial(_rouge_stats, "rougeL", False), _mean),
+        Metric("rouge-1-unicode", True, partial(_rouge_stats, "rouge1", True), _mean),
+        Metric("rouge-L-unicode", True, partial(_rouge_stats, "rougeL", True), _mean),
     )
 }

@@ -1,7 +1,8 @@
 """All texts a model reads: records of a user's history, records that train the task adapter, and test prompts.
 
-As published, history fields are cut to 768 words and retrieved items to 368, only the last 50 items count, and the
-second record of an item retrieves one earlier item by BM25. The wording is in `prime.users.templates`.
+Texts are shown as they are; a retrieved item's fields are cut to 368 words. As published, only the last 50 items count,
+and the second record of an item retrieves one earlier item by BM25, which compares words. `--texts published` has users
+read with their published cut and spacing (`prime.users.data`). The wording is in `prime.users.templates`.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from prime.errors import InputError
 from prime.settings import RECENT_K
-from prime.users.data import Query, User
+from prime.users.data import PUBLISHED_WORDS, Query, User, first_words, spaced
 from prime.users.retrieval import top_k
 from prime.users.tasks import Task, extract
 from prime.users.templates import Templates
 
-RECORD_WORDS = 768  # published cut of a history item's fields
 RETRIEVED_WORDS = 368  # published cut of a retrieved item's fields
 RECORD_K = 1  # items retrieved for training records
 
@@ -66,16 +67,16 @@ def history_records(
     """
     window = user.recent(recent_k)
     first = len(user.profile) - len(window)
-    earlier: list[str] = []  # what later records may retrieve
+    earlier: list[Shown] = []  # what later records may retrieve
     records = []
-    for position, (item, shown) in enumerate(zip(window, history_texts(window, templates), strict=True), first):
-        fields = _cut(item, RECORD_WORDS)
+    for position, (item, shown) in enumerate(zip(window, _corpus(window, templates), strict=True), first):
         name, is_held_out = f"u{user.user_id}-{item['id']}", position in held_out
-        text = templates["OPPU_input"].format(**fields)
-        target = templates["OPPU_full"].format(**fields)[len(text) :]
+        text = templates["OPPU_input"].format(**item)
+        target = templates["OPPU_full"].format(**item)[len(text) :]
         records.append(Record(name, text, target, is_held_out, position))
         if quoting and task.paired and earlier:
-            retrieved = _retrieve(templates["retrieval_query"].format(**fields), earlier, RECORD_K)
+            query = templates["retrieval_query"].format(**_spaced(item, PUBLISHED_WORDS))
+            retrieved = _retrieve(query, earlier, RECORD_K)
             context = _context(profile_text or "", retrieved)
             records.append(Record(f"{name}-k{RECORD_K}-p", context + text, target, is_held_out, position))
         if not is_held_out:
@@ -86,6 +87,18 @@ def history_records(
 def history_texts(items: Sequence[Mapping[str, str]], templates: Templates, words: int = RETRIEVED_WORDS) -> list[str]:
     """History items as they are shown when retrieved, and by default embedded; fields are cut to `words` words."""
     return [templates["retrieval_history"].format(**_cut(item, words)) for item in items]
+
+
+class Shown(NamedTuple):
+    """A history item as a prompt shows it, and as BM25 compares it: with single spaces."""
+
+    text: str
+    words: str
+
+
+def _corpus(items: Sequence[Mapping[str, str]], templates: Templates) -> list[Shown]:
+    compared = [templates["retrieval_history"].format(**_spaced(item, RETRIEVED_WORDS)) for item in items]
+    return [Shown(*pair) for pair in zip(history_texts(items, templates), compared, strict=True)]
 
 
 # -- a history asked as test queries --------------------------------------------------------------------------------
@@ -113,7 +126,7 @@ def query_records(
         raise InputError(f"{task.name}: a history holds answers without questions, it cannot be asked as test queries")
     records = []
     for item in user.recent(recent_k):
-        parts, gold = _as_query(_cut(item, RECORD_WORDS), task, others, rng)
+        parts, gold = _as_query(item, task, others, rng)
         records.append(_query_record(f"u{user.user_id}-{item['id']}-q", templates, parts, gold))
     return records
 
@@ -133,9 +146,10 @@ def _as_query(
 
 def _wrong_reference(source: str, right: str, task: Task, others: Sequence[Mapping[str, str]]) -> str:
     """The reference of the nearest of `others` that is not the right one."""
-    for place in top_k(source, [other[task.source] for other in others], len(others)):
+    query = spaced(source, PUBLISHED_WORDS)
+    for place in top_k(query, [other[task.source] for other in others], len(others)):
         if others[place][task.target] != right:
-            return _cut(others[place], RECORD_WORDS)[task.target]
+            return others[place][task.target]
     raise InputError(f"{task.name}: no items of other users to take wrong references from")
 
 
@@ -145,18 +159,21 @@ def _wrong_reference(source: str, right: str, task: Task, others: Sequence[Mappi
 def task_records(user: User, task: Task, templates: Templates, profile_text: str | None) -> list[Record]:
     """Records `u{user}-q{query}` that train the task adapter: each query with profile, one retrieved item and gold.
 
-    A profile of None is written as an empty one.
+    A profile of None is written as an empty one. As published (`task.published_texts`) articles have the published cut
+    and spacing here, and not in test prompts.
 
     Raises:
         InputError: a query without gold, or in citation without its options.
     """
-    corpus = history_texts(user.profile, templates)
+    corpus = _corpus(user.profile, templates)
     records = []
     for query in user.queries:
         if query.gold is None:
             raise InputError(f"user {user.user_id}: query {query.id}: no field 'gold', training needs it")
         parts = _query_parts(user, query, task)
-        retrieved = _retrieve(templates["retrieval_query_wokey"].format(parts[0]), corpus, RECORD_K)
+        if task.published_texts and task.query_parts == 1:
+            parts = (spaced(parts[0], PUBLISHED_WORDS),)
+        retrieved = _retrieve(_query_words(templates, parts, task), corpus, RECORD_K)
         bare = _query_record(f"u{user.user_id}-q{query.id}", templates, parts, query.gold)
         records.append(replace(bare, input=_context(profile_text or "", retrieved) + bare.input))
     return records
@@ -164,11 +181,11 @@ def task_records(user: User, task: Task, templates: Templates, profile_text: str
 
 def test_prompts(user: User, task: Task, templates: Templates, k: int, profile_text: str | None) -> list[Prompt]:
     """The user's queries with `k` retrieved items (0: no history) and the profile (None: none)."""
-    corpus = history_texts(user.profile, templates) if k else []
+    corpus = _corpus(user.profile, templates) if k else []
     prompts = []
     for query in user.queries:
         parts = _query_parts(user, query, task)
-        retrieved = _retrieve(templates["retrieval_query_wokey"].format(parts[0]), corpus, k)
+        retrieved = _retrieve(_query_words(templates, parts, task), corpus, k)
         prompts.append(Prompt(query.id, _context(profile_text, retrieved) + templates["prompt"].format(*parts)))
     return prompts
 
@@ -202,10 +219,21 @@ def _context(profile_text: str | None, retrieved: Sequence[str]) -> str:
     return profile + history
 
 
-def _retrieve(query: str, corpus: Sequence[str], k: int) -> list[str]:
-    return [corpus[i] for i in top_k(query, corpus, k)]
+def _query_words(templates: Templates, parts: Sequence[str], task: Task) -> str:
+    """What a test query is compared by; as published with its own spacing."""
+    query = templates["retrieval_query_wokey"].format(parts[0])
+    return query if task.published_texts else spaced(query)
+
+
+def _retrieve(query: str, corpus: Sequence[Shown], k: int) -> list[str]:
+    return [corpus[i].text for i in top_k(query, [shown.words for shown in corpus], k)]
 
 
 def _cut(item: Mapping[str, str], words: int) -> dict[str, str]:
-    """A copy whose fields hold at most `words` words, with single spaces between them."""
-    return {name: " ".join(text.split()[:words]) for name, text in item.items()}
+    """A copy whose fields hold at most `words` words, as they are spaced."""
+    return {name: first_words(text, words) for name, text in item.items()}
+
+
+def _spaced(item: Mapping[str, str], words: int) -> dict[str, str]:
+    """The same with single spaces between words."""
+    return {name: spaced(text, words) for name, text in item.items()}

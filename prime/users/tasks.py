@@ -7,7 +7,7 @@ text of a test query is found in LaMP's question. Nothing else in the toolkit br
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prime.errors import InputError
 
@@ -27,6 +27,7 @@ class Task:
     history_labels: tuple[str, ...] | None = None  # possible answers on history records
     paired: bool = False  # each item but the first gives a second record, with profile and history
     source: str = ""  # the field of a history item that a test query would show; "": items hold only answers
+    published_texts: bool = False  # `--texts published`: cut and spaced as published
 
     @property
     def query_parts(self) -> int:
@@ -92,11 +93,11 @@ _BARE_TITLE = re.compile(r'written the paper with the title "(.*?)"', re.DOTALL)
 _OPTIONS = re.compile(r'\[1\]: "(.*)"[,;]?\s*\[2\]: "(.*)"', re.DOTALL)
 
 
-def get_task(name: str) -> Task:
-    """The task called `name`; InputError where there is none."""
+def get_task(name: str, texts: str = "faithful") -> Task:
+    """The task called `name`, its texts as they are or `published`; InputError where there is none."""
     if name not in TASKS:
         raise InputError(f"unknown task '{name}', choose from: {', '.join(TASKS)}")
-    return TASKS[name]
+    return replace(TASKS[name], published_texts=True) if texts == "published" else TASKS[name]
 
 
 def extract(task: Task, text: str) -> tuple[str, ...] | None:

@@ -39,9 +39,9 @@ class Texts(NamedTuple):
         return (self.profiles or {}).get(user_id)
 
 
-def load_texts(data_dir: Path, task_name: str, prompt_path: str | None) -> Texts:
+def load_texts(data_dir: Path, task_name: str, prompt_path: str | None, texts: str = "faithful") -> Texts:
     """Task, templates and profiles; without a profile file there are no prompts with a profile."""
-    task = get_task(task_name)
+    task = get_task(task_name, texts)
     path = data_dir / PROFILE_FILE
     if not path.exists() and (data_dir / PUBLISHED_PROFILE_FILE).exists():
         path = data_dir / PUBLISHED_PROFILE_FILE
