@@ -44,7 +44,7 @@ class Settings:
     data: opt.DataSettings = opt.group()
     output_dir: str = opt.task_path("./output/<task_name>/task-base_LLM", "where the results go", neutral=True)
     seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("lora_ckpt", "device_map"))
+    model: opt.ModelSettings = opt.group(without=("lora_ckpt", "device_map"), max_batch_tokens=opt.training_tokens())
     prompts: opt.PromptSettings = opt.group()
     training: opt.TrainingSettings = opt.group(without=("max_step",))
     decoding: opt.DecodingSettings = opt.group()

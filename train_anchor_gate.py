@@ -57,7 +57,7 @@ class Settings:
     anchor_path: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "anchors' adapters")
     anchors_per_batch: int = opt.anchors_per_batch()
     seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("device_map",))
+    model: opt.ModelSettings = opt.group(without=("device_map",), max_batch_tokens=opt.training_tokens())
     prompts: opt.HistorySettings = opt.group(recent_k=0)
     training: opt.TrainingSettings = opt.group(
         without=("lora_r", "lora_alpha"),

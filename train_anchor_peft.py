@@ -54,7 +54,7 @@ class Settings:
     output_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "where the adapters go", neutral=True)
     anchors_per_batch: int = opt.anchors_per_batch()
     seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("device_map",))
+    model: opt.ModelSettings = opt.group(without=("device_map",), max_batch_tokens=opt.training_tokens())
     prompts: opt.HistorySettings = opt.group(recent_k=0)
     holdout: float = opt.holdout("each anchor's")
     training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)

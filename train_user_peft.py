@@ -60,9 +60,9 @@ class Settings:
     output_dir: str | None = opt.setting(None, "default ./output/<task_name>/OPPU or Merge-then-adapt", neutral=True)
     anchor_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "mta: sharers' adapters")
     n_sim: int = opt.setting(2, "mta: most similar sharers to merge; 0 = all", parse=opt.natural)
-    users_per_batch: int = opt.setting(16, "users trained together; 0 = all of them", parse=opt.natural, neutral=True)
+    users_per_batch: int = opt.users_per_batch()
     seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("device_map",))
+    model: opt.ModelSettings = opt.group(without=("device_map",), max_batch_tokens=opt.training_tokens())
     prompts: opt.HistorySettings = opt.group()
     holdout: float = opt.holdout("each user's")
     training: opt.TrainingSettings = opt.group(

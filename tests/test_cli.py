@@ -1,6 +1,7 @@
 """The command line as a contract: every announced and documented command parses, every option is told and read."""
 
 import argparse
+import importlib
 import os
 import re
 import shlex
@@ -166,3 +167,20 @@ def test_results_do_not_steer_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys
         monkeypatch.setattr(cli, name, lambda: None)
     cli.run(lambda _: print("2 anchors: \x1b[2J\u202e7, \u00e9\tx\n"))
     assert capsys.readouterr().out == "2 anchors: \\u001b[2J\\u202e7, \u00e9\tx\n\n"
+
+
+def test_what_trains_together_is_recorded_and_how_answers_are_batched_is_not() -> None:
+    """Sums are rounded in the order of the batch, so other batches are other adapters; answers do not depend on it."""
+    words = ["--task_name", "citation", "--llama_model_path", "m", "--lora_ckpt", "t", "--max_batch_tokens", "64"]
+    own = {"train_anchor_peft": "anchors_per_batch", "train_anchor_gate": "anchors_per_batch",
+           "train_user_peft": "users_per_batch", "task_lora": ""}  # fmt: skip
+    for name, together in own.items():
+        script = importlib.import_module(name)
+        more = ["--method", "oppu"] if name == "train_user_peft" else []
+        more += [f"--{together}", "3"] if together else []
+        without = [word for word in words if name != "task_lora" or word not in ("--lora_ckpt", "t")]
+        kept = recorded(cli.parse(script.Settings, None, [*without, *more]))
+        assert kept["max_batch_tokens"] == 64 and (not together or kept[together] == 3)
+    for name in ("lora_composition_evo", "lora_composition"):
+        script = importlib.import_module(name)
+        assert "max_batch_tokens" not in recorded(cli.parse(script.Settings, None, words))
