@@ -206,6 +206,13 @@ def test_templates_that_cannot_be_used_are_refused_in_one_line(name: str) -> Non
     assert Encoder(own, chat="off").chat is None
 
 
+def test_named_templates_of_which_none_is_the_default_are_refused() -> None:
+    own = tokenizer(eos_token="</s>")
+    own.chat_template = {"tool_use": TEMPLATES["chatml"], "rag": TEMPLATES["zephyr"]}
+    with pytest.raises(InputError, match="none is the default; give --chat off"):
+        Encoder(own)
+
+
 def test_off_is_without_and_on_needs_a_template() -> None:
     own, bare = CHATS["chatml"], tokenizer("<s>", bos_token="<s>", eos_token="</s>")
     assert Encoder(own, chat="off").record("r", "a", " b") == Encoder(bare).record("r", "a", " b")

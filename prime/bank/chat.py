@@ -28,7 +28,10 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        template = tokenizer.get_chat_template()
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError:  # transformers' message is a page long
+            raise InputError(f"{self._name}: of its chat templates none is the default; {OFF}") from None
         self.template = FIXED_DATE + template if "strftime_now" in template else template
         if not ends_in_time(lambda: self._apply([{"role": "user", "content": "a"}], tokenize=False)):
             raise InputError(f"{self._name}: its chat template takes more time or memory than one may; {OFF}")
