@@ -122,6 +122,12 @@ made_of() {
     "$PY" -m prime.runs.inputs "${paths[@]}"
 }
 
+# A step may fail because a file of an earlier one is lost, so next time all of them look; not where it was stopped.
+failed() {
+    [ "$1" = 130 ] || rm -f "$out/.steps/"*
+    exit "$1"
+}
+
 # step NAME COMMAND...: runs a stage unless it finished under the same command and read the same.
 step() {
     local name="$1" mark="$out/.steps/$1" started=$SECONDS refresh=(--refresh) now
@@ -137,7 +143,7 @@ step() {
     rm -f "$mark" "$out/.steps/postprocess" # the table is of all steps
     echo "[$task] $name: python $*"
     [ "$1" != postprocess.py ] || refresh=()
-    "${launcher[@]}" "$1" "${refresh[@]}" "${@:2}"
+    "${launcher[@]}" "$1" "${refresh[@]}" "${@:2}" || failed $?
     mkdir -p "$out/.steps"
     echo "$now" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"
@@ -193,6 +199,8 @@ user_training() {
 
 for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
+    link="$(find "$out/" -type l -print -quit 2> /dev/null || true)"
+    [ -z "$link" ] || wrong "$link is a link; below $out there are to be folders and regular files only"
     # Citation learns cited titles but is tested by choices, so the search asks choices (published: cited titles).
     if [ "$task" = citation ]; then fitness=(--fitness query); else fitness=(--fitness history); fi
     [ "${#published[@]}" = 0 ] || fitness=()

@@ -174,6 +174,33 @@ def test_a_step_is_done_again_where_what_it_reads_has_changed(here: Path, change
     assert again.stdout.count("finished before, skipped") == len(STEPS)
 
 
+@pytest.mark.slow
+def test_after_a_step_that_failed_every_step_looks_whether_its_files_are_there(here: Path) -> None:
+    """An adapter that was deleted after its result: the step that reads it fails, its own makes it again."""
+    words = ["--llama_model_path", "llama", "--data_dir", "data", "--output_dir", "output"]
+    assert reproduce(here, *words).returncode == 0
+    python = here / ".venv" / "bin" / "python"
+    whole = python.read_text()
+    python.write_text(whole.replace("#!/bin/sh\n", '#!/bin/sh\ncase "$1" in lora_comp*) exit 2;; esac\n'))
+    world.write(here / "output/movie_tagging/Anchor_PEFT/LoRA/users/a/adapter/adapter_model.safetensors", ["changed"])
+    assert reproduce(here, *words).returncode == 2
+    python.write_text(whole)
+    (here / "notes").unlink()
+    assert reproduce(here, *words).returncode == 0
+    assert [name for name, *_ in commands(here)] == [f"{step}.py" for step in STEPS]
+
+
+@pytest.mark.parametrize("place", [".steps", ".steps/mia", "Anchor_PEFT", "LoRA-Composition-evo/users"])
+def test_no_link_below_the_output_is_followed(here: Path, place: str) -> None:
+    victim, planted = here / "victim", here / "output" / "movie_tagging" / place
+    victim.mkdir()
+    planted.parent.mkdir(parents=True)
+    planted.symlink_to(victim)
+    done = reproduce(here, "--llama_model_path", "llama", "--data_dir", "data", "--output_dir", "output")
+    assert done.returncode == 2 and f"{place} is a link" in done.stderr
+    assert not list(victim.iterdir()) and not (here / "notes").exists()
+
+
 def test_help_tells_every_option(here: Path) -> None:
     told = reproduce(here, "--help").stdout
     taken = re.findall(r"^        (--\w+)\) ", (here / "reproduce.sh").read_text(), re.MULTILINE)
