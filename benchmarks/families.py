@@ -66,6 +66,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "jetmoe": {"kv_channels": 16},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "reformer": {"is_decoder": True},
@@ -81,13 +82,11 @@ ATTENTION = {
 # Rows of the table: a pattern of the verdict, and how it is told.
 KINDS = {
     "equal.*": "right",
-    "dense.*": "right, but prompts share no prefix and drafts are not used",
-    "refused: .*not attention alone.*": "refused: layers that keep other states than keys and values",
-    "refused: .*depend.*": "refused: a row's logits depend on other rows, or on what follows",
-    "refused: .*Conv1D.*": "refused: no `nn.Linear`",
-    "refused: .*fail.*": "refused: fails on these batches",
+    "dense.*": "right, without shared prefixes and drafts",
+    "refused: .*not attention alone.*": "refused: other states than keys and values",
+    "refused: .*depend.*": "refused: rows change others, or see what follows",
+    "refused: .*(Conv1D|fail).*": "refused: no `nn.Linear`, or another cache",
     "wrong.*": "wrong",
-    "not built.*": "not tried: no small model of it could be built",
 }
 
 
@@ -220,7 +219,8 @@ def table(found: dict[str, Verdict]) -> str:
     lines = ["| | families |", "|---|---|"]
     for kind, told in KINDS.items():
         names = [family for family, one in found.items() if re.fullmatch(kind, f"{one.kind}: {one.why}")]
-        lines.append(f"| {told} ({len(names)}) | {', '.join(names)} |")
+        if names:
+            lines.append(f"| {told}, {len(names)} | {', '.join(names)} |")
     return "\n".join(lines)
 
 
