@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from prime import settings as opt
-from prime.bank.dp import Terms, terms_of
+from prime.bank.dp import KEY_FILE, Terms, terms_of
 from prime.bank.train import Learner
 from prime.checkpoints import plan
 from prime.checkpoints.identity import adapter_source
@@ -156,7 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     by_user = user_sources(data.folder, CANDIDATE_FILE, anchors, texts)
     for name, sources in by_user.items():
         sources |= adapter_source("adapter", adapter_folder(settings.anchor_path, name))
-    inputs = Inputs(wording(texts.templates, settings.prompts.prompt_path), by_user)
+    once = (KEY_FILE,) if terms else ()  # with another model, the same noise would be in two releases
+    inputs = Inputs(wording(texts.templates, settings.prompts.prompt_path), by_user, once)
     run = cli.open_run(settings, folder, "train_anchor_gate", "gates", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:

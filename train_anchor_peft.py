@@ -25,7 +25,7 @@ import torch
 
 from prime import settings as opt
 from prime.bank.batching import Pair
-from prime.bank.dp import Mechanism, Terms, terms_of
+from prime.bank.dp import KEY_FILE, Mechanism, Terms, terms_of
 from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
 from prime.bank.train import Learner
@@ -180,7 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))
     shared = wording(texts.templates, settings.prompts.prompt_path)
-    inputs = Inputs(shared, user_sources(data.folder, CANDIDATE_FILE, anchors, texts))
+    once = (KEY_FILE,) if terms else ()  # with another model, the same noise would be in two releases
+    inputs = Inputs(shared, user_sources(data.folder, CANDIDATE_FILE, anchors, texts), once)
     run = cli.open_run(settings, folder, "train_anchor_peft", "anchors", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:

@@ -416,6 +416,21 @@ def test_a_half_done_run_is_refreshed_to_what_a_fresh_run_makes(stage: str, case
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [("anchors",)])
+def test_private_training_on_another_model_draws_new_noise(stage: str) -> None:
+    words = command(stage, "--enable_dp", "--epsilon", "8")
+    words[words.index("--output_dir") + 1] = "out/private"
+    world.run(words)
+    key = Path("out/private/noise.key").read_text()
+    anchors_history()
+    world.run([*words, "--refresh"])  # other records have noise of their own
+    assert Path("out/private/noise.key").read_text() == key
+    task_adapter()
+    world.run([*words, "--refresh"])
+    assert Path("out/private/noise.key").read_text() != key
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [("evo",)])
 def test_labels_are_read_anew_by_each_table(stage: str) -> None:
     """And make nothing else stale."""
