@@ -36,6 +36,7 @@ from prime.report.leakage import read_curves
 from prime.report.predictions import check_golds, check_stage, check_users, gather
 from prime.report.summary import about_methods
 from prime.runs.forms import EVALUATED_LOSS, read_form_lines
+from prime.runs.inputs import Inputs
 from prime.runs.run import Run, read_results, read_settings
 from prime.users.data import load_labels, load_users
 from prime.users.tasks import TASKS
@@ -83,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         anchors.finish(user_id, {"user_id": user_id, "index": index, "record_ids": ["u1-1"]})
     world.write(folder / "prompts.json", {TASK.name: TEMPLATES[TASK.name]})
     settings = world.settings(["lora_composition_evo.py", *evo_argv(folder)])
-    (run,) = lora_composition_evo.open_runs(replace(settings, name="prime"), folder / "output" / "evo")
+    (run,) = lora_composition_evo.open_runs(replace(settings, name="prime"), folder / "output" / "evo", Inputs())
     for index, user in enumerate(tests):
         answers = [{"id": query.id, "output": "comedy"} for query in user.queries]
         result = {

@@ -257,7 +257,7 @@ def output_of(command: list[str], folder: Path) -> str:
 def test_the_peak_of_a_real_process_stays_below(tmp_path: Path) -> None:
     """Stages 3 and 4 with the demo's model; a factor of two, since how the heap frays is not known better."""
     data = world.build(tmp_path)
-    save_adapter(tiny.adapter(load_model(world.DEMO / "model", "cpu"), 0), tmp_path / "task", "base")
+    save_adapter(tiny.adapter(load_model(str(world.DEMO / "model"), "cpu"), 0), tmp_path / "task", "base")
     selection = tmp_path / "selection"
     selection.mkdir()
     torch.save(list(range(6)), selection / "anchor_user_idx.pt")

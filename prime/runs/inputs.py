@@ -160,7 +160,9 @@ def settle(root: Path, folders: Mapping[str, Path], inputs: Inputs, refresh: boo
     made = bool(changed and inputs.products and (root / inputs.products[0]).exists())
     if stale or former or made:
         if not refresh:
-            raise InputError(_message(root, changed, stale, former))
+            users = {sources[PLACE].path for sources in inputs.by_user.values() if PLACE in sources}
+            gone = [f"{folder}: no longer one of the users of {', '.join(sorted(users))}" for folder in former]
+            raise InputError(_message(root, changed, stale, gone))
         tell(f"{root}: inputs have changed; made again: {len(stale)} users" + " and what they share" * made)
         for folder in [*(folders[user_id] for user_id in stale), *former]:
             reopen(folder)
@@ -206,12 +208,12 @@ def _renumber(folder: Path, place: Source) -> None:
 
 
 def _message(
-    root: Path, changed: Mapping[str, str], stale: Mapping[str, Sequence[str]], former: Sequence[Path]
+    root: Path, changed: Mapping[str, str], stale: Mapping[str, Sequence[str]], gone: Sequence[str]
 ) -> str:
     lines = [f"  {line}" for line in changed.values()]
     for user_id, lines_of_user in stale.items():
         lines += [f"  user {user_id}: {line}" for line in lines_of_user]
-    lines += [f"  {folder}: no longer one of the users" for folder in former]
+    lines += [f"  {line}" for line in gone]
     rest = [f"  ... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     remedy = "--refresh makes again what depends on them"
     count = f" ({len(stale)} users)" if stale else ""
