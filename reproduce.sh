@@ -143,7 +143,7 @@ step() {
     rm -f "$mark" "$out/.steps/postprocess" # the table is of all steps
     echo "[$task] $name: python $*"
     [ "$1" != postprocess.py ] || refresh=()
-    "${launcher[@]}" "$1" "${refresh[@]}" "${@:2}" || failed $?
+    "${launcher[@]}" "$1" ${refresh[@]+"${refresh[@]}"} "${@:2}" || failed $?
     mkdir -p "$out/.steps"
     echo "$now" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"
@@ -170,13 +170,15 @@ per_pcs() {
 # PriME as published (factor rule, wide steps from zero, no single sharer may win), and LoraHub, searched alike: its
 # objective is what differs.
 other_searches() {
-    local published=(--n_sim 3 --opt_type cma --opt_budget 10 --as_published)
+    local searched=(--n_sim 3 --opt_type cma --opt_budget 10 --as_published)
+    # On the same sharers, asked as they were trained.
+    [ "${#published[@]}" != 0 ] || searched+=(--texts faithful --chat auto)
     step prime_published lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
-        --anchor_dir "$out/Anchor_PEFT/LoRA" "${published[@]}" --sim_penalty 0.1 --name prime_published \
+        --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --sim_penalty 0.1 --name prime_published \
         --output_dir "$out/LoRA-Composition-evo-published"
     attack mia_prime_published LoRA-Composition-evo-published --skip_sharers
     step lorahub lora_composition_evo.py "${adapted[@]}" "${answers[@]}" \
-        --anchor_dir "$out/Anchor_PEFT/LoRA" "${published[@]}" --objective nll --output_dir "$out/LoraHub"
+        --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --objective nll --output_dir "$out/LoraHub"
     attack mia_lorahub LoraHub --skip_sharers
 }
 
@@ -204,7 +206,7 @@ for task in $tasks; do
     # Citation learns cited titles but is tested by choices, so the search asks choices (published: cited titles).
     if [ "$task" = citation ]; then fitness=(--fitness query); else fitness=(--fitness history); fi
     [ "${#published[@]}" = 0 ] || fitness=()
-    data_options=(--task_name "$task" --data_dir "$data/$task" "${published[@]}")
+    data_options=(--task_name "$task" --data_dir "$data/$task" ${published[@]+"${published[@]}"})
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \

@@ -23,7 +23,7 @@ from prime.merging.sharers import Selection
 from prime.merging.withdrawal import withdraw
 from prime.runs.files import read_json
 from prime.runs.run import user_dirname
-from prime.users.data import BASE_FILE, CANDIDATE_FILE, DATA_BYTES
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, DATA_BYTES, PROFILE_FILE, load_profiles
 from prime.users.tasks import get_task
 from prime.users.texts import load_candidates
 
@@ -44,6 +44,9 @@ def what_is_left(settings: Settings, root: Path) -> list[str]:
         "copies that were given away or backed up: of his adapter, of merges with it, of tables and pages",
         f"{folder / CANDIDATE_FILE}: his history, from which stage 2 would choose him again if it began anew",
     ]
+    path = folder / PROFILE_FILE
+    if path.is_file() and user in load_profiles(path):
+        left.append(f"{path}: his profile in words")
     path = folder / BASE_FILE
     rows = read_json(path, DATA_BYTES) if path.is_file() else []
     if any(str(row.get("user_id")) == user for row in rows if isinstance(row, dict)):

@@ -124,6 +124,6 @@ def start_of(settings: stage.Settings) -> Start:
     users = load_test_users(data.folder, texts.task)
     golds = load_labels(data.folder / LABEL_FILE)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
-    pool = load_sharers(selection, settings.model, settings.anchor_dir, len(users), search, settings.seed)
+    pool = load_sharers(selection, settings.model, settings.anchor_dir, users, search, settings.seed)
     engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
     return Start(settings, texts, users, golds, pool, engine)

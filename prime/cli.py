@@ -17,7 +17,7 @@ from prime.runs.files import stop_between_writes
 from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, world
-from prime.settings import ModelSettings, Option, build, defaults, options, published, recorded
+from prime.settings import BEFORE_THE_OPTION, ModelSettings, Option, build, defaults, options, published, recorded
 from prime.users.tasks import TASKS
 
 # No display is needed. A notebook's shell names a backend of its own, which matplotlib would not find here.
@@ -91,14 +91,15 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
 def open_run(settings: Any, root: Path | str, stage: str, method: str | None, inputs: Inputs, **more: Any) -> Run:
     """The run directory `root` of a stage; `more` replaces or adds to the recorded settings.
 
-    A directory made before an option came was made with the option left alone. `inputs` are what results depend on
-    beside the settings; model, tokenizer and task adapter are added here.
+    A directory made before an option came was made with its default, or as `BEFORE_THE_OPTION` says. `inputs` are what
+    results depend on beside the settings; model, tokenizer and task adapter are added here.
     """
     if isinstance(model := getattr(settings, "model", None), ModelSettings):
         from prime.checkpoints.identity import model_sources  # the model's libraries, which some scripts do without
 
         inputs = replace(inputs, shared={**model_sources(model), **inputs.shared})
-    default = defaults(type(settings)).get
+    before = {} if stage == "gen_profile" else BEFORE_THE_OPTION  # it has always asked through the chat template
+    default = (defaults(type(settings)) | before).get
     return Run(root, stage, str(method), recorded(settings) | more, default, inputs, settings.data.refresh)
 
 

@@ -1,5 +1,6 @@
 """The null controls: other sharers, or noise in place of their adapters."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from prime.users.data import User
 from tests import tiny
 
 USERS, ANCHORS = 6, 8
+TESTS = [User(f"u{place}", []) for place in range(USERS)]
 RANKING = tuple(tuple(int(place) for place in torch.randperm(ANCHORS)) for _ in range(USERS))
 
 
@@ -24,7 +26,7 @@ def pool() -> Pool:
 
 
 def sharers(how: str, n_sim: int = 3, seed: int = 0) -> list[tuple[int, ...]]:
-    return list(with_sharers(pool(), how, n_sim, seed).ranking)
+    return list(with_sharers(pool(), TESTS, how, n_sim, seed).ranking)
 
 
 def test_nearest_and_farthest_are_the_ends_of_the_ranking() -> None:
@@ -37,10 +39,12 @@ def test_random_ones_are_drawn_for_each_user_by_the_seed() -> None:
     drawn = sharers("random")
     assert all(len(set(row)) == 3 for row in drawn) and len(set(drawn)) > 1
     assert drawn == sharers("random") != sharers("random", seed=1)
+    back = with_sharers(replace(pool(), ranking=RANKING[::-1]), TESTS[::-1], "random", 3, 0)
+    assert list(back.ranking)[::-1] == drawn  # by the user, wherever he stands
 
 
 def test_noise_has_the_size_of_the_nearest_ones_adapters_and_nothing_of_them() -> None:
-    plain, noisy = pool(), with_sharers(pool(), "noise", 3, 0)
+    plain, noisy = pool(), with_sharers(pool(), TESTS, "noise", 3, 0)
     assert [row[:3] for row in RANKING] == list(noisy.ranking)
     own: Adapter
     for own, noise in zip(plain.adapters(0), noisy.adapters(0), strict=False):
@@ -50,7 +54,7 @@ def test_noise_has_the_size_of_the_nearest_ones_adapters_and_nothing_of_them() -
                 torch.testing.assert_close(drawn.norm(), factor.norm())
                 cosine = torch.nn.functional.cosine_similarity(drawn.flatten(), factor.flatten(), dim=0)
                 assert abs(float(cosine)) < 5 / factor.numel() ** 0.5
-    again = with_sharers(pool(), "noise", 3, 0).adapters(0)[0].factors
+    again = with_sharers(pool(), TESTS, "noise", 3, 0).adapters(0)[0].factors
     assert all(torch.equal(a, again[name][0]) for name, (a, _) in noisy.adapters(0)[0].factors.items())
 
 

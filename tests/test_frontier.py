@@ -138,10 +138,11 @@ def test_pareto_in_any_case_is_pareto_and_needs_a_resemblance(tmp_path: Path) ->
         check_search(pareto, FitnessSettings(objective="nll"))
 
 
-def test_a_single_sharer_is_not_deployed_where_none_may_be() -> None:
-    check_search(SearchSettings(baseline="uniform", search_only=True), FitnessSettings())
-    with pytest.raises(InputError, match="--baseline best_sharer: under --search_only"):
-        check_search(SearchSettings(baseline="best_sharer", search_only=True), FitnessSettings())
+def test_a_named_baseline_is_deployed_whoever_else_may_win(tmp_path: Path) -> None:
+    search = {"baseline": "best_sharer", "search_only": True}
+    check_search(SearchSettings(**search), FitnessSettings())
+    (found,) = run(Hills(**search), [0.1], tmp_path)
+    assert choose(found, SearchSettings(**search)).origin == "sharer"
 
 
 def test_pareto_covers_more_of_both_objectives_than_a_search_of_utility(tmp_path: Path) -> None:

@@ -201,6 +201,18 @@ def test_no_link_below_the_output_is_followed(here: Path, place: str) -> None:
     assert not list(victim.iterdir()) and not (here / "notes").exists()
 
 
+def test_rows_as_published_are_asked_as_their_sharers_were_trained(here: Path) -> None:
+    for more, asked in (([], ("faithful", "auto")), (["--as_published"], None)):
+        words = ["--llama_model_path", "llama", "--data_dir", "data", "--methods", "all"]
+        assert reproduce(here, *words, *more, "--output_dir", f"out{len(more)}").returncode == 0
+        for name, *options in commands(here):
+            if "prime_published" in options and f"out{len(more)}" in " ".join(options):
+                args = world.parser(name).parse_args(options)
+                given = ("--texts" in options, "--chat" in options)
+                assert args.as_published and given == (asked is not None,) * 2
+                assert asked is None or (args.texts, args.chat) == asked
+
+
 def test_help_tells_every_option(here: Path) -> None:
     told = reproduce(here, "--help").stdout
     taken = re.findall(r"^        (--\w+)\) ", (here / "reproduce.sh").read_text(), re.MULTILINE)

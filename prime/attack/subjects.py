@@ -18,10 +18,11 @@ from prime.errors import InputError, tell
 from prime.merging.sharers import adapter_folder
 from prime.runs.inputs import PLACE, Source, digest_of
 from prime.runs.run import read_results, read_settings
+from prime.settings import BEFORE_THE_OPTION
 from prime.users.data import User
 
 # Options that make the records what they were when the owners' adapters were trained.
-RECORD_OPTIONS = ("task_name", "prompt_path", "max_length")
+RECORD_OPTIONS = ("task_name", "prompt_path", "max_length", "texts", "chat")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def read_owners(folder: Path, recorded: Mapping[str, Any], *, are_test_users: bo
         recorded: the attack's settings by name.
     """
     trained = read_settings(folder)["settings"]
+    trained = BEFORE_THE_OPTION | trained
     changed = [key for key in RECORD_OPTIONS if trained.get(key) != recorded[key]]
     if changed:
         lines = [f"  {key}: there {trained.get(key)!r}, now {recorded[key]!r}" for key in changed]

@@ -9,7 +9,7 @@ from prime.checkpoints.peft import adapter_dir
 from prime.checkpoints.published import FILE
 from prime.errors import InputError
 from prime.runs.files import read_json
-from prime.runs.inputs import Source, digest_of, file_digest, folder_digest
+from prime.runs.inputs import MACHINE, Source, digest_of, file_digest, folder_digest
 from prime.settings import ModelSettings
 
 MODEL_FILES = (
@@ -52,7 +52,7 @@ def computed_with(device: str, dtype: str) -> dict[str, Source]:
     """The kind of device and the dtype, as `auto` resolves here."""
     chosen = pick_device(device)
     name = str(pick_dtype(dtype, chosen)).removeprefix("torch.")
-    return {"device and dtype": Source(f"{chosen.type}, {name}", "--device, --dtype")}
+    return {MACHINE: Source(f"{chosen.type}, {name}", "--device, --dtype")}
 
 
 def tokenizer_source(folder: Path) -> dict[str, Source]:

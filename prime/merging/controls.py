@@ -5,7 +5,7 @@ ones. A control changes nothing but the sharers: search, budget and selection st
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,22 +17,30 @@ from prime.errors import InputError
 from prime.merging.sharers import Pool, Selection, load_pool
 from prime.seeds import derive_seed
 from prime.settings import ModelSettings, SearchSettings
+from prime.users.data import User
 
 
 def load_sharers(
-    selection: Selection, model: ModelSettings, anchor_dir: str, n_test: int, search: SearchSettings, seed: int
+    selection: Selection,
+    model: ModelSettings,
+    anchor_dir: str,
+    users: Sequence[User],
+    search: SearchSettings,
+    seed: int,
 ) -> Pool:
     """Anchors, adapters and the sharers of each test user, as `--sharers` names them."""
     if search.sharers == "nearest":
-        return load_pool(selection, model, anchor_dir, n_test, search.n_sim)
-    return with_sharers(load_pool(selection, model, anchor_dir, n_test, n_sim=0), search.sharers, search.n_sim, seed)
+        return load_pool(selection, model, anchor_dir, len(users), search.n_sim)
+    pool = load_pool(selection, model, anchor_dir, len(users), n_sim=0)
+    return with_sharers(pool, users, search.sharers, search.n_sim, seed)
 
 
-def with_sharers(pool: Pool, how: str, n_sim: int, seed: int) -> Pool:
+def with_sharers(pool: Pool, users: Sequence[User], how: str, n_sim: int, seed: int) -> Pool:
     """The pool with other sharers for each test user.
 
     Args:
         pool: ranks all anchors (`n_sim` 0).
+        users: the test users.
         how: nearest (PriME); farthest: the least similar, farthest first; random: drawn for each user by the run's
             seed; noise: the nearest, their adapters replaced by noise of the same size.
         n_sim: sharers of a user; 0 = all.
@@ -43,12 +51,12 @@ def with_sharers(pool: Pool, how: str, n_sim: int, seed: int) -> Pool:
     if n_sim > len(pool.anchors):
         raise InputError(f"--n_sim {n_sim}: must be 0 (all) to {len(pool.anchors)}, the number of anchors")
     ranking = []
-    for user, places in enumerate(pool.ranking):
+    for user, places in zip(users, pool.ranking, strict=True):
         n = n_sim or len(places)
         if how == "farthest":
             ranking.append(places[::-1][:n])
         elif how == "random":
-            ranking.append(tuple(random.Random(derive_seed(seed, "sharers", user)).sample(places, n)))
+            ranking.append(tuple(random.Random(derive_seed(seed, "sharers", user.user_id)).sample(places, n)))
         else:
             ranking.append(places[:n])
     pool = replace(pool, ranking=tuple(ranking))

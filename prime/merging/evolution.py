@@ -49,11 +49,9 @@ class Evaluation:
 
 
 def check_search(search: SearchSettings, fitness: FitnessSettings) -> None:
-    """InputError where there is nothing that pareto could trade, or a single sharer is to be deployed and must not."""
+    """InputError where there is nothing that pareto could trade."""
     if is_pareto(search.opt_type) and fitness.objective == "nll":
         raise InputError(f"--opt_type {search.opt_type}: --objective nll knows no resemblance to trade utility for")
-    if search.baseline == "best_sharer" and search.search_only:
-        raise InputError("--baseline best_sharer: under --search_only no single sharer is deployed")
 
 
 def search_each(

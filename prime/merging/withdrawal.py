@@ -21,7 +21,7 @@ from prime.runs.journal import users_of
 from prime.runs.locks import unheld
 from prime.runs.run import read_result, read_settings, user_dirname
 
-OF_SHARERS = ("train_anchor_peft", "train_anchor_gate")  # stages whose results are a sharer's own
+OF_SHARERS = ("train_anchor_peft", "train_anchor_gate", "gen_profile")  # stages whose results are a sharer's own
 MERGING = ("lora_composition_evo", "lora_composition", "train_user_peft")
 ATTACK = "mia"
 # Made of the results of a run, in its folder or the one above; the next stage 5 and 6 make them again.
@@ -163,6 +163,7 @@ def _carry_out(found: Withdrawal, place: int, n_candidates: int) -> None:
     for run, users in found.reopened.items():
         for user in users:
             _remove(Path(run) / "users" / user_dirname(user))
+            _remove(Path(run) / ATTACK / "users" / user_dirname(user))  # of an adapter that is no more
     for path in sorted(found.unfinished | found.removed):
         _remove(path)
     for path in sorted(found.rewritten):

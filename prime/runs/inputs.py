@@ -24,6 +24,7 @@ from prime.errors import InputError, tell
 from prime.runs.files import read_json, uninterrupted, write_json
 
 INPUTS_FILE, RESULT_FILE = "inputs.json", "result.json"
+MACHINE = "device and dtype"  # that a run computes with
 PLACE = "place"  # of a user among all; where nothing else has changed, the result is given the new one
 WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
 LARGE = 64 << 20  # bytes
@@ -142,7 +143,8 @@ def settle(root: Path, folders: Mapping[str, Path], inputs: Inputs, refresh: boo
 
     Args:
         folders: of all users of `inputs`, by id.
-        refresh: remove what was made from other inputs, to be made again; nothing else is touched.
+        refresh: remove what was made from other inputs, to be made again; nothing else is touched. Another device or
+            dtype (`MACHINE`) is no reason: whoever goes on elsewhere by mistake does not mean to lose anything.
 
     Raises:
         InputError: without `refresh`, where anything was; names each change with both digests and the file.
@@ -159,7 +161,7 @@ def settle(root: Path, folders: Mapping[str, Path], inputs: Inputs, refresh: boo
     former = _former_users(root, folders.values()) if folders else []
     made = bool(changed and inputs.products and (root / inputs.products[0]).exists())
     if stale or former or made:
-        if not refresh:
+        if not refresh or MACHINE in changed:
             users = {sources[PLACE].path for sources in inputs.by_user.values() if PLACE in sources}
             gone = [f"{folder}: no longer one of the users of {', '.join(sorted(users))}" for folder in former]
             raise InputError(_message(root, changed, stale, gone))
