@@ -172,6 +172,7 @@ def test_the_base_leaks_nothing_and_memorising_sharers_are_caught(world, capsys)
     assert on_base["scores"] == on_base["blind"] and not any(on_base["scores"]["calibrated"]["member"])
 
 
+@pytest.mark.slow
 def test_a_resumed_attack_gives_the_same_losses(world, capsys, monkeypatch):
     argv, exp_dir = world
     before = json.loads((exp_dir / "mia_results.json").read_text())

@@ -291,6 +291,7 @@ def test_poisoned_golds_change_nothing_in_the_search(inside: Path) -> None:
     assert len(poisoned) == 2 and all(poisoned[user] == whole[user] for user in poisoned)
 
 
+@pytest.mark.slow
 def test_where_the_base_wins_the_base_is_deployed_predicted_and_attacked(inside: Path) -> None:
     """Sharers that answer garbage lose to the base; so does every mixture of them."""
     good, bad = Path(ANCHORS), Path("./output/garbage")
@@ -427,7 +428,8 @@ def test_a_named_row_comes_without_the_baselines(inside: Path) -> None:
             world.run(evo("./output/other", "--name", name))
 
 
-@pytest.mark.parametrize(("name", "start"), [pytest.param("best_sharer", 0, marks=pytest.mark.slow), ("uniform", 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "start"), [("best_sharer", 0), ("uniform", 1)])
 def test_a_baseline_is_deployed_as_a_run_that_can_be_attacked(inside: Path, name: str, start: int) -> None:
     """It answers as the row that comes with PriME, and the attack's members are the sharers that are in it."""
     folder = inside / f"output/{name}"

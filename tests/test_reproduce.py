@@ -102,6 +102,7 @@ def test_small_data_take_fewer_clusters_and_stage_2_comes_first(here: Path) -> N
         assert run[0][run[0].index("--k") :][:2] == found if found else "--k" not in run[0]
 
 
+@pytest.mark.slow
 def test_all_methods_are_commands_that_parse(here: Path) -> None:
     """On the same sharers; all searches but PriME's own as published, and whatever merges or trains is attacked."""
     done = reproduce(here, "--llama_model_path", "llama", "--data_dir", "data", "--methods", "all")
@@ -201,6 +202,7 @@ def test_no_link_below_the_output_is_followed(here: Path, place: str) -> None:
     assert not list(victim.iterdir()) and not (here / "notes").exists()
 
 
+@pytest.mark.slow
 def test_rows_as_published_are_asked_as_their_sharers_were_trained(here: Path) -> None:
     for more, asked in (([], ("faithful", "auto")), (["--as_published"], None)):
         words = ["--llama_model_path", "llama", "--data_dir", "data", "--methods", "all"]

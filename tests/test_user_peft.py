@@ -247,6 +247,7 @@ def test_a_user_without_history_keeps_the_base_or_the_merge(inside: Path, capsys
     assert result["losses"] == [] and result["predictions"]["oppu"]["k0"] == base["k0"]
 
 
+@pytest.mark.slow
 def test_mta_is_attacked_by_its_sharers(inside: Path) -> None:
     attack = ["mia.py", *ADAPTED, "--anchor_dir", f"output/{TASK}/Anchor_PEFT/LoRA", "--max_records", "2", "--exp_dir"]
     world.run([*attack, FOLDERS["mta"], "--skip_sharers"])
@@ -260,6 +261,7 @@ def test_mta_is_attacked_by_its_sharers(inside: Path) -> None:
         assert len(entry["non_member_ids"]) == 4
 
 
+@pytest.mark.slow
 def test_oppus_members_are_the_users_own_records(inside: Path) -> None:
     stage("oppu", "--holdout", "0.4", "--output_dir", "held-out/oppu")
     world.run(["mia.py", *ADAPTED, "--anchor_dir", "not-read", "--exp_dir", "held-out/oppu"])
