@@ -48,7 +48,7 @@ from prime import cli
 from prime.merging.evolution import Evaluation, Memo, ScoreOf, choose, evolve, key_of
 from prime.merging.objective import Objective, score_by_likelihood
 from prime.merging.population import Answers, Population
-from prime.report.scores import metric_intervals, paired_comparison, stack, user_stats
+from prime.report.scores import user_stats
 from prime.report.tables import markdown
 from prime.runs.files import read_json, write_json
 from prime.runs.journal import Journal
@@ -325,23 +325,16 @@ def compare(name: str, by_seed: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for arm in ROWS:
         if all(arm in run["answers"] for run in by_seed):
             totals[arm] = seeds.pooled([user_stats(task, run["answers"][arm], golds) for run in by_seed])
-    reference = stack(totals[REFERENCE], list(totals[REFERENCE]))
-    rows: dict[str, Any] = {}
-    for arm, total in totals.items():
-        stacked = stack(total, list(total))
-        origins = sum((Counter(run["origins"][arm]) for run in by_seed), Counter[str]())
-        rows[arm] = {
-            "scores": metric_intervals(task, stacked),
-            "to_prime": paired_comparison(task, stacked, reference),
-            "origins": dict(origins),
-        }
+    rows = seeds.against(task, totals, REFERENCE)
+    for arm, row in rows.items():
+        row["origins"] = dict(sum((Counter(run["origins"][arm]) for run in by_seed), Counter[str]()))
     return {"rows": rows, "same_choice": fmean(chain.from_iterable(run["same"] for run in by_seed))}
 
 
 def cells(task: str, row: Mapping[str, Any]) -> list[str]:
     """Score; its difference to prime's with the interval; users better and worse; what the chosen were."""
     metric = get_task(task).metrics[0]
-    paired, gap = row["to_prime"], row["to_prime"][metric]
+    paired, gap = row["paired"], row["paired"][metric]
     return [
         f"{row['scores'][metric]['mean']:.3f}", f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]",
         f"{paired['better']} : {paired['worse']}",
@@ -357,7 +350,7 @@ def overview(tables: Mapping[str, Mapping[str, Any]]) -> str:
         metric = task.metrics[0]
         column = columns[f"{name}, {metric}"] = {}
         for arm, row in result["rows"].items():
-            column[arm] = seeds.marked(row["scores"][metric]["mean"], seeds.verdict(task, row["to_prime"][metric]))
+            column[arm] = seeds.marked(row["scores"][metric]["mean"], seeds.verdict(task, row["paired"][metric]))
     return seeds.side_by_side("arm", ROWS, columns)
 
 

@@ -86,6 +86,16 @@ def pooled(by_seed: Sequence[Mapping[str, Stats]]) -> dict[str, Stats]:
     return totals
 
 
+def against(task: Task, totals: Mapping[str, Mapping[str, Stats]], reference: str) -> dict[str, dict[str, Any]]:
+    """By row: `scores` with intervals, and `paired`, the differences to the reference's row by user."""
+    expected = stack(totals[reference], list(totals[reference]))
+    rows = {}
+    for name, total in totals.items():
+        stacked = stack(total, list(total))
+        rows[name] = {"scores": metric_intervals(task, stacked), "paired": paired_comparison(task, stacked, expected)}
+    return rows
+
+
 def added(stats: Stats, others: Stats) -> Stats:
     return {metric: stats[metric] + others[metric] for metric in stats}
 

@@ -26,7 +26,7 @@ from experiments import demo_runs, seeds
 from prime import cli
 from prime.report import plots
 from prime.report.predictions import Cell, predictions_of
-from prime.report.scores import Stats, metric_intervals, paired_comparison, stack, user_stats
+from prime.report.scores import Stats, user_stats
 from prime.report.tables import interval_text, markdown
 from prime.runs.files import write_json
 from prime.runs.run import read_results
@@ -75,13 +75,7 @@ def run(args: argparse.Namespace, task: str, seed: int, value: str) -> dict[str,
 def compare(args: argparse.Namespace, task: Task, values: Sequence[str]) -> dict[str, dict[str, Any]]:
     """By value: scores with intervals, and differences to the first value, paired by user."""
     totals = {value: seeds.pooled([run(args, task.name, seed, value) for seed in args.seeds]) for value in values}
-    users = list(totals[values[0]])
-    reference = stack(totals[values[0]], users)
-    rows = {}
-    for value, total in totals.items():
-        stacked = stack(total, users)
-        rows[value] = {"scores": metric_intervals(task, stacked), "paired": paired_comparison(task, stacked, reference)}
-    return rows
+    return seeds.against(task, totals, values[0])
 
 
 def table(task: Task, rows: Mapping[str, Mapping[str, Any]], name: str) -> str:

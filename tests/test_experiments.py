@@ -58,7 +58,7 @@ def test_ablation_compares_by_user_over_seeds() -> None:
     rows = found["rows"]
     assert found["same_choice"] == 0.75
     assert [rows[name]["scores"]["accuracy"]["mean"] for name in ("prime", "rule factor", "no search")] == [0.5, 1, 0]
-    assert rows["rule factor"]["to_prime"]["better"] == 1 and rows["no search"]["to_prime"]["worse"] == 1
+    assert rows["rule factor"]["paired"]["better"] == 1 and rows["no search"]["paired"]["worse"] == 1
     assert rows["prime"]["origins"] == {"search": 2, "sharer": 2}
     assert ablation.cells("movie_tagging", rows["rule factor"])[2:] == ["1 : 0", "0 / 2 / 0 / 2"]
     arms = dict.fromkeys(ablation.ROWS, answered("wrong", "wrong")) | {"prime": answered(one[1], two[1])}
