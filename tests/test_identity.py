@@ -8,13 +8,13 @@ import torch
 import world
 
 from prime.bank.bank import AdapterBank
-from prime.bank.identity import SAMPLE, digest_of, model_identity
+from prime.bank.identity import SAMPLE, digest_of_tensors, model_identity
 from prime.bank.lora import Adapter
 from prime.checkpoints.loading import fold, load_model
 from prime.engine import Engine, load_engine
 from prime.merging.population import Population, Setup
 from prime.runs.journal import Journal
-from prime.settings import FitnessSettings, ModelSettings, SamplingSettings, SearchSettings
+from prime.settings import FitnessSettings, ModelSettings, PromptSettings, SamplingSettings, SearchSettings
 from prime.users.data import User
 from prime.users.tasks import get_task
 from prime.users.templates import load_templates
@@ -22,7 +22,8 @@ from prime.users.texts import Texts
 from tests import tiny
 
 MODEL = ModelSettings(llama_model_path=str(world.DEMO / "model"))
-ENGINE = load_engine(MODEL, 512)
+PROMPTS = PromptSettings(max_length=512)
+ENGINE = load_engine(MODEL, PROMPTS)
 TASK = get_task("movie_tagging")
 TEXTS = Texts(TASK, load_templates(None, TASK), None)
 USER = User("7", tuple({"id": str(i), "description": f"a film about {i} robots", "tag": "comedy"} for i in range(2)))
@@ -57,7 +58,7 @@ def test_answers_of_other_sharers_are_not_believed(tmp_path: Path, objective: st
 def test_answers_of_another_model_or_task_adapter_are_not_believed(tmp_path: Path) -> None:
     path = tmp_path / "j.jsonl"
     assert asks(path, SHARERS) == 1
-    again, other = load_engine(MODEL, 512), load_engine(MODEL, 512)
+    again, other = load_engine(MODEL, PROMPTS), load_engine(MODEL, PROMPTS)
     assert asks(path, SHARERS, engine=again) == 0
     next(iter(other.bank.wrappers.values())).base.weight.data[3, 5] += 1e-4
     assert asks(path, SHARERS, engine=other) == 1
@@ -73,12 +74,16 @@ def test_a_task_adapter_changes_the_models_identity() -> None:
 def test_all_of_a_small_tensor_and_much_of_a_large_one_is_looked_at() -> None:
     """A digest does not depend on how a tensor lies in memory; another name, type or shape is another tensor."""
     small, large = torch.randn(40, 30), torch.zeros(3, SAMPLE)
-    assert digest_of([("x", small)]) == digest_of([("x", small.t().contiguous().t())])
-    found = {digest_of([("x", small)]), digest_of([("y", small)]), digest_of([("x", small.reshape(30, 40))])}
-    found |= {digest_of([("x", small.double())]), digest_of([("x", small.bfloat16())])}
+    assert digest_of_tensors([("x", small)]) == digest_of_tensors([("x", small.t().contiguous().t())])
+    found = {
+        digest_of_tensors([("x", small)]),
+        digest_of_tensors([("y", small)]),
+        digest_of_tensors([("x", small.reshape(30, 40))]),
+    }
+    found |= {digest_of_tensors([("x", small.double())]), digest_of_tensors([("x", small.bfloat16())])}
     for place in range(0, 1200, 61):
         changed = small.clone()
         changed.view(-1)[place] += 1
-        found.add(digest_of([("x", changed)]))
+        found.add(digest_of_tensors([("x", changed)]))
     assert len(found) == 25
-    assert digest_of([("x", large)]) != digest_of([("x", large + 1)])
+    assert digest_of_tensors([("x", large)]) != digest_of_tensors([("x", large + 1)])

@@ -133,12 +133,15 @@ def test_a_journal_of_other_inputs_is_not_believed(tmp_path: Path) -> None:
     assert opened(tmp_path, "m2", a="1", b="2").journal(["a"]).recorded("trained") is None
 
 
-def test_other_library_versions_are_told(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: Any) -> None:
-    finish(opened(tmp_path, "m1", a="1"), "a")
-    opened(tmp_path, "m1", a="1")
+@pytest.mark.parametrize("users", [{"a": "1"}, {"a": "1", "b": "2"}], ids=["finished", "half done"])
+def test_other_library_versions_are_told(
+    users: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: Any
+) -> None:
+    finish(opened(tmp_path, "m1", **users), "a")
+    opened(tmp_path, "m1", **users)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(machine, "version", lambda name: "99.0")
-    assert opened(tmp_path, "m1", a="1").done("a")
+    assert opened(tmp_path, "m1", **users).done("a")
     told = capsys.readouterr().err
     assert f"{tmp_path}/settings.json: begun with torch {torch.__version__.split('+')[0]}" in told
     assert ", now 99.0" in told and "results may differ" in told

@@ -18,15 +18,15 @@ def model_identity(bank: AdapterBank) -> str:
     Of each tensor it takes name, shape, type and at most `SAMPLE` numbers. Training and folding change all of them;
     a single number of a large tensor could differ unseen.
     """
-    return digest_of(chain(bank.model.named_parameters(), bank.model.named_buffers()))
+    return digest_of_tensors(chain(bank.model.named_parameters(), bank.model.named_buffers()))
 
 
 def factors_identity(bank: AdapterBank) -> str:
     """Digest of the loaded adapters in their order, every number of them unless they are very large."""
-    return digest_of(bank.loaded())
+    return digest_of_tensors(bank.loaded())
 
 
-def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Digest of named tensors; of those that an offloaded model keeps on disk, name and shape alone."""
     digest = hashlib.sha256()
     for name, tensor in tensors:

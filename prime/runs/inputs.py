@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -223,10 +223,5 @@ def _message(
     return "\n".join([f"{root}: made from other inputs:", *lines[:SHOWN], *rest, end])
 
 
-def _paths(arguments: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    for argument in arguments:
-        yield argument, path_digest(Path(argument))
-
-
 if __name__ == "__main__":
-    print(digest_of(dict(_paths(sys.argv[1:]))))
+    print(digest_of({path: path_digest(Path(path)) for path in sys.argv[1:]}))
