@@ -91,7 +91,7 @@ def write_by_model(settings: Settings, users: Sequence[User], task: Task, data: 
     if groups:
         from prime.sources.describe import Asking, Describer  # the model's libraries, which --rule does without
 
-        asking = Asking(prompts, settings.item_words, settings.prompts.max_length, settings.prompts.chat)
+        asking = Asking(prompts, settings.item_words, settings.prompts)
         describer = Describer(settings.model, settings.decoding, settings.seed, asking)
         with bar(sum(map(len, groups)), "users", "user") as progress:
             for users_of_group in share_groups(run, groups, partial(user_cost, recent_k=settings.recent_k)):

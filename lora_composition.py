@@ -207,9 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     run = cli.open_run(settings, settings.output_dir, "lora_composition", "per_pcs", inputs)
     todo = open_users(users, select_indices(settings.user_idxs, len(users)), run.done)
     if todo:
-        engine = load_engine(
-            settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len
-        )
+        engine = load_engine(settings.model, settings.prompts, settings.decoding.max_gen_len)
         mine = share_users(run, todo, partial(user_cost, recent_k=recent_k))
         for_each(mine, len(todo), partial(work_on, Stage(settings, texts, engine, run, pool)))
     if settings.export_full:

@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
         prompts = settings.prompts
-        engine = load_engine(settings.model, prompts.max_length, prompts.chat, settings.decoding.max_gen_len)
+        engine = load_engine(settings.model, prompts, settings.decoding.max_gen_len)
         setup = Setup(settings.search, fitness, settings.decoding, prompts.recent_k, texts, engine)
         mine = share_users(runs[-1], todo, partial(user_cost, recent_k=prompts.recent_k), runs[:-1])
         for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))

@@ -55,7 +55,7 @@ from prime.merging.sharers import Selection
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
-from prime.runs.run import Run, read_results, read_settings
+from prime.runs.run import Run, read_settings
 from prime.runs.workers import open_groups, share
 from prime.users.data import CANDIDATE_FILE, TEST_FILE, User
 from prime.users.identity import all_of, wording
@@ -118,7 +118,7 @@ class Stage:
 def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
     """Attack the groups of subjects that hold one without a result."""
     settings, owners, references, prompts = stage.settings, stage.owners, stage.references, stage.settings.prompts
-    engine = load_engine(settings.model, prompts.max_length, prompts.chat)
+    engine = load_engine(settings.model, prompts)
     limits = prompts.recent_k, settings.max_records
     records = owned_records(owners, stage.users, stage.texts, engine.encoder, *limits)
     # In the references' order, so that with --skip_sharers few other owners are scored beside them.
@@ -132,14 +132,13 @@ def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
             run.finish_all([result | {"seconds": seconds} for result in results])
 
 
-def owners_of(settings: Settings, alone: bool) -> Owners:
+def owners_of(settings: Settings, alone: bool, everybody: Sequence[User]) -> Owners:
     """Whose records are attacked: the anchors, or the users of a method that trained everybody alone."""
     folder = Path(settings.exp_dir if alone else settings.anchor_dir)
-    if read_results(folder):
-        return read_owners(folder, opt.recorded(settings), are_test_users=alone)
-    task = get_task(settings.data.task_name, settings.prompts.texts)
-    candidates = load_candidates(settings.data.folder, task)
-    return imported_owners(folder, Selection.of(settings.anchors, task.name, candidates).anchors())
+    owners = read_owners(folder, opt.recorded(settings), are_test_users=alone)
+    if owners:
+        return owners
+    return imported_owners(folder, Selection.of(settings.anchors, settings.data.task_name, everybody).anchors())
 
 
 def results_of(run: Run, subjects: Sequence[Subject]) -> list[dict]:
@@ -162,13 +161,13 @@ def main(argv: list[str] | None = None) -> None:
     if settings.gate_dir and not Path(settings.gate_dir).is_dir():
         raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")
     alone = trained_alone(exp_dir)
-    owners = owners_of(settings, alone)
+    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    everybody = (load_test_users if alone else load_candidates)(data.folder, texts.task)
+    owners = owners_of(settings, alone, everybody)
     users = own_subjects(owners) if alone else deployments(exp_dir, settings.n_sim)
     sharers = [] if alone or settings.skip_sharers else own_subjects(owners)
     users = with_members(users, owners)
     check_members([*users, *sharers], owners.ids)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
-    everybody = (load_test_users if alone else load_candidates)(data.folder, texts.task)
     references = References.draw(owners.ids, settings.references, settings.seed)
     stage = Stage(settings, owners, everybody, texts, references)
     attacked = read_settings(exp_dir)

@@ -113,9 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     trained = folder / "adapter_config.json"
     if trained.exists() and not todo:
         return
-    engine = load_engine(
-        settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len
-    )
+    engine = load_engine(settings.model, settings.prompts, settings.decoding.max_gen_len)
     with run.turn("the task adapter"):
         if not trained.exists():
             train_task_adapter(settings, texts, engine, base_users, folder)

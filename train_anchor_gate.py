@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return
-    engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
+    engine = load_engine(settings.model, settings.prompts)
     stage = Stage(settings, texts, engine, run, terms, {user.user_id: place for place, user in enumerate(anchors)})
     for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
         finish_group(stage, users)

@@ -194,9 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = open_groups(select(users, settings.user_idxs), settings.users_per_batch, run.done)
     if not groups:
         return
-    engine = load_engine(
-        settings.model, settings.prompts.max_length, settings.prompts.chat, settings.decoding.max_gen_len
-    )
+    engine = load_engine(settings.model, settings.prompts, settings.decoding.max_gen_len)
     order = {user.user_id: index for index, user in enumerate(users)}
     stage = Stage(settings, texts, engine, run, pool, order)
     for users_of_group in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):

@@ -125,5 +125,5 @@ def start_of(settings: stage.Settings) -> Start:
     golds = load_labels(data.folder / LABEL_FILE)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     pool = load_sharers(selection, settings.model, settings.anchor_dir, users, search, settings.seed)
-    engine = load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
+    engine = load_engine(settings.model, settings.prompts)
     return Start(settings, texts, users, golds, pool, engine)

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             name = f"epsilon {epsilon:g}, batch {args.batch_size}, clip {args.max_norm:g}, rank:lr:epochs {setting}"
             if name not in known:
                 settings = settings_of(args, folder, epsilon, setting)
-                engine = engine or load_engine(settings.model, settings.prompts.max_length, settings.prompts.chat)
+                engine = engine or load_engine(settings.model, settings.prompts)
                 known[name] = measure(*prepared(settings, engine, folder))
                 write_json(path, known)
             print(line(name, known[name]), flush=True)

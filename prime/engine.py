@@ -25,7 +25,7 @@ from prime.checkpoints.loading import (
 from prime.checkpoints.meta_conversion import kept_conversion
 from prime.runs.progress import bar
 from prime.seeds import derive_seed
-from prime.settings import DecodingSettings, ModelSettings, TrainingSettings
+from prime.settings import DecodingSettings, ModelSettings, PromptSettings, TrainingSettings
 from prime.users.data import User
 from prime.users.prompts import Prompt, Record, test_prompts
 from prime.users.texts import Texts
@@ -88,12 +88,10 @@ class Engine:
             return train(self.bank, learners, settings, self.max_batch_tokens, progress.update, stacks, scalers)
 
 
-def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto", answer: int = 0) -> Engine:
+def load_engine(settings: ModelSettings, prompts: PromptSettings, answer: int = 0) -> Engine:
     """Model (with the task adapter folded in, if there is one), bank and tokenizer.
 
     Args:
-        max_length: tokens of a prompt, or of a record with its target.
-        chat: on, off or auto, see `prime.bank.encoding.Encoder`.
         answer: new tokens of the longest answer.
 
     Raises:
@@ -105,12 +103,12 @@ def load_engine(settings: ModelSettings, max_length: int, chat: str = "auto", an
     if not settings.tokenizer_path:
         check_model_dir(base)  # else a wrong model directory would be reported as a wrong tokenizer's
     tokenizer = load_tokenizer(settings.tokenizer_path or base)
-    check_positions(base, max_length + answer)
+    check_positions(base, prompts.max_length + answer)
     model = load_model(base, settings.device, settings.dtype, settings.lora_ckpt, settings.device_map)
     embeddings = check_vocabulary(tokenizer, model, settings.tokenizer_path or base)
     bank = AdapterBank(model, settings.modules)
     check_rows(bank, base)
-    encoder = Encoder(tokenizer, max_length, embeddings, chat)
+    encoder = Encoder(tokenizer, prompts.max_length, embeddings, prompts.chat)
     eos = sorted({*eos_ids(tokenizer, model), encoder.end})
     return Engine(bank, encoder, eos, settings.max_batch_tokens)
 

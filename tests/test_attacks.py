@@ -62,7 +62,7 @@ def train_sharers(settings, folder):
     from prime.checkpoints.peft import save_adapter
 
     without_task = replace(settings.model, lora_ckpt=None)
-    engine = load_engine(without_task, settings.prompts.max_length)
+    engine = load_engine(without_task, settings.prompts)
     texts = load_texts(settings.data.folder, settings.data.task_name, None)
     engine.bank.allocate(range(4), 8, 8)
     # B is zero: the task adapter changes nothing.
@@ -140,7 +140,7 @@ def losses_and_lengths(argv, adapter, anchor, held_out=False):
     model = AutoModelForCausalLM.from_pretrained(settings.model.llama_model_path)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
-    encoder = load_engine(replace(settings.model, lora_ckpt=None), settings.prompts.max_length).encoder
+    encoder = load_engine(replace(settings.model, lora_ckpt=None), settings.prompts).encoder
     texts = load_texts(settings.data.folder, settings.data.task_name, None)
     user = next(u for u in load_candidates(settings.data.folder, texts.task) if u.user_id == anchor)
     losses = []

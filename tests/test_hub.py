@@ -15,7 +15,7 @@ from prime.checkpoints.identity import model_sources
 from prime.checkpoints.loading import load_model, load_tokenizer
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.settings import ModelSettings
+from prime.settings import ModelSettings, PromptSettings
 from tests import tiny
 
 NAME, COMMIT = "owner/a-model", "0123456789abcdef0123456789abcdef01234567"
@@ -49,7 +49,7 @@ def test_a_name_works_where_a_directory_does(cached: Path) -> None:
     wanted = tiny.logits(tiny.model(vocab_size=400), ids)
     assert torch.equal(tiny.logits(load_model(NAME, "cpu", "float32"), ids), wanted)
     assert load_tokenizer(NAME)("a robot")["input_ids"] == tiny.tokenizer()("a robot")["input_ids"]
-    assert torch.equal(tiny.logits(load_engine(settings, 100).bank.model, ids), wanted)
+    assert torch.equal(tiny.logits(load_engine(settings, PromptSettings(max_length=100)).bank.model, ids), wanted)
     assert model_sources(settings)["base model"].digest == COMMIT
 
 

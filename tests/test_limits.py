@@ -44,7 +44,7 @@ from prime.checkpoints.memory import Work
 from prime.checkpoints.plan import plan
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.settings import ModelSettings
+from prime.settings import ModelSettings, PromptSettings
 from tests import tiny
 
 WINDOW, LIMIT = 24, 6
@@ -305,10 +305,10 @@ def saved(config: PreTrainedConfig, folder: Path) -> ModelSettings:
 def test_positions_are_counted_before_weights_are_read(tmp_path: Path) -> None:
     settings = saved(copy.deepcopy(GPT_NEO), tmp_path)
     settings = replace(settings, target_modules="q_proj,v_proj")
-    assert load_engine(settings, 100, answer=28).bank.positions.most == 128
+    assert load_engine(settings, PromptSettings(max_length=100), answer=28).bank.positions.most == 128
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=f"{tmp_path}: the model has 128 positions; --max_length and .* 129 together"):
-        load_engine(settings, 100, answer=29)
+        load_engine(settings, PromptSettings(max_length=100), answer=29)
 
 
 def test_a_model_that_reads_images_too_answers_texts(tmp_path: Path) -> None:
@@ -320,7 +320,8 @@ def test_a_model_that_reads_images_too_answers_texts(tmp_path: Path) -> None:
                           eoi_token_index=397, mm_tokens_per_image=4)  # fmt: skip
     model_of(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    engine = load_engine(ModelSettings(llama_model_path=str(tmp_path), device="cpu", dtype="float32"), 100, answer=20)
+    model = ModelSettings(llama_model_path=str(tmp_path), device="cpu", dtype="float32")
+    engine = load_engine(model, PromptSettings(max_length=100), 20)
     assert type(engine.bank.model).__name__ == "Gemma3ForConditionalGeneration"
     assert len(engine.bank.wrappers) == 8 and all(".language_model." in name for name in engine.bank.wrappers)
     assert engine.bank.lookback == WINDOW

@@ -150,7 +150,7 @@ def test_first_losses_are_those_of_a_lone_adapter_trained_by_peft(inside: Path) 
     settings = world.settings(["train_user_peft.py", *words])
     texts = load_texts(settings.data.folder, settings.data.task_name, None)
     user = load_test_users(settings.data.folder, texts.task)[1]
-    engine = load_engine(settings.model, settings.prompts.max_length)
+    engine = load_engine(settings.model, settings.prompts)
     stage = train_user_peft.Stage(settings, texts, engine, Mock(), None, {})
     learner = train_user_peft.learner_of(stage, user, 0)
     engine.bank.allocate([learner.seed], 8, 8)

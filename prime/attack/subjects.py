@@ -42,19 +42,23 @@ class Owners:
         return adapter_folder(self.folder, owner)
 
 
-def read_owners(folder: Path, recorded: Mapping[str, Any], *, are_test_users: bool = False) -> Owners:
-    """Those who trained in a stage's directory; the settings have to make the records that were trained on.
+def read_owners(folder: Path, recorded: Mapping[str, Any], *, are_test_users: bool = False) -> Owners | None:
+    """Those who trained in a stage's directory, None where no stage did; the settings have to make the records that
+    were trained on.
 
     Args:
         recorded: the attack's settings by name.
     """
+    results = read_results(folder)
+    if not results:
+        return None
     trained = read_settings(folder)["settings"]
     trained = BEFORE_THE_OPTION | trained
     changed = [key for key in RECORD_OPTIONS if trained.get(key) != recorded[key]]
     if changed:
         lines = [f"  {key}: there {trained.get(key)!r}, now {recorded[key]!r}" for key in changed]
         raise InputError(f"{folder}: the anchors were trained on other records:\n" + "\n".join(lines))
-    return Owners(folder, read_results(folder), trained, are_test_users)
+    return Owners(folder, results, trained, are_test_users)
 
 
 def imported_owners(folder: Path, anchors: Sequence[User]) -> Owners:

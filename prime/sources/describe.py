@@ -12,7 +12,7 @@ from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
 from prime.engine import load_engine
 from prime.errors import InputError
-from prime.settings import ModelSettings, SamplingSettings
+from prime.settings import ModelSettings, PromptSettings, SamplingSettings
 from prime.users.data import User
 from prime.users.profiles import fit, whole_sentences
 
@@ -26,14 +26,12 @@ class Asking:
     Args:
         prompts: `profile` and `retrieval_history`, see `prime.users.profiles.load_profile_prompts`.
         item_words: words of an item's field at most.
-        max_length: tokens of a question with its answer.
-        chat: on, off or auto, see `prime.bank.encoding.Encoder`.
+        settings: how long a question with its answer may be, and whether it is a chat.
     """
 
     prompts: Mapping[str, str]
     item_words: int
-    max_length: int
-    chat: str = "auto"
+    settings: PromptSettings
 
 
 class Describer:
@@ -41,7 +39,7 @@ class Describer:
 
     def __init__(self, model: ModelSettings, sampling: SamplingSettings, seed: int, asking: Asking):
         self.asking, self.max_gen_len = asking, sampling.max_gen_len
-        self.engine = load_engine(model, asking.max_length, asking.chat)
+        self.engine = load_engine(model, asking.settings)
         self.sampler = Sampler(sampling.temperature, sampling.top_p, seed)
 
     def texts(self, users: Sequence[User], progress: Progress) -> dict[str, dict[str, Any]]:
@@ -64,12 +62,12 @@ class Describer:
     def _question(self, user: User) -> tuple[str, int]:
         """The question about as many items as leave room for the answer, and their number."""
         encoder = self.engine.encoder
-        room = self.asking.max_length - self.max_gen_len
+        room = self.asking.settings.max_length - self.max_gen_len
 
         def fits(text: str) -> bool:
             return len(encoder.prompt_ids(text)) <= room
 
         text, number = fit(user.profile, self.asking.prompts, self.asking.item_words, fits)
         if not number:
-            raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.asking.max_length})")
+            raise InputError(f"user {user.user_id}: not one item fits (--max_length {self.asking.settings.max_length})")
         return text, number
