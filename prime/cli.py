@@ -2,15 +2,18 @@
 
 from prime.runs.interrupts import STOPPED  # isort: skip (first: Ctrl-C ends with one line from here on)
 import argparse
+import difflib
 import errno
 import os
+import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 from prime.errors import InputError, harmless, tell
 from prime.runs.files import stop_between_writes
@@ -27,31 +30,89 @@ Settings = TypeVar("Settings")
 AS_PUBLISHED_HELP = "give every option that is not given its value in the published code (docs/stages.md)"
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that tell something, and the script's docstring as it is written."""
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults that tell something, and the script's docstring, its lines fitted to the terminal."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.nargs == 0:
             return action.help
         return super()._get_help_string(action)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return fitted(text, width)
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong option is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        message = message.replace("unrecognized arguments:", "lists have commas and no spaces; what is for no option:")
+        self.exit(2, f"{self.prog}: error: {harmless(message)} (--help lists all options)\n")
+
 
 def parser_of(settings_class: type, doc: str | None) -> argparse.ArgumentParser:
     """The parser of a stage's `Settings`; `doc`: what --help begins with."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
-    groups: dict[str, argparse._ActionsContainer] = {"": parser, "data": parser}
+    doc = examples_first(doc or "")
+    parser = Parser(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, add_help=False)
+    groups: dict[str, argparse._ActionsContainer] = {}
+    needed = []
     for option in options(settings_class):
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        _add(groups[option.group], option)
-    parser.add_argument("--as_published", action="store_true", help=AS_PUBLISHED_HELP)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        title = option.group or "this stage"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add(groups[title], option)
+        if option.required:
+            needed.append(f"{option.flag} {option.name.upper()}")
+    general = parser.add_argument_group("every script")
+    general.add_argument("--as_published", action="store_true", help=AS_PUBLISHED_HELP)
+    general.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    general.add_argument("-h", "--help", action="help", help="show this help message and exit")
+    parser.usage = " ".join(["%(prog)s", *needed, "[option ...]"])
     return parser
+
+
+def examples_first(doc: str) -> str:
+    """A script's docstring with its commands behind the first line."""
+    title, *rest = doc.strip().split("\n\n")
+    commands = [part for part in rest if part.startswith("    python ")]
+    return "\n\n".join([title, *commands, *(part for part in rest if part not in commands)])
+
+
+def fitted(text: str, width: int) -> str:
+    """A docstring with its paragraphs and its entries (`Reads   ...`) wrapped anew; commands stay as they are."""
+    return "\n\n".join(part if part.startswith("    ") else _wrapped(part, width) for part in text.split("\n\n"))
+
+
+def _wrapped(paragraph: str, width: int) -> str:
+    """An entry's text begins behind its last gap of several spaces, and goes on in lines that are indented as far."""
+    entries: list[str] = []
+    for line in paragraph.splitlines():
+        text = line.strip()
+        if entries and len(line) - len(text) == _columns(entries[-1])[-1] and _columns(text) == [0]:
+            entries[-1] += f" {text}"
+        else:
+            entries.append(line)
+    lines: list[str] = []
+    for entry in entries:
+        columns = _columns(entry)
+        indent = columns[-1]
+        if len(entry) > width and indent > width // 2:
+            entry, indent = f"{entry[:indent].rstrip()}  {entry[indent:]}", columns[0] + 4
+        hanging = " " * indent
+        lines += textwrap.wrap(
+            entry, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
+
+
+def _columns(entry: str) -> list[int]:
+    """Where the parts of an entry begin: its first one if it is indented, then those behind a gap."""
+    return [part.end() for part in re.finditer(r"^ +|(?<=\S) {2,}", entry)] or [0]
 
 
 def _add(container: argparse._ActionsContainer, option: Option) -> None:
     about = option.about
-    flags = [about.get("flag") or f"--{option.name}", *about.get("aliases", ())]
+    flags = [option.flag, *about.get("aliases", ())]
     if option.kind is bool:
         container.add_argument(*flags, action="store_true", help=about["help"])
         return
@@ -76,9 +137,8 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
     """The settings of a command line; `argv` None: of this process."""
     parser = parser_of(settings_class, doc)
     for word in sys.argv[1:] if argv is None else argv:
-        flag = "--sample" if word.startswith("--sample") else word.partition("=")[0]
-        if flag in ELSEWHERE and flag not in parser._option_string_actions:
-            parser.error(f"{word}: {ELSEWHERE[flag]}")
+        if problem := _option_problem(word, list(parser._option_string_actions)):
+            parser.error(problem)
     values = parser.parse_args(argv)
     if values.as_published:
         parser.set_defaults(**published(settings_class))
@@ -86,6 +146,17 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
         chosen = [f"{name} {getattr(values, name)}" for name in published(settings_class)]
         tell(f"as published: {', '.join(chosen) or 'the defaults'}")
     return build(settings_class, vars(values))
+
+
+def _option_problem(word: str, known: list[str]) -> str:
+    """What is wrong with a word of the command line that looks like an option; "" if nothing is."""
+    flag = "--sample" if word.startswith("--sample") else word.partition("=")[0]
+    if not re.match("--?[A-Za-z]", flag) or flag in known:
+        return ""
+    if flag in ELSEWHERE:
+        return f"{word}: {ELSEWHERE[flag]}"
+    near = difflib.get_close_matches("--" + flag.lstrip("-").replace("-", "_"), known, 1)
+    return f"there is no option {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def open_run(settings: Any, root: Path | str, stage: str, method: str | None, inputs: Inputs, **more: Any) -> Run:

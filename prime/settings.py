@@ -78,6 +78,10 @@ class Option:
     def required(self) -> bool:
         return self.default is MISSING or self.about.get("required", False)
 
+    @property
+    def flag(self) -> str:
+        return self.about.get("flag") or f"--{self.name}"
+
 
 def options(settings_class: type) -> Iterator[Option]:
     """All options of a stage's `Settings` or of a group, in their order."""

@@ -144,6 +144,68 @@ def test_a_stage_leaves_out_what_it_does_not_have(capsys: pytest.CaptureFixture[
     assert "the following arguments are required: --tray" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--task_nam citation", "there is no option --task_nam; did you mean --task_name?"),
+        ("--task-name citation", "there is no option --task-name; did you mean --task_name?"),
+        ("-tray=low", "there is no option -tray; did you mean --tray?"),
+        ("--wine red", "there is no option --wine ("),
+        ("--degrees hot", "argument --degrees: 'hot' is not a whole number from 1"),
+        ("--task_name citation", "the following arguments are required: --tray"),
+        ("--task_name citation --tray low --flour 1 2", "lists have commas and no spaces; what is for no option: 2"),
+    ],
+)
+def test_a_wrong_option_is_one_line(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(Baking, "Bakes.", words.split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and told in line
+
+
+def test_values_that_look_like_options_are_left_alone() -> None:
+    baking = cli.parse(Baking, None, ["--task_name", "citation", "--tray", "-1", "--output_dir=--x"])
+    assert (baking.first.tray, baking.output_dir) == ("-1", "--x")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_begins_with_a_command_and_every_option_is_in_a_group(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns only commands are longer, which are to be copied; no word of the docstring is lost."""
+    monkeypatch.setenv("COLUMNS", "80")
+    parser, doc = world.parser(name), world.script(name).__doc__.strip()
+    usage, _, command, *_ = parser.format_help().split("\n\n")
+    assert "\n" not in usage and usage.startswith(f"usage: {parser.prog} --") and f"    python {name} " in command
+    assert "\noptions:" not in parser.format_help() and not parser._optionals._group_actions
+    told = cli.fitted(parser.description, 78)
+    assert f"\n\n{told}\n\n" in parser.format_help() and sorted(told.split()) == sorted(doc.split())
+    commands = [part for part in doc.split("\n\n") if part.startswith("    ")]
+    assert commands and all(part in told.split("\n\n") for part in commands)
+    wrapped = [part for part in told.split("\n\n") if part not in commands]
+    assert [line for part in wrapped for line in part.splitlines() if len(line) > 78] == []
+
+
+def test_a_docstring_is_fitted_to_the_terminal() -> None:
+    """Entries hang at the column of their text; where that is too far to the right their gap closes."""
+    doc = """Reads   one file and
+        another
+Writes  <a>      first
+        <bb>     second, and
+                 more
+
+    python x.py  --a  b
+
+A sentence that
+goes on."""
+    command, entries = "    python x.py  --a  b", ["Reads   one file and another", "Writes  <a>      first"]
+    wide = [*entries, "        <bb>     second, and more", "", command, "", "A sentence that goes on."]
+    assert cli.fitted(doc, 80).splitlines() == wide
+    entries[:1] = ["Reads   one file and", "        another"]
+    narrow = [*entries, "        <bb>  second,", "            and more", "", command, "", "A sentence that goes on."]
+    assert cli.fitted(doc, 24).splitlines() == narrow
+
+
 INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
 
 
