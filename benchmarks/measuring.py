@@ -41,9 +41,8 @@ def new_parser(
     parser.add_argument(
         "--contenders", type=names_of(contenders), default=tuple(contenders), help="who is measured, with commas"
     )
-    parser.add_argument(
-        "--repeats", type=positive, default=3, help="measurements of each contender; the median counts"
-    )
+    parser.add_argument("--repeats", type=positive, default=3, help="measurements of each contender; the median counts")
+    parser.add_argument("--profile", action="store_true", help="once more ours, to see where its time goes")
     add_machine(parser)
     return parser
 
@@ -180,6 +179,30 @@ def product_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0)
             best = max(best, 2 * size**3 / (time.perf_counter() - started))
             tries += 1
     return best
+
+
+PROFILED = 12  # operations that a profile lists
+
+
+def profile(run: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Where a run's time goes: the operations with the most seconds of their own, on the GPU where there is one.
+
+    Returns:
+        `busy_seconds`, of all operations together; on a GPU less than the run's seconds where it waits for the CPU to
+        launch them. `operations`: name, seconds, calls.
+    """
+    on_gpu = device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
+        run()
+        wait(device)
+    seconds = []
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        seconds.append((event.key, own / 1e6, event.count))
+    seconds.sort(key=lambda operation: -operation[1])
+    print(table([(name[:70], *rest) for name, *rest in seconds[:PROFILED]], ("operation", "own s", "calls")))
+    return {"busy_seconds": sum(own for _, own, _ in seconds), "operations": seconds[:PROFILED]}
 
 
 def ratio(measured: Mapping[str, Measured], over: str, under: str) -> float | None:

@@ -169,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     peak = measuring.product_peak(device, dtype)
     measured = measuring.measure(runs(records), args.repeats, device)
     apart = compare(measured)
+    seen = measuring.profile(runs(records)["ours"], device) if args.profile else None
     print(measuring.contenders_table(measured))
     measuring.report(
         {
@@ -180,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             "tokens": tokens | {"distinct_over_total": tokens["distinct"] / tokens["total"]},
             "product_peak_gflops": peak / 1e9,
             "contenders": measuring.contenders_figures(measured, flops, peak),
+            "profile": seen,
             "settings": vars(args),
             "environment": measuring.environment(device, dtype),
         }

@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if "ours" in measured:
         figures["drafts"] = drafts(kind, measured["ours"].result.counts)
+    if args.profile:
+        figures["profile"] = measuring.profile(partial(field.ours, work), device)
     if args.scaling:
         figures["scaling"] = scaling(field, make)
         columns = ("what", "scale", "rows", "median", "ms_per_row", "peak_mb")

@@ -39,15 +39,12 @@ from prime.bank.train import BETAS, Learner, cosine_lr, train
 from prime.checkpoints.loading import load_tokenizer
 from prime.seeds import derive_seed
 from prime.settings import TrainingSettings, below_one, non_negative, positive
-from prime.users.data import load_users
-from prime.users.prompts import history_records
-from prime.users.tasks import get_task
-from prime.users.templates import TEMPLATES
 
 Losses = list[list[float]]
 CONTENDERS = ("ours", "peft_loop", "peft_onednn", "forward_limit")
 LIMIT_TOKENS = 2048  # of a forward pass of the limits
-TOLERANCE = 1e-4
+# Largest difference of a step's loss that still counts as equal: rounding, by the model's dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -69,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def demo_records(anchors: int, count: int) -> list[list[EncodedRecord]]:
     """Histories of the demo's candidates with the most items."""
+    # Only here: a machine that measures random shapes needs nothing that reads users.
+    from prime.users.data import load_users
+    from prime.users.prompts import history_records
+    from prime.users.tasks import get_task
+    from prime.users.templates import TEMPLATES
+
     task, folder = get_task("movie_tagging"), shapes.ROOT / "data/demo"
     encoder = Encoder(load_tokenizer(str(folder / "model")))
     users = load_users(folder / task.name / "user_anchor_candidate.json", task)
@@ -201,12 +204,14 @@ def main(argv: list[str] | None = None) -> None:
         }
 
     check = runs(replace(settings, lora_dropout=0.0, max_step=args.check_steps))
-    losses = {name: check[name]() for name in ("ours", "peft_loop", "peft_onednn")}  # warms up, too
-    apart = max(largest_difference(losses["ours"], theirs) for theirs in losses.values())
+    losses = {name: check[name]() for name in CONTENDERS[:-1] if name in args.contenders}  # warms up, too
+    first = next(iter(losses.values()), [])
+    apart = max((largest_difference(first, theirs) for theirs in losses.values()), default=0.0)
     peak = measuring.product_peak(device, dtype)
     timed = {name: run for name, run in runs(settings).items() if name in args.contenders}
     measured = measuring.measure(timed, args.repeats, device)
     over = measuring.ratio(measured, "ours", "forward_limit")
+    seen = measuring.profile(timed["ours"], device) if args.profile else None
     print(measuring.contenders_table(measured))
     measuring.report(
         {
@@ -214,13 +219,14 @@ def main(argv: list[str] | None = None) -> None:
             **measuring.ratios(measured, CONTENDERS[1:-1], CONTENDERS[-1:]),
             "speedup_over_published": measuring.ratio(measured, "peft_loop", "ours"),  # published: one after the other
             "time_over_forward_and_backward": None if over is None else over / 2,
-            "outputs_equal": apart <= TOLERANCE,
+            "outputs_equal": apart <= TOLERANCE[dtype],
             "largest_loss_difference": apart,
             "anchors": len(learners),
             "steps": sum(len(learner.batches(settings)) for learner in learners),
             "tokens": {"total": tokens, "answers": predicted},
             "product_peak_gflops": peak / 1e9,
             "contenders": measuring.contenders_figures(measured, flops, peak),
+            "profile": seen,
             "settings": vars(args),
             "environment": measuring.environment(device, dtype),
         }

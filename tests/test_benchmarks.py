@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -12,6 +15,7 @@ from benchmarks import (
     convert,
     draft_shares,
     families,
+    gpu,
     measuring,
     membership,
     merge,
@@ -97,6 +101,31 @@ def test_train_anchors(capsys: pytest.CaptureFixture) -> None:
     found = last_line(capsys)
     check(found, published="peft_loop")
     assert found["largest_loss_difference"] <= 1e-4
+
+
+def test_gpu_script_without_a_gpu(tmp_path: Path) -> None:
+    """Its steps run to their ends and into one file; that of the tests is theirs alone."""
+    out = tmp_path / "gpu.json"
+    words = ["--device", "cpu", "--shape", "tiny", "--dtype", "float32", "--quick", "--out", str(out)]
+    steps = ["--steps", "tag,title,membership,training,plan"]
+    command = ["bash", str(shapes.ROOT / "benchmarks/gpu.sh"), *words, *steps]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    figures = json.loads(out.read_text())["steps"]
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert {name: step["exit"] for name, step in figures.items()} == dict.fromkeys(steps[1].split(","), 0)
+    for name in ("tag", "title", "membership", "training"):
+        assert figures[name]["result"]["outputs_equal"] and figures[name]["result"]["profile"]["busy_seconds"] > 0
+    assert all(sides["measured"] > 0 for sides in figures["plan"]["result"].values())
+
+
+def test_gpu_script_tells_what_failed() -> None:
+    """A step that fails, and one that has no time left, cost the others nothing."""
+    gone = ["-c", "import sys; print('no such thing'); sys.exit(3)"]
+    long = ["-c", "import time; print('begun', flush=True); time.sleep(600)"]
+    assert gpu.run_step(gone, 60.0)["output"] == "no such thing\n"
+    assert gpu.run_step(gone, 60.0)["exit"] == 3 and gpu.run_step(gone, 0.0)["error"] == "no time left"
+    stopped = gpu.run_step(long, 3.0)
+    assert stopped["exit"] is None and stopped["output"] == "begun\n"
 
 
 def test_membership(capsys: pytest.CaptureFixture) -> None:
