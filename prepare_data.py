@@ -20,16 +20,8 @@ from prime.errors import InputError
 from prime.report.tables import aligned
 from prime.runs.progress import bar
 from prime.sources.gather import OVERLAP
-from prime.sources.prepare import (
-    BASE_SHARE,
-    RESERVE_SHARE,
-    TEST_USERS,
-    Options,
-    Shares,
-    prepare,
-    report_notes,
-    report_rows,
-)
+from prime.sources.placing import report_notes, report_rows
+from prime.sources.prepare import BASE_SHARE, RESERVE_SHARE, TEST_USERS, Options, Shares, prepare
 from prime.users.data import load_profiles
 from prime.users.tasks import get_task
 

@@ -29,7 +29,7 @@ from prime.runs.files import read_json, write_json
 from prime.runs.run import Run, read_results, user_dirname
 from prime.sources.depth import Depth
 from prime.sources.lamp import stream
-from prime.sources.prepare import report_notes
+from prime.sources.placing import report_notes
 from prime.users.data import User, load_profiles, load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS

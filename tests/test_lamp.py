@@ -18,9 +18,10 @@ import prepare_data
 from benchmarks import lamp_memory
 from prime.errors import InputError
 from prime.runs.locks import claim
-from prime.sources import prepare as prepare_module
+from prime.sources import placing as placing_module
 from prime.sources.gather import Similarity
-from prime.sources.prepare import FILES, REPORT, Shares, share_out
+from prime.sources.placing import FILES, REPORT
+from prime.sources.prepare import Shares, share_out
 from prime.sources.spool import Spool
 from prime.sources.values import date_key, id_order, strictly_before
 from prime.users.data import LABEL_FILE, load_labels, load_users
@@ -611,7 +612,7 @@ def test_a_crash_while_files_are_put_in_place_is_mended_by_the_next_run(
             moved.append(target.name)
         replace(source, target)
 
-    monkeypatch.setattr(prepare_module.os, "replace", crash)
+    monkeypatch.setattr(placing_module.os, "replace", crash)
     with pytest.raises(KeyboardInterrupt):
         convert(made, tmp_path / "part")
     assert REPORT not in moved and moved == [Path(name).name for name in (*FILES.values(), LABEL_FILE)][:place]

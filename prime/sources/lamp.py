@@ -10,20 +10,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
 
-from prime.errors import MAX_LINES, InputError
+from prime.errors import InputError
 from prime.sources.depth import Depth
+from prime.sources.placing import Tally
 from prime.sources.spool import Item, Question, Spool, item_key
 from prime.sources.values import date_key, id_of, id_order, text_of
 from prime.users.tasks import Task, extract
 
 PARTS = ("train", "dev")  # the test part has no public answers
-EXAMPLES = 5  # cases named of what was dropped or is doubtful
 UNUSABLE = "items without usable text"
 
 _TASK = re.compile(r"LaMP[_-](?:t_)?(\d)[_-]?([A-Z]?)", re.IGNORECASE)
@@ -105,32 +104,6 @@ def check_task(outputs: Path, task: Task) -> None:
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """What was read, dropped and doubtful: the number of cases of each kind, and the first few of them by name."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    named: dict[str, list[str]] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def add(self, kind: str, case: str = "") -> None:
-        self.counts[kind] += 1
-        examples = self.named.setdefault(kind, []) if case else []
-        if len(examples) < EXAMPLES:
-            examples.append(case)
-
-    def problem(self, text: str) -> None:
-        self.counts["problems"] += 1
-        if len(self.problems) < MAX_LINES:
-            self.problems.append(text)
-
-    def check(self) -> None:
-        """InputError with the problems so far, if there are any."""
-        more = self.counts["problems"] - len(self.problems)
-        if self.problems:
-            raise InputError("\n".join([*self.problems, *([f"... and {more} more"] if more else [])]))
 
 
 class Reader:

@@ -6,11 +6,7 @@ disk what was read.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import sqlite3
-import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
@@ -18,24 +14,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prime.errors import InputError, harmless
-from prime.runs.files import flush, make_folder, uninterrupted, write_json
-from prime.runs.locks import claim
+from prime.errors import InputError
+from prime.runs.files import write_json
 from prime.seeds import derive_seed
 from prime.sources.gather import OVERLAP, Person, gather, question_names
 from prime.sources.histories import Citations, Histories
-from prime.sources.lamp import UNUSABLE, Reader, Tally, find_parts
+from prime.sources.lamp import UNUSABLE, Reader, find_parts
+from prime.sources.placing import FILES, REPORT, Tally, placing, write_users
 from prime.sources.spool import Spool, StoredUsers
-from prime.users.data import BASE_FILE, CANDIDATE_FILE, LABEL_FILE, PREPARING, TEST_FILE
+from prime.users.data import LABEL_FILE
 from prime.users.tasks import Task
 
-FILES = {
-    "base": BASE_FILE,
-    "candidates": CANDIDATE_FILE,
-    "reserve": "user_reserve_10_percent.json",
-    "test": TEST_FILE,
-}
-REPORT = "prepare_report.json"
 # The test users and the reserve's tenth are the Per-Pcs authors' choice, the other shares ours.
 TEST_USERS, BASE_SHARE, RESERVE_SHARE = 100, 0.4, 0.1
 
@@ -82,63 +71,6 @@ def share_out(lengths: Mapping[str, int], shares: Shares, seed: int) -> dict[str
     }
 
 
-# -- files and report -----------------------------------------------------------------------------------------------
-
-
-def write_users(path: Path, users: Iterable[dict[str, Any]], task: Task) -> dict[str, Any]:
-    """Write a file of users, one per line; what the report says of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lengths: list[int] = []
-    queries = words = 0
-    with open(path, "w", encoding="utf-8") as file:
-        for user in users:
-            file.write((",\n" if lengths else "[\n") + json.dumps(user, ensure_ascii=False))
-            lengths.append(len(user["profile"]))
-            queries += len(user["query"])
-            words += sum(_words(item, task) for item in user["profile"])
-        file.write("\n]\n" if lengths else "[]\n")
-    flush(path)
-    items = sum(lengths)
-    return {
-        "users": len(lengths),
-        "items": items,
-        "queries": queries,
-        "items_per_user": {
-            "min": min(lengths, default=0),
-            "median": statistics.median(lengths or [0]),
-            "max": max(lengths, default=0),
-        },
-        "words_per_item": round(words / items, 1) if items else 0.0,
-    }
-
-
-def _words(item: Mapping[str, str], task: Task) -> int:
-    """Words of an item's texts."""
-    return sum(len(item.get(name, "").split()) for name in task.fields if name != "id")
-
-
-def report_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The table of the report: header and a row per file."""
-    rows = [["file", "users", "items", "queries", "items per user: min", "median", "max", "words per item"]]
-    for name, counts in report["files"].items():
-        lengths = counts["items_per_user"]
-        numbers = [counts["users"], counts["items"], counts["queries"], *lengths.values()]
-        cells = [f"{number:g}" if isinstance(number, float) else f"{number:,}" for number in numbers]
-        rows.append([name, *cells, f"{counts['words_per_item']:.1f}"])
-    return rows
-
-
-def report_notes(report: Mapping[str, Any]) -> str:
-    """What was read, gathered, dropped and doubtful, a line each."""
-    lines = [f"{report['split']} split, {report['people']:,} people"]
-    lines += [f"questions gathered {reason}: {number:,}" for reason, number in report["gathered"].items()]
-    for kind, number in report["counts"].items():
-        examples = report["named"].get(kind, [])
-        more = ", ..." if number > len(examples) else ""
-        lines.append(f"{kind}: {number:,}" + (f" ({', '.join(examples)}{more})" if examples else ""))
-    return harmless("\n".join(lines))
-
-
 # -- the whole conversion -------------------------------------------------------------------------------------------
 
 
@@ -164,48 +96,11 @@ def prepare(
     Raises:
         InputError: wrong input, or a target that holds files of another origin; nothing is changed then.
     """
-    with claim(target / f"{PREPARING}.lock") as mine:
-        if not mine:
-            raise InputError(f"{target}: another prepare_data.py is at it")
-        if (target / PREPARING / REPORT).exists():
-            _publish(target / PREPARING, target)  # an earlier run was cut off at that
-        parts = find_parts(source)
-        folder = _workplace(target)
+    with placing(target) as folder:
         try:
-            report = _convert(task, parts, folder, options, cited, bar)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, sqlite3.OperationalError):
-                raise InputError(f"{folder}: {error}; it needs as much room as the files it reads") from None
-            raise
-        _publish(folder, target)
-    return report
-
-
-def _publish(folder: Path, target: Path) -> None:
-    """Put the finished files in place: labels after users, the report last.
-
-    A signal waits. After a crash `folder` still holds the report, so that no stage reads old and new files together
-    (`prime.users.data.load_users`), and the next conversion goes on here.
-    """
-    with uninterrupted():
-        for name in (*FILES.values(), LABEL_FILE, REPORT):
-            if (folder / name).exists():  # not placed before a crash
-                make_folder((target / name).parent)
-                os.replace(folder / name, target / name)
-                flush((target / name).parent)
-        shutil.rmtree(folder)
-
-
-def _workplace(target: Path) -> Path:
-    """An empty folder within `target`; a conversion that was cut off there is begun anew."""
-    folder = target / PREPARING
-    foreign = [target / name for name in FILES.values() if (target / name).exists()]
-    if foreign and not (target / REPORT).exists() and not folder.exists():
-        raise InputError(f"{foreign[0]}: there already, and not made by prepare_data.py; use another --output_dir")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+            return _convert(task, find_parts(source), folder, options, cited, bar)
+        except sqlite3.OperationalError as error:
+            raise InputError(f"{folder}: {error}; it needs as much room as the files it reads") from None
 
 
 def _convert(
