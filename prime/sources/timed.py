@@ -76,11 +76,12 @@ def convert(
         raise InputError(f"{task.name}: its items are more than a text and its answer; it takes official LaMP files")
     tally = origin.tally
     histories = in_order(records, tally)
-    for user in [user for user, own in histories.items() if len(own) < sizes.min_items]:
-        tally.add("users with fewer than --min_items records", f"{user} ({len(histories.pop(user))})")
+    for name in [name for name, own in histories.items() if len(own) < sizes.min_items]:
+        tally.add("users with fewer than --min_items records", f"{name} ({len(histories.pop(name))})")
     ids = part(histories, sizes, seed, tally)
     with placing(target) as folder:
-        files, golds = {}, []
+        files: dict[str, Any] = {}
+        golds: list[dict[str, str]] = []
         for kind, names in ids.items():
             users = [as_user(name, histories[name], task, asked(kind, len(histories[name]), sizes)) for name in names]
             files[FILES[kind]] = write_users(folder / FILES[kind], users, task)
