@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole job, end to end. No arguments: the embedded demo, task movie_tagging, on a CPU.
 #
-#   --tasks "a b" | all        tasks to run                               (movie_tagging)
-#   --llama_model_path DIR     a real model; needs --data_dir too         (the demo's model)
+#   --tasks a,b | all          tasks to run                               (movie_tagging)
+#   --llama_model_path NAME    a real model: directory, GGUF file, name of the hub; needs --data_dir (the demo's)
 #   --data_dir DIR             holds <task>/user_base_LLM.json, ...       (data/demo)
 #   --output_dir DIR           results go to DIR/<task>/                  (output/demo; output with a real model)
 #   --encoder NAME             embeds histories in stage 2                (the demo's model; DeBERTa-v3-large)
@@ -13,6 +13,8 @@
 #   --as_published             every setting as in the published code (docs/stages.md); the demo keeps its rates
 #   --processes N              processes of a step, on as many cores or GPUs (1)
 #   --until STEP               stop after this step                       (postprocess)
+#   --config FILE              options of the stages: presets/*.toml, or your own like them; several add up
+#   --set STAGE.OPTION=VALUE   one of them, such as lora_composition_evo.opt_budget=30
 #
 # Each step is printed before it runs and timed after. Steps that finished under the same command and with the same
 # files to read (data, model, what the steps before made) are skipped; others make again what is stale, no more. Stage 2
@@ -25,9 +27,18 @@ ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title t
 tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
 holdout=0 processes=1 published=()
 
-usage() { sed -n '2,19s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,21s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/${1#./}" ;; esac; }
+# A name of the hub stays what it is: owner/model, and nothing lies there.
+named() { if [ ! -e "$(absolute "$1")" ] && [[ "$1" =~ ^[[:alnum:]_][[:alnum:]_.-]*/[[:alnum:]_.-]+$ ]]; then echo "$1"; else absolute "$1"; fi; }
+
+# Presets and --set; gives what is left of the command line in `words`, the options of a stage in `preset_STAGE`.
+python="$PY" asked=("$@")
+[ -x "$PY" ] || { python="${PYTHON:-python3}"; new_enough "$python"; }
+settled="$(cd "$ROOT" && CALLED_FROM="$CALLED_FROM" "$python" -m presets.options "$@")" || exit 2
+eval "$settled"
+set -- ${words[@]+"${words[@]}"}
 
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -39,8 +50,8 @@ while [ $# -gt 0 ]; do
         *) echo "reproduce.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
     esac
     case "$1" in
-        --tasks) tasks="$2" ;;
-        --llama_model_path) model="$(absolute "$2")" ;;
+        --tasks) tasks="${2//,/ }" ;;
+        --llama_model_path) model="$(named "$2")" ;;
         --data_dir) data="$(absolute "$2")" ;;
         --output_dir) output="$(absolute "$2")" ;;
         --encoder) if [ -d "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
@@ -71,27 +82,14 @@ whole --seed "$seed" 0
 [ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
 [[ "$holdout" =~ ^(0|0?\.[0-9]+)$ ]] || wrong "--holdout is a share from 0 to less than 1, not $holdout"
 
-# The demo's model is a thousand times smaller than the published ones and learns at larger rates (docs/stages.md, "The
-# demo's settings"); as a causal encoder it reads taste off what a user wrote or chose, not off the whole item. OPPU and
-# merge-then-adapt train as the sharers do (anchor_training): they train the same kind of adapter on histories alike.
-# What is only prompted gets all of the published k (1, 2, 4), everything else one, to save time.
 if [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
-    task_training=(--lr 5e-3) anchor_training=(--lr 1e-2 --epochs 5) gate_training=(--lr 1e-2)
-    prompted=(--max_gen_len 48) answers=(--max_gen_len 48 --k_list 1) history=(--train_gen_len 48)
-    k="${k:-16}"
-    selection=(--k "$k" --embed target) attack_options=(--max_records 20)
 else
     [ -n "$data" ] || wrong "--llama_model_path needs --data_dir"
-    [ -d "$model" ] || wrong "--llama_model_path $model: no such directory"
+    [[ "$model" != /* || -e "$model" ]] || wrong "--llama_model_path $model: no such directory, and no name of the hub"
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
-    task_training=() anchor_training=() gate_training=() prompted=() answers=() history=() attack_options=()
-    selection=(${k:+--k "$k"})
 fi
-
-# What saves time on the demo, or suits a small model better, is left out.
-[ "${#published[@]}" = 0 ] || selection=(${k:+--k "$k"}) attack_options=()
 
 # What is needed of a task, and which command makes it.
 check_task() {
@@ -109,6 +107,8 @@ check_task() {
 for task in $tasks; do check_task "$task"; done
 
 install_requirements requirements
+[ "${#given[@]}" = 0 ] || CALLED_FROM="$CALLED_FROM" "$PY" -m presets.options --check "${asked[@]}" || exit 2
+[ "${#told[@]}" = 0 ] || echo "${told[0]}"
 # Processes share a step's users among them and give the same files as one (docs/scaling.md).
 launcher=("$PY")
 [ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")
@@ -128,12 +128,17 @@ failed() {
     exit "$1"
 }
 
-# step NAME COMMAND...: runs a stage unless it finished under the same command and read the same.
+# step NAME COMMAND...: runs a stage unless it finished under the same command and read the same. The preset's options
+# come before the last one, the folder, and win.
 step() {
     local name="$1" mark="$out/.steps/$1" started=$SECONDS refresh=(--refresh) now
     shift
     [ "$stopped" = no ] || return 0
     [ "$name" != "$until" ] || stopped=yes
+    if [ "$1" != postprocess.py ]; then
+        local -n preset="preset_${1%.py}"
+        set -- "${@:1:$#-2}" "${preset[@]}" "${@: -2}"
+    fi
     now="$(made_of "$@")"
     if [ -d "${@: -1}" ] && [ "$now" = "$(cat "$mark" 2> /dev/null)" ]; then
         echo "[$task] $name: finished before, skipped"
@@ -154,14 +159,14 @@ attack() {
     local name="$1" folder="$2"
     shift 2
     step "$name" mia.py "${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_dir "$out/Anchor_PEFT/LoRA" \
-        "$@" --n_sim 3 "${attack_options[@]}" --exp_dir "$out/$folder"
+        "$@" --n_sim 3 --exp_dir "$out/$folder"
 }
 
 # Per-Pcs on the same sharers, attacked alike.
 per_pcs() {
-    step train_anchor_gate train_anchor_gate.py "${adapted[@]}" "${gate_training[@]}" \
+    step train_anchor_gate train_anchor_gate.py "${adapted[@]}" \
         --anchor_path "$out/Anchor_PEFT/LoRA" --output_dir "$out/Anchor_PEFT/gate"
-    step lora_composition lora_composition.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+    step lora_composition lora_composition.py "${adapted[@]}" \
         --gate_dir "$out/Anchor_PEFT/gate" --anchor_dir "$out/Anchor_PEFT/LoRA" \
         --n_sim 3 --topk 3 --recent_k 2000 --shared_ratio 1 --agg_temperature 1 --output_dir "$out/LoRA-Composition"
     attack mia_per_pcs LoRA-Composition --gate_dir "$out/Anchor_PEFT/gate" --skip_sharers
@@ -171,30 +176,32 @@ per_pcs() {
 # objective is what differs.
 other_searches() {
     local searched=(--n_sim 3 --opt_type cma --opt_budget 10 --as_published)
+    local preset_lora_composition_evo=("${preset_alike[@]}")
     # On the same sharers, asked as they were trained.
     [ "${#published[@]}" != 0 ] || searched+=(--texts faithful --chat auto)
-    step prime_published lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+    step prime_published lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --sim_penalty 0.1 --name prime_published \
         --output_dir "$out/LoRA-Composition-evo-published"
     attack mia_prime_published LoRA-Composition-evo-published --skip_sharers
-    step lorahub lora_composition_evo.py "${adapted[@]}" "${answers[@]}" \
+    preset_lora_composition_evo=("${preset_lorahub[@]}")
+    step lorahub lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --objective nll --output_dir "$out/LoraHub"
     attack mia_lorahub LoraHub --skip_sharers
 }
 
 # baseline NAME FOLDER: what comes with the search of PriME, in a run of its own, so that it is attacked, too.
 baseline() {
-    step "$1" lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+    step "$1" lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --baseline "$1" "${fitness[@]}" --output_dir "$out/$2"
     attack "mia_$1" "$2" --skip_sharers
 }
 
 # Training on the user's own history. OPPU merges nobody's adapter: attacked are the users' own records.
 user_training() {
-    step oppu train_user_peft.py --method oppu "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
+    step oppu train_user_peft.py --method oppu "${adapted[@]}" \
         --holdout "$holdout" --output_dir "$out/OPPU"
     attack mia_oppu OPPU --skip_sharers
-    step mta train_user_peft.py --method mta "${adapted[@]}" "${anchor_training[@]}" "${answers[@]}" \
+    step mta train_user_peft.py --method mta "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --output_dir "$out/Merge-then-adapt"
     attack mia_mta Merge-then-adapt --skip_sharers
 }
@@ -209,13 +216,13 @@ for task in $tasks; do
     data_options=(--task_name "$task" --data_dir "$data/$task" ${published[@]+"${published[@]}"})
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
-    step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" "${selection[@]}" \
+    step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" \
         --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
-    step task_lora task_lora.py "${model_options[@]}" "${task_training[@]}" "${prompted[@]}" \
+    step task_lora task_lora.py "${model_options[@]}" \
         --output_dir "$out/task-base_LLM"
-    step train_anchor_peft train_anchor_peft.py "${adapted[@]}" "${anchor_training[@]}" "${history[@]}" \
+    step train_anchor_peft train_anchor_peft.py "${adapted[@]}" \
         --holdout "$holdout" --output_dir "$out/Anchor_PEFT/LoRA"
-    step lora_composition_evo lora_composition_evo.py "${adapted[@]}" "${answers[@]}" "${history[@]}" \
+    step lora_composition_evo lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" --n_sim 3 --opt_type cma --opt_budget 10 --sim_penalty 0.1 \
         "${fitness[@]}" --output_dir "$out/LoRA-Composition-evo"
     attack mia LoRA-Composition-evo

@@ -20,12 +20,16 @@ install_requirements() {
     done
 }
 
-install_lock() {
-    local python="${PYTHON:-python3}" installing="$ROOT/.venv/installing" failed=0
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "Python 3.11 or newer is needed; set PYTHON to one" >&2
         exit 2
     }
+}
+
+install_lock() {
+    local python="${PYTHON:-python3}" installing="$ROOT/.venv/installing" failed=0
+    new_enough "$python"
     echo "installing $1.lock into .venv (the first time takes about 90 seconds) ..." >&2
     # Begun anew where pip was killed, which may have left half of a package, or the making of the venv itself.
     { [ ! -e "$installing" ] && "$PY" -m pip --version > /dev/null 2>&1; } ||

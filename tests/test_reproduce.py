@@ -63,6 +63,10 @@ def commands(here: Path) -> list[list[str]]:
         ("--seed", "--seed needs a value"),
         ("--llama_model_path nowhere --data_dir data", "nowhere: no such directory"),
         ("--llama_model_path llama", "--llama_model_path needs --data_dir"),
+        ("--llama_model_path nowhere/model/below --data_dir data", "nowhere/model/below: no such directory"),
+        ("--config nowhere.toml", "nowhere.toml: No such file"),
+        ("--set mai.seed=1", "no stage is called 'mai' (did you mean mia?)"),
+        ("--set", "--set needs a value"),
     ],
 )
 def test_a_wrong_option_is_one_line_of_its_own(here: Path, words: str, told: str) -> None:
@@ -100,6 +104,50 @@ def test_small_data_take_fewer_clusters_and_stage_2_comes_first(here: Path) -> N
             args = world.parser(script).parse_args(options)
             assert args.task_name == "movie_tagging"
         assert run[0][run[0].index("--k") :][:2] == found if found else "--k" not in run[0]
+
+
+@pytest.mark.slow
+def test_presets_and_set_options_reach_their_stages_and_a_name_of_the_hub_stays_one(here: Path) -> None:
+    """What no stage has is one line, before a stage runs; tasks stand with commas."""
+    for name in DATA:
+        world.write(here / "data" / "citation" / name, [])
+    (here / "run.toml").write_text("[reproduce]\ntasks = 'citation,movie_tagging'\n[model]\ndtype = 'bfloat16'\n")
+    words = ["--llama_model_path", "some/model", "--data_dir", "data", "--config", "run.toml"]
+    wrong = reproduce(here, *words, "--set", "mia.max_recrods=5")
+    assert (wrong.returncode, (here / "notes").exists()) == (2, False)
+    assert wrong.stderr.splitlines()[-1].endswith("mia has no option 'max_recrods' (did you mean max_records?)")
+    done = reproduce(here, *words, "--set", "mia.max_records=5")
+    assert done.returncode == 0, done.stderr
+    assert "settings of run.toml, --set mia.max_records=5: task_lora --dtype bfloat16; " in done.stdout
+    parsed = [(name, world.parser(name).parse_args(options)) for name, *options in commands(here)]
+    assert [args.task_name for name, args in parsed if name == "mia.py"] == ["citation", "movie_tagging"]
+    for name, args in parsed:
+        assert getattr(args, "llama_model_path", "some/model") == "some/model"
+        assert getattr(args, "dtype", "bfloat16") == "bfloat16"
+        assert getattr(args, "max_records", 5) == 5, name
+
+
+def test_the_demo_is_run_with_its_preset_and_nothing_else_is_set(here: Path) -> None:
+    for name in DATA:
+        world.write(here / "data" / "demo" / "movie_tagging" / name, [])
+    done = reproduce(here)
+    assert done.returncode == 0, done.stderr
+    places = re.compile("task_name|_dir$|_path$|seed|refresh|encoder|lora_ckpt")
+    found = {}
+    for name, *options in commands(here):
+        parser = world.parser(name)
+        required = [action for action in parser._actions if action.required]
+        plain = parser.parse_args([f"--{action.dest}={(action.choices or 'x')[0]}" for action in required])
+        given = vars(parser.parse_args(options)).items() - vars(plain).items()
+        found[name.removesuffix(".py")] = {key: value for key, value in given if not places.search(key)}
+    assert found == {
+        "history_anchor": {"k": 16, "embed": "target"},
+        "task_lora": {"lr": 5e-3, "max_gen_len": 48},
+        "train_anchor_peft": {"lr": 1e-2, "epochs": 5, "train_gen_len": 48},
+        "lora_composition_evo": {"max_gen_len": 48, "k_list": (1,), "train_gen_len": 48},
+        "mia": {"n_sim": 3, "max_records": 20},
+        "postprocess": {},
+    }
 
 
 @pytest.mark.slow
