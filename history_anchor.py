@@ -14,6 +14,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prime import settings as opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    candidate_path: str | None = opt.setting(None, "default <data_dir>/user_anchor_candidate.json")
+    output_dir: str = opt.task_path("./anchor_selection/<task_name>", "where the selection goes", neutral=True)
+    encoder: str = opt.setting("microsoft/deberta-v3-large", "Hugging Face encoder or causal LM, a name or a directory")
+    embed: str = opt.setting(
+        "history",
+        "of an item: the text that is retrieved too (published), or only what the user wrote or chose; a causal "
+        "encoder reads the taste better off the latter",
+        choices=("history", "target"),
+    )
+    texts: str = opt.texts()
+    prompt_path: str | None = opt.setting(None, "template file in the published schema; default: the built-in wording")
+    k: int = opt.setting(50, "clusters, so anchors at most", parse=opt.positive)
+    device: str = opt.setting("auto", "where to compute", choices=opt.DEVICES, neutral=True)
+    max_batch_tokens: int = opt.setting(4096, "tokens of one forward pass", parse=opt.positive, neutral=True)
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
 from prime.checkpoints.identity import encoder_sources
 from prime.checkpoints.loading import pick_device
 from prime.errors import InputError
@@ -35,25 +59,6 @@ from prime.users.identity import all_of, wording
 from prime.users.prompts import history_texts
 from prime.users.tasks import Task, get_task
 from prime.users.templates import load_templates
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    data: opt.DataSettings = opt.group()
-    candidate_path: str | None = opt.setting(None, "default <data_dir>/user_anchor_candidate.json")
-    output_dir: str = opt.task_path("./anchor_selection/<task_name>", "where the selection goes", neutral=True)
-    encoder: str = opt.setting("microsoft/deberta-v3-large", "Hugging Face encoder or causal LM, a name or a directory")
-    embed: str = opt.setting(
-        "history",
-        "of an item: the text that is retrieved too (published), or only what the user wrote or chose; a causal "
-        "encoder reads the taste better off the latter",
-        choices=("history", "target"),
-    )
-    texts: str = opt.texts()
-    prompt_path: str | None = opt.setting(None, "template file in the published schema; default: the built-in wording")
-    k: int = opt.setting(50, "clusters, so anchors at most", parse=opt.positive)
-    device: str = opt.setting("auto", "where to compute", choices=opt.DEVICES, neutral=True)
-    max_batch_tokens: int = opt.setting(4096, "tokens of one forward pass", parse=opt.positive, neutral=True)
 
 
 def item_texts(embed: str, prompt_path: str | None, user: User, task: Task) -> list[str]:

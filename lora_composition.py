@@ -29,29 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from prime import settings as opt
-from prime.bank.batching import every_pair
-from prime.bank.decode import Progress
-from prime.bank.sampling import Sampler
-from prime.checkpoints import plan
-from prime.checkpoints.memory import Work
-from prime.engine import Engine, load_engine, predict
-from prime.errors import InputError
-from prime.merging import gates
-from prime.merging.deploy import export_full, save_personal
-from prime.merging.objective import Objective, Trial
-from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
-from prime.runs.files import write_text
-from prime.runs.progress import for_each
-from prime.runs.run import Run
-from prime.runs.workers import open_users, share_users
-from prime.seeds import derive_seed
-from prime.users.data import User, select, select_indices, user_cost
-from prime.users.prompts import Record, history_records
-from prime.users.tasks import get_task
-from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +56,33 @@ class Settings:
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
     export_full: bool = opt.export_full()
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
+import torch
+
+from prime.bank.batching import every_pair
+from prime.bank.decode import Progress
+from prime.bank.sampling import Sampler
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
+from prime.engine import Engine, load_engine, predict
+from prime.errors import InputError
+from prime.merging import gates
+from prime.merging.deploy import export_full, save_personal
+from prime.merging.objective import Objective, Trial
+from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
+from prime.runs.files import write_text
+from prime.runs.progress import for_each
+from prime.runs.run import Run
+from prime.runs.workers import open_users, share_users
+from prime.seeds import derive_seed
+from prime.users.data import User, select, select_indices, user_cost
+from prime.users.prompts import Record, history_records
+from prime.users.tasks import get_task
+from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 
 @dataclass(frozen=True)
@@ -147,8 +152,7 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     engine.bank.load([*adapters, personal])
     score = measure(stage, user, records, len(sharers))
     measured = time.perf_counter()
-    methods = {"per_pcs": len(sharers)}
-    predictions = predict(engine, texts, user, methods, settings.decoding, settings.seed, progress)
+    predictions = predict(engine, texts, user, {"per_pcs": len(sharers)}, settings.decoding, settings.seed, progress)
 
     choice = {
         "deployed": "merge",
@@ -161,11 +165,9 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     lines = [json.dumps({"module": name, "weights": tensor.tolist()}) + "\n" for name, tensor in weights.items()]
     write_text(run.user_dir(user.user_id) / "composition.jsonl", "".join(lines))
     save_personal(settings.model, run, personal, {"user_id": user.user_id, **choice})
-    seconds = {
-        "compose": round(composed - started, 3),
-        "measure": round(measured - composed, 3),
-        "predict": round(time.perf_counter() - measured, 3),
-    }
+    finished = time.perf_counter()
+    seconds = {"compose": composed - started, "measure": measured - composed, "predict": finished - measured}
+    seconds = {part: round(value, 3) for part, value in seconds.items()}
     result = {"user_id": user.user_id, "index": index, **choice, "predictions": predictions, "seconds": seconds}
     run.finish(user.user_id, result)
 

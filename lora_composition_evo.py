@@ -16,7 +16,6 @@ Takes   about a minute on the demo (24 users, 2 CPU cores). Resumes by user: run
 
 The method is `prime/merging/evolution.py`, its objective `prime/merging/objective.py`.
 --baseline best_sharer and --baseline uniform deploy those two instead, for mia.py to attack (in runs of their own).
-
 --objective nll is LoraHub (Huang et al., 2023); as published with --as_published --opt_type ngopt --opt_budget 40.
 """
 
@@ -27,34 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from prime import settings as opt
-from prime.bank.decode import Progress
-from prime.bank.lora import merge
-from prime.checkpoints import plan
-from prime.checkpoints.memory import Work
-from prime.engine import Engine, Predictions, load_engine, predict
-from prime.errors import tell
-from prime.merging.controls import load_sharers
-from prime.merging.deploy import export_full, save_personal
-from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
-from prime.merging.optimizer import Search, optimizer_name
-from prime.merging.population import Population, Setup
-from prime.merging.sharers import Pool, Selection, merging_inputs
-from prime.report.methods import REFERENCE, choices
-from prime.runs.files import check_own
-from prime.runs.inputs import Inputs
-from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
-from prime.runs.progress import for_each
-from prime.runs.run import Run
-from prime.runs.workers import open_users, share_users
-from prime.seeds import derive_seed
-from prime.users.data import User, select_indices, user_cost
-from prime.users.tasks import get_task
-from prime.users.texts import asked_as_queries, load_candidates, load_test_users, load_texts
 
 FOLDER_HELP = "default ./output/<task_name>/LoRA-Composition-evo, LoraHub, Best-sharer or Uniform, by what is searched"
 NAME_HELP = "row of the table; default prime, with --objective nll lorahub, with --baseline that baseline"
@@ -77,6 +49,36 @@ class Settings:
     export_full: bool = opt.export_full()
 
 
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
+import torch
+
+from prime.bank.decode import Progress
+from prime.bank.lora import merge
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
+from prime.engine import Engine, Predictions, load_engine, predict
+from prime.errors import tell
+from prime.merging.controls import load_sharers
+from prime.merging.deploy import export_full, save_personal
+from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
+from prime.merging.optimizer import first_generation, optimizer_name
+from prime.merging.population import Population, Setup
+from prime.merging.sharers import Pool, Selection, merging_inputs
+from prime.report.methods import REFERENCE, choices
+from prime.runs.files import check_own
+from prime.runs.inputs import Inputs
+from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
+from prime.runs.progress import for_each
+from prime.runs.run import Run
+from prime.runs.workers import open_users, share_users
+from prime.seeds import derive_seed
+from prime.users.data import User, select_indices, user_cost
+from prime.users.tasks import get_task
+from prime.users.texts import asked_as_queries, load_candidates, load_test_users, load_texts
+
+
 @dataclass(frozen=True)
 class Stage:
     """What all users are worked on with; a run directory for each penalty."""
@@ -88,7 +90,7 @@ class Stage:
     runs: Sequence[Run]
 
 
-def answer_queries(stage: Stage, user: User, weights: Mapping[str, Tensor], progress: Progress) -> Predictions:
+def answer_queries(stage: Stage, user: User, weights: Mapping[str, torch.Tensor], progress: Progress) -> Predictions:
     """Answers to the user's queries by named weights of the loaded sharers; what is alike is answered once."""
     settings = stage.settings
     distinct = list({key_of(tensor): tensor for tensor in weights.values()}.values())
@@ -174,8 +176,7 @@ def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan: base and sharers, a generation of candidates, or what is predicted with."""
     search, task = settings.search, get_task(settings.data.task_name)
     n, rank = search.n_sim or plan.PUBLISHED_ANCHORS, plan.rank_of(settings.anchor_dir)
-    generation = Search(np.zeros(n), search.opt_type, search.opt_budget, 0).ask()
-    candidates = max(1 + n, len(generation), 2 + len(search.sim_penalty))
+    candidates = max(1 + n, first_generation(n, search.opt_type, search.opt_budget), 2 + len(search.sim_penalty))
     kinds = (task.history_labels, settings.fitness.train_gen_len), (task.labels, settings.decoding.max_gen_len)
     answer = plan.longest_answer(settings.model, *kinds)
     merged_rank = n * rank if search.merge_rule == "delta" else rank
@@ -186,25 +187,24 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
-    data, search, fitness = settings.data, settings.search, settings.fitness
+    data, search, fitness, prompts = settings.data, settings.search, settings.fitness, settings.prompts
     optimizer_name(search.opt_type)
     check_search(search, fitness)
     method = choices("lora_composition_evo")[search.baseline or fitness.objective]
     settings = replace(settings, name=settings.name or method.name)
     if fitness.objective == "nll":
         settings = replace(settings, search=replace(search, sim_penalty=(0.0,)))
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task_name, prompts.prompt_path, prompts.texts)
     if fitness.fitness == "query":
         texts = asked_as_queries(data.folder, texts)
     users = load_test_users(data.folder, texts.task)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     pool = load_sharers(selection, settings.model, settings.anchor_dir, users, search, settings.seed)
-    inputs = merging_inputs(data.folder, settings.prompts.prompt_path, users, texts, pool)
+    inputs = merging_inputs(data.folder, prompts.prompt_path, users, texts, pool)
     runs = open_runs(settings, Path(settings.output_dir or f"./output/{data.task_name}/{method.folder}"), inputs)
     wanted = select_indices(settings.user_idxs, len(users))
     todo = open_users(users, wanted, lambda user_id: all(run.done(user_id) for run in runs))
     if todo:
-        prompts = settings.prompts
         engine = load_engine(settings.model, prompts, settings.decoding.max_gen_len)
         setup = Setup(settings.search, fitness, settings.decoding, prompts.recent_k, texts, engine)
         mine = share_users(runs[-1], todo, partial(user_cost, recent_k=prompts.recent_k), runs[:-1])

@@ -33,6 +33,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prime import settings as opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """No attack depends on the gates or on what else is attacked, and the results lie in the experiment's folder."""
+
+    data: opt.DataSettings = opt.group()
+    exp_dir: str = opt.setting(help="output of stage 4, whose adapters are attacked", neutral=True)
+    anchor_dir: str = opt.setting(help="output of stage 3, the anchors' adapters")
+    gate_dir: str | None = opt.setting(
+        None, "Per-Pcs' gates: has to exist if given; the attack itself reads none", neutral=True
+    )
+    n_sim: int = opt.setting(0, "nearest merged sharers that are members; 0 = all", parse=opt.natural)
+    max_records: int = opt.setting(0, "records of an anchor, the last ones; 0 = all (published)", parse=opt.natural)
+    references: int = opt.setting(4, "anchors' adapters that RMIA compares with; 0 = no RMIA", parse=opt.natural)
+    skip_sharers: bool = opt.setting(False, "do not attack the sharers' own adapters once more", neutral=True)
+    users_per_batch: int = opt.setting(8, "adapters in the bank together", parse=opt.positive, neutral=True)
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group()
+    prompts: opt.HistorySettings = opt.group(
+        recent_k=opt.setting(opt.RECENT_K, "items of an anchor that are attacked, the last; 0 = all", parse=opt.natural)
+    )
+    anchors: opt.SelectionSettings = opt.group(
+        anchor_idx_path=opt.setting(None, "whose adapters an imported --anchor_dir holds", neutral=True),
+        anchor_selection_dir=opt.setting(None, "the same: outputs of stage 2", neutral=True),
+    )
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
 from prime.attack.evidence import References, Scorer, attack_group, owned_records
 from prime.attack.scoring import ATTACKS
 from prime.attack.subjects import (
@@ -63,32 +94,6 @@ from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
 
 Groups = Sequence[Sequence[Subject]]  # whose adapters are in the bank together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """No attack depends on the gates or on what else is attacked, and the results lie in the experiment's folder."""
-
-    data: opt.DataSettings = opt.group()
-    exp_dir: str = opt.setting(help="output of stage 4, whose adapters are attacked", neutral=True)
-    anchor_dir: str = opt.setting(help="output of stage 3, the anchors' adapters")
-    gate_dir: str | None = opt.setting(
-        None, "Per-Pcs' gates: has to exist if given; the attack itself reads none", neutral=True
-    )
-    n_sim: int = opt.setting(0, "nearest merged sharers that are members; 0 = all", parse=opt.natural)
-    max_records: int = opt.setting(0, "records of an anchor, the last ones; 0 = all (published)", parse=opt.natural)
-    references: int = opt.setting(4, "anchors' adapters that RMIA compares with; 0 = no RMIA", parse=opt.natural)
-    skip_sharers: bool = opt.setting(False, "do not attack the sharers' own adapters once more", neutral=True)
-    users_per_batch: int = opt.setting(8, "adapters in the bank together", parse=opt.positive, neutral=True)
-    seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group()
-    prompts: opt.HistorySettings = opt.group(
-        recent_k=opt.setting(opt.RECENT_K, "items of an anchor that are attacked, the last; 0 = all", parse=opt.natural)
-    )
-    anchors: opt.SelectionSettings = opt.group(
-        anchor_idx_path=opt.setting(None, "whose adapters an imported --anchor_dir holds", neutral=True),
-        anchor_selection_dir=opt.setting(None, "the same: outputs of stage 2", neutral=True),
-    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prime import settings as opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group(without=("refresh",))
+    output_dir: str = opt.setting(help="output of a stage that predicts")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
 from prime.report.frontier import frontier_table, write_frontier
 from prime.report.page import write_pages
 from prime.report.predictions import check_answers, check_golds, check_stage, check_users, gather
@@ -31,12 +42,6 @@ from prime.runs.penalties import penalty_runs
 from prime.users.data import LABEL_FILE, TEST_FILE, load_labels, load_users
 from prime.users.metrics import with_unicode
 from prime.users.tasks import get_task
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    data: opt.DataSettings = opt.group(without=("refresh",))
-    output_dir: str = opt.setting(help="output of a stage that predicts")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,9 +16,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from prime import settings as opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.task_path("./output/<task_name>/task-base_LLM", "where the results go", neutral=True)
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(without=("lora_ckpt", "device_map"), max_batch_tokens=opt.training_tokens())
+    prompts: opt.PromptSettings = opt.group()
+    training: opt.TrainingSettings = opt.group(without=("max_step",))
+    decoding: opt.DecodingSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("test users")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
 import torch
 
-from prime import settings as opt
 from prime.bank.decode import Progress
 from prime.bank.train import Learner
 from prime.checkpoints import plan
@@ -37,19 +54,6 @@ from prime.users.identity import all_of, user_sources, wording
 from prime.users.prompts import task_records
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_test_users, load_texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    data: opt.DataSettings = opt.group()
-    output_dir: str = opt.task_path("./output/<task_name>/task-base_LLM", "where the results go", neutral=True)
-    seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("lora_ckpt", "device_map"), max_batch_tokens=opt.training_tokens())
-    prompts: opt.PromptSettings = opt.group()
-    training: opt.TrainingSettings = opt.group(without=("max_step",))
-    decoding: opt.DecodingSettings = opt.group()
-    user_idxs: str | None = opt.user_idxs("test users")
-
 
 MADE_ONCE = ("adapter_config.json", "adapter_model.safetensors", "train_log.json")
 

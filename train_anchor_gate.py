@@ -28,26 +28,6 @@ from functools import partial
 from pathlib import Path
 
 from prime import settings as opt
-from prime.bank.dp import KEY_FILE, Terms, terms_of
-from prime.bank.train import Learner
-from prime.checkpoints import plan
-from prime.checkpoints.identity import adapter_source
-from prime.checkpoints.memory import Work
-from prime.checkpoints.published import open_adapter
-from prime.engine import Engine, load_engine
-from prime.errors import InputError, tell
-from prime.merging.gates import Gates, gate_file, save_gate
-from prime.merging.sharers import Selection, adapter_folder
-from prime.runs.files import read_json
-from prime.runs.inputs import Inputs
-from prime.runs.run import Run
-from prime.runs.workers import open_groups, share_groups
-from prime.seeds import derive_seed
-from prime.users.data import CANDIDATE_FILE, User, select, user_cost
-from prime.users.holdout import trained_records, trained_split
-from prime.users.identity import user_sources, wording
-from prime.users.tasks import get_task
-from prime.users.texts import Texts, load_candidates, load_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +52,31 @@ class Settings:
     privacy: opt.PrivacySettings = opt.group()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
+from prime.bank.dp import KEY_FILE, Terms, terms_of
+from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.identity import adapter_source
+from prime.checkpoints.memory import Work
+from prime.checkpoints.published import open_adapter
+from prime.engine import Engine, load_engine
+from prime.errors import InputError, tell
+from prime.merging.gates import Gates, gate_file, save_gate
+from prime.merging.sharers import Selection, adapter_folder
+from prime.runs.files import read_json
+from prime.runs.inputs import Inputs
+from prime.runs.run import Run
+from prime.runs.workers import open_groups, share_groups
+from prime.seeds import derive_seed
+from prime.users.data import CANDIDATE_FILE, User, select, user_cost
+from prime.users.holdout import trained_records, trained_split
+from prime.users.identity import user_sources, wording
+from prime.users.tasks import get_task
+from prime.users.texts import Texts, load_candidates, load_texts
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,30 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from prime import settings as opt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    data: opt.DataSettings = opt.group()
+    output_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "where the adapters go", neutral=True)
+    anchors_per_batch: int = opt.anchors_per_batch()
+    seed: int = opt.seed()
+    model: opt.ModelSettings = opt.group(without=("device_map",), max_batch_tokens=opt.training_tokens())
+    prompts: opt.HistorySettings = opt.group(recent_k=0)
+    holdout: float = opt.holdout("each anchor's")
+    training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)
+    privacy: opt.PrivacySettings = opt.group()
+    train_gen_len: int = opt.train_gen_len()
+    anchors: opt.SelectionSettings = opt.group()
+    user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
 import torch
 
-from prime import settings as opt
 from prime.bank.batching import Pair
 from prime.bank.dp import KEY_FILE, Mechanism, Terms, terms_of
 from prime.bank.encoding import EncodedPrompt
@@ -46,22 +67,6 @@ from prime.users.metrics import score, with_unicode
 from prime.users.prompts import Record
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    data: opt.DataSettings = opt.group()
-    output_dir: str = opt.task_path("./output/<task_name>/Anchor_PEFT/LoRA", "where the adapters go", neutral=True)
-    anchors_per_batch: int = opt.anchors_per_batch()
-    seed: int = opt.seed()
-    model: opt.ModelSettings = opt.group(without=("device_map",), max_batch_tokens=opt.training_tokens())
-    prompts: opt.HistorySettings = opt.group(recent_k=0)
-    holdout: float = opt.holdout("each anchor's")
-    training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)
-    privacy: opt.PrivacySettings = opt.group()
-    train_gen_len: int = opt.train_gen_len()
-    anchors: opt.SelectionSettings = opt.group()
-    user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
 
 
 @dataclass(frozen=True)

@@ -26,31 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from prime import settings as opt
-from prime.bank.decode import Progress
-from prime.bank.lora import Adapter, merge
-from prime.bank.train import Learner
-from prime.checkpoints import plan
-from prime.checkpoints.memory import Work
-from prime.checkpoints.peft import load_adapter, save_adapter
-from prime.engine import Engine, load_engine, predict
-from prime.errors import tell
-from prime.merging.deploy import PERSONAL
-from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
-from prime.report.methods import choices
-from prime.runs.progress import for_each
-from prime.runs.run import Run
-from prime.runs.workers import open_groups, share_groups
-from prime.seeds import derive_seed
-from prime.users.data import User, select, user_cost
-from prime.users.holdout import Split, trained_records
-from prime.users.tasks import get_task
-from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
-
-METHODS = choices("train_user_peft")
-RANKS = {"oppu": 8, "mta": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +51,35 @@ class Settings:
     decoding: opt.DecodingSettings = opt.group()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
+import torch
+
+from prime.bank.decode import Progress
+from prime.bank.lora import Adapter, merge
+from prime.bank.train import Learner
+from prime.checkpoints import plan
+from prime.checkpoints.memory import Work
+from prime.checkpoints.peft import load_adapter, save_adapter
+from prime.engine import Engine, load_engine, predict
+from prime.errors import tell
+from prime.merging.deploy import PERSONAL
+from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
+from prime.report.methods import choices
+from prime.runs.progress import for_each
+from prime.runs.run import Run
+from prime.runs.workers import open_groups, share_groups
+from prime.seeds import derive_seed
+from prime.users.data import User, select, user_cost
+from prime.users.holdout import Split, trained_records
+from prime.users.tasks import get_task
+from prime.users.texts import Texts, load_candidates, load_test_users, load_texts
+
+METHODS = choices("train_user_peft")
+RANKS = {"oppu": 8, "mta": 4}
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,11 @@ Then run stages 4 to 6 as before: whoever had merged him is merged again without
 all others are left alone. A request for deletion asks for this as far as files here go; the receipt says the rest.
 """
 
+from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
 from dataclasses import dataclass
 from pathlib import Path
 
-from prime import cli
 from prime import settings as opt
-from prime.errors import InputError
-from prime.merging.sharers import Selection
-from prime.merging.withdrawal import withdraw
-from prime.runs.files import read_json
-from prime.runs.run import user_dirname
-from prime.users.data import BASE_FILE, CANDIDATE_FILE, DATA_BYTES, PROFILE_FILE, load_profiles
-from prime.users.tasks import get_task
-from prime.users.texts import load_candidates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +27,19 @@ class Settings:
     output_dir: str = opt.task_path("./output/<task_name>", "folder of the stages' outputs")
     anchors: opt.SelectionSettings = opt.group()
     receipt: str | None = opt.setting(None, "file to write; default ./withdrawal-<user>.json, outside of --output_dir")
+
+
+if __name__ == "__main__":
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
+
+from prime.errors import InputError
+from prime.merging.sharers import Selection
+from prime.merging.withdrawal import withdraw
+from prime.runs.files import read_json
+from prime.runs.run import user_dirname
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, DATA_BYTES, PROFILE_FILE, load_profiles
+from prime.users.tasks import get_task
+from prime.users.texts import load_candidates
 
 
 def what_is_left(settings: Settings, root: Path) -> list[str]:

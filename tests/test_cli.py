@@ -209,6 +209,12 @@ goes on."""
 INTERRUPTED = "import os, signal, time\nos.kill(os.getpid(), signal.{name})\ntime.sleep(60)\n"
 
 
+def least(name: str) -> list[str]:
+    """The fewest words that a script takes."""
+    needed = [action for action in world.parser(name)._actions if action.required]
+    return [word for a in needed for word in (a.option_strings[0], next(iter(a.choices or ()), "some"))]
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_while_a_script_still_imports_is_one_line(name: str, tmp_path: Path) -> None:
     """The first library that it imports is one that presses Ctrl-C."""
@@ -216,11 +222,29 @@ def test_ctrl_c_while_a_script_still_imports_is_one_line(name: str, tmp_path: Pa
     for library in ("torch", "numpy", "ijson"):
         (tmp_path / f"{library}.py").write_text(INTERRUPTED.format(name=signal_name))
     ended = subprocess.run(
-        [sys.executable, name], cwd=world.ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, name, *least(name)], cwd=world.ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     told = f"{name}: stopped; run the same command again to go on\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", told)
+
+
+# What takes long to load; numpy is loaded in a tenth of a second.
+HEAVY = {"torch", "transformers", "peft", "nevergrad", "scipy", "sklearn", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "code"), [*((name, "--help", 0) for name in SCRIPTS), ("mia.py", "--no_such_option", 2)]
+)
+def test_options_are_read_before_anything_heavy_loads(name: str, option: str, code: int) -> None:
+    """Modules are counted, not seconds."""
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", name, option], cwd=world.ROOT, capture_output=True, text=True
+    )
+    loaded = [line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if "import time:" in line]
+    assert ended.returncode == code and "prime.cli" in loaded
+    assert HEAVY.isdisjoint(module.partition(".")[0] for module in loaded)
+    assert len(loaded) < 400
 
 
 def test_results_do_not_steer_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

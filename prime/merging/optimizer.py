@@ -8,15 +8,16 @@ order: the trajectory is bit for bit that of one candidate at a time (num_worker
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from prime.errors import InputError
 
-with warnings.catch_warnings():  # nevergrad and its dependencies warn on import about packages we do not use
-    warnings.simplefilter("ignore")
-    import nevergrad as ng
-    from nevergrad.optimization import optimizerlib
+if TYPE_CHECKING:
+    from nevergrad.optimization.base import Optimizer
+    from nevergrad.parametrization.core import Parameter
 
 Loss = float | list[float]  # a list: one loss per objective
 Points = list[np.ndarray]
@@ -27,24 +28,33 @@ PARETO = "pareto"  # CMA-ES told two losses, which nevergrad turns into each poi
 SHORT_NAMES = {"cma": "CMA", "ngopt": "NGOpt", "tbpsa": "TBPSA", PARETO: "CMA"}
 
 
+def loaded_nevergrad() -> ModuleType:
+    """nevergrad, where it is needed and not before: with scikit-learn and pandas it takes over a second."""
+    with warnings.catch_warnings():  # it and its dependencies warn on import about packages we do not use
+        warnings.simplefilter("ignore")
+        import nevergrad
+    return nevergrad
+
+
 def optimizer_name(opt_type: str) -> str:
     """nevergrad's name of `--opt_type`: cma, ngopt, tbpsa, pareto, or any name of its registry."""
-    name = SHORT_NAMES.get(opt_type.lower(), opt_type)
-    if name not in ng.optimizers.registry:
-        near = [key for key in ng.optimizers.registry if key.lower().startswith(opt_type.lower()[:3])]
+    if opt_type.lower() in SHORT_NAMES:
+        return SHORT_NAMES[opt_type.lower()]
+    registry = loaded_nevergrad().optimizers.registry
+    if opt_type not in registry:
+        near = [key for key in registry if key.lower().startswith(opt_type.lower()[:3])]
         hint = f"; did you mean one of {', '.join(sorted(near)[:8])}?" if near else ""
         raise InputError(f"--opt_type {opt_type}: nevergrad has no such optimizer{hint}")
-    return name
+    return opt_type
 
 
 def is_pareto(opt_type: str) -> bool:
     return opt_type.lower() == PARETO
 
 
-def make_optimizer(
-    start: np.ndarray, opt_type: str, budget: int, seed: int, step: float = STEP
-) -> ng.optimizers.base.Optimizer:
+def make_optimizer(start: np.ndarray, opt_type: str, budget: int, seed: int, step: float = STEP) -> "Optimizer":
     """An optimizer over arrays like `start`, where it begins, bounded to +-1.5, with a random state of its own."""
+    ng = loaded_nevergrad()
     space = ng.p.Array(init=np.array(start, dtype=np.float64))
     space.random_state = np.random.RandomState(seed % 2**32)  # else set_bounds draws from numpy's global stream
     space.set_bounds(-BOUND, BOUND)
@@ -59,12 +69,19 @@ def make_optimizer(
     return optimizer
 
 
-def generation_size(optimizer: ng.optimizers.base.Optimizer) -> int:
+def generation_size(optimizer: "Optimizer") -> int:
     """How many candidates may be asked before telling without changing the search: CMA's population, else 1."""
+    from nevergrad.optimization.optimizerlib import _CMA
+
     inner = optimizer
     while hasattr(inner, "optim"):
         inner = inner.optim
-    return inner._popsize if isinstance(inner, optimizerlib._CMA) else 1
+    return inner._popsize if isinstance(inner, _CMA) else 1
+
+
+def first_generation(n: int, opt_type: str, budget: int) -> int:
+    """How many candidates a search over n weights evaluates together, at first."""
+    return len(Search(np.zeros(n), opt_type, budget, 0).ask())
 
 
 class Search:
@@ -88,10 +105,10 @@ class Search:
     ):
         self.budget = budget
         self.history: list[tuple[np.ndarray, Loss]] = []
-        self._asked: list[ng.p.Parameter] = []
+        self._asked: list[Parameter] = []
         self._optimizer = make_optimizer(start, opt_type, budget, seed, step) if budget > 0 else None
         if worst and self._optimizer is not None:
-            self._optimizer.tell(ng.p.MultiobjectiveReference(), list(worst))
+            self._optimizer.tell(loaded_nevergrad().p.MultiobjectiveReference(), list(worst))
 
     @property
     def open(self) -> bool:
