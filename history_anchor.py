@@ -30,7 +30,14 @@ class Settings:
     )
     texts: str = opt.texts()
     prompt_path: str | None = opt.setting(None, "template file in the published schema; default: the built-in wording")
-    k: int = opt.setting(50, "clusters, so anchors at most", parse=opt.positive)
+    k: int = opt.setting(50, "clusters, so anchors at most; fewer where there are fewer candidates", parse=opt.positive)
+    min_items: int = opt.setting(
+        opt.MIN_ITEMS, "history items of an anchor at least; a cluster without such a user gives none", parse=opt.positive
+    )
+    n_sim: int = opt.setting(
+        3, "anchors that stage 4 merges for a user; no more than these are refused; 0 = all", parse=opt.natural,
+        neutral=True,
+    )  # fmt: skip
     device: str = opt.setting("auto", "where to compute", choices=opt.DEVICES, neutral=True)
     max_batch_tokens: int = opt.setting(4096, "tokens of one forward pass", parse=opt.positive, neutral=True)
 
@@ -40,12 +47,12 @@ if __name__ == "__main__":
 
 from prime.checkpoints.identity import encoder_sources
 from prime.checkpoints.loading import pick_device
-from prime.errors import InputError
+from prime.errors import InputError, tell
 from prime.merging.anchors import (
     ANCHOR_IDX,
     CANDIDATE_EMB,
     TEST_EMB,
-    check_k,
+    check_anchors,
     choose_anchors,
     cluster,
     embed_users,
@@ -80,16 +87,20 @@ def select_anchors(
     settings: Settings, task: Task, candidates: Sequence[User], tests: Sequence[User], folder: Path
 ) -> None:
     """Embed, cluster, choose, and write the selection."""
-    check_k(settings.k, len(candidates))
+    k, n_items = min(settings.k, len(candidates)), [len(user.profile) for user in candidates]
+    if k < settings.k:
+        tell(f"--k {settings.k}: there are {k} candidates, so as many clusters are made")
     encoder = load_encoder(settings.encoder, pick_device(settings.device))
     users = [*candidates, *tests]
     texts = [item_texts(settings.embed, settings.prompt_path, user, task) for user in users]
     embedded = embed_users([user.user_id for user in users], texts, encoder, settings.max_batch_tokens)
     embeddings, test_embeddings = embedded[: len(candidates)], embedded[len(candidates) :]
-    anchors = choose_anchors(cluster(embeddings, settings.k), [len(user.profile) for user in candidates])
+    labels = cluster(embeddings, k)
+    anchors = choose_anchors(labels, n_items, settings.min_items)
+    dropped = check_anchors(len(anchors), len(set(labels)), max(n_items), settings.min_items, settings.n_sim)
     save_selection(folder, embeddings, test_embeddings, anchors)
     names = ", ".join(candidates[place].user_id for place in anchors)
-    print(f"{len(anchors)} anchors of {len(candidates)} candidates: {names}")
+    print(f"{len(anchors)} anchors of {len(candidates)} candidates: {names}" + (f"\n{dropped}" if dropped else ""))
 
 
 def main(argv: list[str] | None = None) -> None:

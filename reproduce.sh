@@ -29,6 +29,12 @@ holdout=0 processes=1 published=()
 
 usage() { sed -n '2,21s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
+# closest WORD: the option that it is most like, if any is.
+closest() {
+    local pick='import difflib, sys; print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1))'
+    # shellcheck disable=SC2046 # options are words
+    "${PYTHON:-python3}" -c "$pick" "$1" $(usage | grep -o '^  --[a-z_]*') 2> /dev/null || true
+}
 absolute() { case "$1" in /*) echo "$1" ;; *) echo "$CALLED_FROM/${1#./}" ;; esac; }
 # A name of the hub stays what it is: owner/model, and nothing lies there.
 named() { if [ ! -e "$(absolute "$1")" ] && [[ "$1" =~ ^[[:alnum:]_][[:alnum:]_.-]*/[[:alnum:]_.-]+$ ]]; then echo "$1"; else absolute "$1"; fi; }
@@ -47,7 +53,7 @@ while [ $# -gt 0 ]; do
         --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
             | --processes | --until)
             [ $# -ge 2 ] || wrong "$1 needs a value" ;;
-        *) echo "reproduce.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
+        *) near="$(closest "$1")"; wrong "there is no option $1${near:+; did you mean $near?} (--help lists all)" ;;
     esac
     case "$1" in
         --tasks) tasks="${2//,/ }" ;;
@@ -122,10 +128,13 @@ made_of() {
     "$PY" -m prime.runs.inputs "${paths[@]}"
 }
 
+# failed NAME CODE: ends the job; but the report is made without an attack that failed, and the job's exit code tells.
 # A step may fail because a file of an earlier one is lost, so next time all of them look; not where it was stopped.
 failed() {
-    [ "$1" = 130 ] || rm -f "$out/.steps/"*
-    exit "$1"
+    [ "$2" = 130 ] || rm -f "$out/.steps/"*
+    case "$1-$2" in *-130) exit 130 ;; mia*) ;; *) exit "$2" ;; esac
+    failure="$2" failures+=("[$task] $1")
+    echo "[$task] $1: failed with exit code $2; the report is made without it" >&2
 }
 
 # step NAME COMMAND...: runs a stage unless it finished under the same command and read the same. The preset's options
@@ -148,7 +157,7 @@ step() {
     rm -f "$mark" "$out/.steps/postprocess" # the table is of all steps
     echo "[$task] $name: python $*"
     [ "$1" != postprocess.py ] || refresh=()
-    "${launcher[@]}" "$1" ${refresh[@]+"${refresh[@]}"} "${@:2}" || failed $?
+    "${launcher[@]}" "$1" ${refresh[@]+"${refresh[@]}"} "${@:2}" || { failed "$name" $?; return 0; }
     mkdir -p "$out/.steps"
     echo "$now" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"
@@ -206,6 +215,8 @@ user_training() {
     attack mia_mta Merge-then-adapt --skip_sharers
 }
 
+failure=0 failures=()
+trap 'exit 130' INT # also where a launcher ends with another code
 for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
     link="$(find "$out/" -type l -print -quit 2> /dev/null || true)"
@@ -236,3 +247,5 @@ for task in $tasks; do
     step postprocess postprocess.py "${data_options[@]}" --output_dir "$out/LoRA-Composition-evo"
     [ "$fresh" = yes ] || [ ! -f "$out/summary.md" ] || cat "$out/summary.md"
 done
+[ "$failure" = 0 ] || echo "failed: ${failures[*]}. The same command tries it again." >&2
+exit "$failure"

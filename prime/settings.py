@@ -16,6 +16,7 @@ HIDDEN = argparse.SUPPRESS  # help of an option that only says why it is refused
 DEVICES = ("auto", "cpu", "cuda", "mps")
 CHAT = ("auto", "on", "off")
 RECENT_K = 50  # published window of a history
+MIN_ITEMS = 11  # of an anchor's history; published: more than ten
 BEFORE_THE_OPTION = {"texts": "published", "chat": "off"}  # how directories were made that do not name these
 
 

@@ -111,18 +111,38 @@ def test_clusters_are_found_and_repeatable():
     assert len({(i % 3, label) for i, label in enumerate(labels)}) == 3
 
 
-def test_more_clusters_than_candidates_is_refused():
-    with pytest.raises(InputError, match=r"--k 50.* 7 anchor candidates"):
-        anchors.cluster(torch.rand(7, 4), 50)
-
-
 def test_the_most_active_user_of_each_cluster_is_the_anchor():
     labels = [1, 0, 1, 0, 2, 2]
     assert anchors.choose_anchors(labels, [11, 40, 30, 40, 10, 9]) == [1, 2]  # cluster 2: only 10 items
     renamed = [{0: 2, 1: 0, 2: 1}[label] for label in labels]
     assert anchors.choose_anchors(renamed, [11, 40, 30, 40, 10, 9]) == [1, 2]
-    with pytest.raises(InputError, match="longest profile has 10"):
-        anchors.choose_anchors([0, 0], [3, 10])
+    assert anchors.choose_anchors(labels, [11, 40, 30, 40, 10, 9], 10) == [1, 2, 4]
+    assert anchors.choose_anchors([0, 0], [3, 10]) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "clusters", "n_sim", "told"),
+    [
+        (16, 16, 3, ""),
+        (12, 16, 3, "4 of 16 clusters give no anchor: nobody in them has 11 history items (--min_items)"),
+        (2, 2, 0, ""),
+    ],
+)
+def test_dropped_clusters_are_told(found, clusters, n_sim, told):
+    assert anchors.check_anchors(found, clusters, 40, 11, n_sim) == told
+
+
+@pytest.mark.parametrize(
+    ("found", "n_sim", "told"),
+    [
+        (3, 3, r"3 anchors, and 3 are merged for a user \(--n_sim\), so nobody is left .*longest history has 40 items"),
+        (0, 3, "no anchor: .*a smaller --min_items .*\n16 of 16 clusters give no anchor"),
+        (0, 0, "no anchor: "),
+    ],
+)
+def test_no_more_anchors_than_are_merged_is_an_error_before_anything_is_trained(found, n_sim, told):
+    with pytest.raises(InputError, match=told):
+        anchors.check_anchors(found, 16, 40, 11, n_sim)
 
 
 def test_selection_is_written_and_read_back(tmp_path):
@@ -218,7 +238,7 @@ def test_the_stage_writes_the_published_files_once(stage, capsys, monkeypatch):
     test = anchors.load_embeddings(out / "test_user_history_emb.pt", 3)
     assert test[2].abs().max() == 0 < test[:2].abs().max()
     monkeypatch.setattr(history_anchor, "load_encoder", lambda *_: pytest.fail("a finished selection is kept"))
-    history_anchor.main([*argv, "--k", "4"])
+    history_anchor.main([*argv, "--k", "4", "--n_sim", "9"])
     with pytest.raises(InputError, match="k: there 4, now 3"):
         history_anchor.main([*argv, "--k", "3"])
 
@@ -244,15 +264,24 @@ def test_an_encoder_that_cannot_be_had_is_replaced_by_one_that_can(stage, monkey
             history_anchor.main([*argv, "--k", "4", "--encoder", "no/such"])
     assert asked == ["hub", "cache"]
     with pytest.warns(UserWarning, match="user 14: empty history"):
-        history_anchor.main([*argv, "--k", "3"])
+        history_anchor.main([*argv, "--k", "3", "--n_sim", "2"])
     assert (out / "anchor_user_idx.pt").exists()
 
 
-def test_the_stage_refuses_too_many_clusters_and_foreign_selections(stage):
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::sklearn.exceptions.ConvergenceWarning")
+def test_few_candidates_are_told_and_a_refused_choice_binds_nothing(stage, capsys):
+    """Of the 12 candidates 2, 5, 8 and 11 have 13 items."""
     argv, out = stage
-    with pytest.raises(InputError, match="--k 50: more clusters than the 12 .*; give --k 12 or less"):
-        history_anchor.main(argv)
+    with pytest.raises(InputError, match="^4 anchors, and 8 are .*\n8 of 12 clusters give no anchor"):
+        history_anchor.main([*argv, "--min_items", "13", "--n_sim", "8"])
     assert not (out / "anchor_user_idx.pt").exists()
+    history_anchor.main(argv)  # --k 50
+    told = capsys.readouterr()
+    assert "--k 50: there are 12 candidates" in told.err and "12 anchors of 12 candidates" in told.out
+
+
+def test_the_stage_refuses_foreign_selections(stage):
+    argv, out = stage
     history_folder = out.parent / "published"
     history_folder.mkdir()
     torch.save([1, 2], history_folder / "anchor_user_idx.pt")

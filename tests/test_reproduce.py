@@ -61,6 +61,9 @@ def commands(here: Path) -> list[list[str]]:
         ("--methods some", "--methods is prime or all, not some"),
         ("--until mai", "--until names a step"),
         ("--seed", "--seed needs a value"),
+        ("--task citation", "there is no option --task; did you mean --tasks? (--help lists all)"),
+        ("--output-dir out", "there is no option --output-dir; did you mean --output_dir?"),
+        ("--wine red", "there is no option --wine (--help"),
         ("--llama_model_path nowhere --data_dir data", "nowhere: no such directory"),
         ("--llama_model_path llama", "--llama_model_path needs --data_dir"),
         ("--llama_model_path nowhere/model/below --data_dir data", "nowhere/model/below: no such directory"),
@@ -237,6 +240,27 @@ def test_after_a_step_that_failed_every_step_looks_whether_its_files_are_there(h
     (here / "notes").unlink()
     assert reproduce(here, *words).returncode == 0
     assert [name for name, *_ in commands(here)] == [f"{step}.py" for step in STEPS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("step", "code"), [("mia", 2), ("mia", 137), ("mia", 130), ("lora_composition_evo", 2)])
+def test_an_attack_that_fails_does_not_cost_the_report(here: Path, step: str, code: int) -> None:
+    """The steps after it run, the exit code tells; what is stopped, and every other step that fails, ends the job."""
+    words = ["--llama_model_path", "llama", "--data_dir", "data", "--output_dir", "output"]
+    python = here / ".venv" / "bin" / "python"
+    whole = python.read_text()
+    python.write_text(whole.replace("#!/bin/sh\n", f'#!/bin/sh\ncase "$1" in {step}.py) exit {code};; esac\n'))
+    done = reproduce(here, *words)
+    goes_on = step == "mia" and code != 130
+    ran = [name.removesuffix(".py") for name, *_ in commands(here)]
+    assert done.returncode == code and ran == (STEPS[:4] + STEPS[5:] if goes_on else STEPS[: STEPS.index(step)])
+    assert ("mia: failed with exit code" in done.stderr) == goes_on
+    assert done.stderr.endswith("failed: [movie_tagging] mia. The same command tries it again.\n") == goes_on
+    python.write_text(whole)
+    (here / "notes").unlink()
+    assert reproduce(here, *words).returncode == 0
+    again = [name.removesuffix(".py") for name, *_ in commands(here)]
+    assert again == (STEPS[STEPS.index(step) :] if code == 130 else STEPS)
 
 
 @pytest.mark.parametrize("place", [".steps", ".steps/mia", "Anchor_PEFT", "LoRA-Composition-evo/users"])

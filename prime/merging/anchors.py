@@ -23,11 +23,11 @@ from prime.checkpoints.tensors import FLOATS, check_hub_dir, check_plain, load_p
 from prime.checkpoints.weight_files import check_size, weight_files
 from prime.errors import InputError, harmless
 from prime.runs.files import write_bytes
+from prime.settings import MIN_ITEMS
 
 MAX_TOKENS = 512
 ROWS = 4096  # of embeddings, checked at a time
 MAX_EMBEDDING = 1e16  # of one number: squares and their sums over any width stay within fp32
-MIN_ITEMS = 10  # published: an anchor has *more* than ten items
 CANDIDATE_EMB, TEST_EMB, ANCHOR_IDX = "user_history_emb.pt", "test_user_history_emb.pt", "anchor_user_idx.pt"
 
 
@@ -144,23 +144,16 @@ def embed_users(
 # --- choosing --------------------------------------------------------------------------------------
 
 
-def check_k(k: int, n: int) -> None:
-    """InputError for more clusters than candidates."""
-    if k > n:
-        raise InputError(f"--k {k}: more clusters than the {n} anchor candidates; give --k {n} or less")
-
-
 def cluster(embeddings: torch.Tensor, k: int = 50) -> list[int]:
     """k-means label of each row of [n, h]; published settings: random_state 0, max_iter 3000, n_init 10."""
     from sklearn.cluster import KMeans
 
-    check_k(k, len(embeddings))
     means = KMeans(n_clusters=k, random_state=0, max_iter=3000, n_init=10)
     return means.fit_predict(embeddings.double().numpy()).tolist()
 
 
 def choose_anchors(labels: Sequence[int], n_items: Sequence[int], min_items: int = MIN_ITEMS) -> list[int]:
-    """Index of each cluster's user with the longest profile (ties: the first), if longer than `min_items`.
+    """Index of each cluster's user with the longest profile (ties: the first), if of `min_items` or more.
 
     Ascending, so the list does not depend on how the clusters are numbered.
     """
@@ -168,10 +161,25 @@ def choose_anchors(labels: Sequence[int], n_items: Sequence[int], min_items: int
     for i, label in enumerate(labels):
         if label not in best or n_items[i] > n_items[best[label]]:
             best[label] = i
-    anchors = sorted(i for i in best.values() if n_items[i] > min_items)
-    if not anchors:
-        raise InputError(f"no anchor: the longest profile has {max(n_items)} items, over {min_items} are needed")
-    return anchors
+    return sorted(i for i in best.values() if n_items[i] >= min_items)
+
+
+def check_anchors(found: int, clusters: int, longest: int, min_items: int, n_sim: int) -> str:
+    """What a reader has to know of a choice of `found` anchors; "" if every cluster has one.
+
+    Raises:
+        InputError: there are no more anchors than are merged for a user (0: as many as there are), so that nobody is
+            left whom an attack could tell from the merged ones.
+    """
+    dropped = clusters - found
+    why = f"nobody in them has {min_items} history items (--min_items)"
+    told = f"{dropped} of {clusters} clusters give no anchor: {why}" if dropped else ""
+    if found > n_sim or found and not n_sim:
+        return told
+    remedy = f"give more candidates, a smaller --min_items (their longest history has {longest} items)"
+    short = f"{found} anchors, and {n_sim} are merged for a user (--n_sim), so nobody is left to compare them with"
+    lines = [f"{short if found else 'no anchor'}: {remedy}, or a smaller --n_sim", *([told] if told else [])]
+    raise InputError.many(lines)
 
 
 # --- files -----------------------------------------------------------------------------------------
