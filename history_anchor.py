@@ -32,7 +32,7 @@ class Settings:
     prompt_path: str | None = opt.setting(None, "template file in the published schema; default: the built-in wording")
     k: int = opt.setting(50, "clusters, so anchors at most; fewer where there are fewer candidates", parse=opt.positive)
     min_items: int = opt.setting(
-        opt.MIN_ITEMS, "history items of an anchor at least; a cluster without such a user gives none", parse=opt.positive
+        opt.MIN_ITEMS, "history items of an anchor at least; clusters without such a user give none", parse=opt.positive
     )
     n_sim: int = opt.setting(
         3, "anchors that stage 4 merges for a user; no more than these are refused; 0 = all", parse=opt.natural,
