@@ -25,19 +25,20 @@ from benchmarks import measuring, shapes
 from prime import cli
 from prime.settings import positive
 
-ANSWERING = "ours,peft_loop,published,forward_limit,distinct_limit"
+SCORING = "ours,peft_loop,forward_limit,distinct_limit"
+ANSWERING = f"{SCORING},published"
 STEPS: dict[str, list[str]] = {
     "tests": ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "tests/test_device.py"],
     "tag": ["benchmarks/merge.py", "--workload", "tag", "--contenders", ANSWERING, "--published_candidates", "1"],
-    "title": ["benchmarks/merge.py", "--workload", "title", "--contenders", ANSWERING, "--published_candidates", "1"],
-    "membership": ["benchmarks/membership.py", "--contenders", "ours,peft_loop,forward_limit,distinct_limit"],
+    "title": ["benchmarks/merge.py", "--workload", "title", "--contenders", SCORING],
     "training": ["benchmarks/train_anchors.py", "--contenders", "ours,peft_loop,forward_limit"],
+    "membership": ["benchmarks/membership.py", "--contenders", SCORING],
     "plan": ["benchmarks/plan.py"],
 }
 # How much of a benchmark's work fits into the time; for --quick the least that has every part.
 SIZES = {
     "tag": ["--prompts", "99", "--repeats", "1"],
-    "title": ["--prompts", "24", "--repeats", "1"],
+    "title": ["--prompts", "16", "--budget", "5", "--repeats", "1"],
     "membership": ["--adapters", "8", "--records", "99", "--repeats", "1"],
     "training": ["--anchors", "8", "--records", "12", "--repeats", "1"],
 }
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype],
     )
     for name in args.steps:
-        words = STEPS[name] if name == "tests" else [*STEPS[name], *place]
+        words = [*STEPS[name], *(["-k", args.device] if name == "tests" else place)]
         if name in sizes:
             words = [*words, *sizes[name], "--profile"]
         figures["steps"][name] = run_step(words, end - time.monotonic())

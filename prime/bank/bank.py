@@ -235,11 +235,11 @@ class AdapterBank:
     @contextmanager
     def _on(self, groups: Tensor | None, on_base: Tensor | None, scaler: InputScaler | None) -> Iterator[None]:
         before = (self.route.groups, self.route.on_base, self.route.scaler)
-        self.route.groups, self.route.on_base, self.route.scaler = groups, on_base, scaler
+        self.route.to(groups, on_base, scaler)
         try:
             yield
         finally:
-            self.route.groups, self.route.on_base, self.route.scaler = before
+            self.route.to(*before)
 
     @contextmanager
     def checkpointing(self, wanted: bool = True) -> Iterator[None]:

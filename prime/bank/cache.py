@@ -18,6 +18,22 @@ KeysValues = tuple[Tensor, Tensor]  # of one layer
 ROOM = 24  # tokens of room whenever a buffer grows
 
 
+class Places:
+    """Numbers of rows; on a GPU one tensor for all layers, since to send it there anew makes everything wait."""
+
+    def __init__(self, numbers: Sequence[int]):
+        self.numbers = list(numbers)
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._tensors:
+            self._tensors[device] = torch.tensor(self.numbers, device=device)
+        return self._tensors[device]
+
+
 class RoomyLayer(DynamicLayer):
     """One layer's keys and values `[b, h, t, d]`, the front of buffers `[>= b, h, >= t, d]`."""
 
@@ -38,7 +54,7 @@ class RoomyLayer(DynamicLayer):
             self._append((key_states, value_states))
         return self.held()
 
-    def join(self, pairs: Sequence[KeysValues], chosen: Sequence[Sequence[int]], room: int) -> None:
+    def join(self, pairs: Sequence[KeysValues], chosen: Sequence[Places], room: int) -> None:
         """Hold a copy of the chosen rows of all pairs, which end in one column, with room for `room` more tokens."""
         self.lazy_initialization(*pairs[0])
         rows, tokens = sum(map(len, chosen)), max(keys.shape[2] for keys, _ in pairs)
@@ -49,7 +65,7 @@ class RoomyLayer(DynamicLayer):
             for target, part, picked in zip(buffers[-1].split([*map(len, chosen)]), parts, chosen, strict=True):
                 missing = tokens - part.shape[2]
                 target[:, :, :missing] = 0  # masked, but uninitialised memory may hold NaN, and 0 * NaN is NaN
-                _copy_rows(part, picked, target[:, :, missing:tokens], range(len(picked)))
+                _copy_rows(part, picked, target[:, :, missing:tokens], None)
         self.buffers = tuple(buffers)
         self._show(rows, tokens)
 
@@ -76,14 +92,13 @@ class RoomyLayer(DynamicLayer):
     def _show(self, rows: int, tokens: int) -> None:
         self.keys, self.values = (buffer[:rows, :, :tokens] for buffer in self.buffers)
 
-    def select(self, order: Sequence[int]) -> None:
-        """Keep the rows of `order`, in it; entries that differ from their place must come from behind its end."""
+    def select(self, count: int, moved: Places, targets: Places) -> None:
+        """Keep `count` rows, the first ones but where these from behind them move to."""
         keys, _ = self.held()
-        moved = [(place, row) for place, row in enumerate(order) if place != row]
         for buffer in self.buffers if moved else ():
-            _copy_rows(buffer, [row for _, row in moved], buffer, [place for place, _ in moved])
-        self._show(len(order), keys.shape[2])
-        if 2 * len(order) < self.buffers[0].shape[0]:  # give the memory of rows that left back
+            _copy_rows(buffer, moved, buffer, targets)
+        self._show(count, keys.shape[2])
+        if 2 * count < self.buffers[0].shape[0]:  # give the memory of rows that left back
             self._allocate(self.held(), self.buffers[0].shape[2] - keys.shape[2])
 
 
@@ -115,9 +130,10 @@ class RoomyCache(Cache):
         front. The caches' layers are given up one by one, so that two caches of everything never exist together.
         """
         wholes = [cls() for _ in selections]
+        chosen_rows = [[Places(chosen) for chosen in selection] for selection in selections]
         while caches[0].layers:
             pairs = [cast(RoomyLayer, cache.layers.pop(0)).held() for cache in caches]
-            for whole, selection in zip(wholes, selections, strict=True):
+            for whole, selection in zip(wholes, chosen_rows, strict=True):
                 layer = RoomyLayer()
                 filled = [place for place, chosen in enumerate(selection) if chosen]
                 layer.join([pairs[place] for place in filled], [selection[place] for place in filled], room)
@@ -130,17 +146,25 @@ class RoomyCache(Cache):
     def keep(self, indices: Sequence[int], rows: int) -> list[int]:
         """Keep these of `rows` rows; the order they then have."""
         order = compact_order(indices, rows)
+        targets = Places([place for place, row in enumerate(order) if place != row])
+        moved = Places([order[place] for place in targets.numbers])
         for layer in self._roomy():
-            layer.select(order)
+            layer.select(len(order), moved, targets)
         return order
 
 
-def _copy_rows(source: Tensor, rows: Sequence[int], target: Tensor, places: Sequence[int]) -> None:
-    """`target[places] = source[rows]`. On a CPU one after the other, since to gather them first is a second copy."""
+def _copy_rows(source: Tensor, rows: Places, target: Tensor, places: Places | None) -> None:
+    """`target[places] = source[rows]`, into all of target without places. On a CPU one after the other, since to gather
+    them first is a second copy.
+    """
     if source.device.type != "cpu":
-        target[torch.tensor(places, device=target.device)] = source[torch.tensor(rows, device=source.device)]
+        picked = source.index_select(0, rows.on(source.device))
+        if places is None:
+            target.copy_(picked)
+        else:
+            target.index_copy_(0, places.on(target.device), picked)
         return
-    for place, row in zip(places, rows, strict=True):
+    for place, row in zip(range(len(rows)) if places is None else places.numbers, rows.numbers, strict=True):
         target[place] = source[row]
 
 

@@ -20,12 +20,39 @@ InputScaler = Callable[[int, Tensor], Tensor]
 
 
 class Route:
-    """Which adapter each row of the next forward pass uses; shared by all wrappers of a bank."""
+    """Which adapter each row of the next forward pass uses; shared by all wrappers of a bank.
+
+    What is the same for all layers is made once a pass: with few rows a GPU otherwise waits for the CPU to ask for it.
+    """
 
     def __init__(self) -> None:
         self.groups: Tensor | None = None  # [g] adapter of each group of b / g consecutive rows; None: the base
         self.on_base: Tensor | None = None  # [g, 1, 1] True where a group has no adapter, None if all have one
         self.scaler: InputScaler | None = None  # dropout or gates in front of the factor pair
+        self._others: tuple[Tensor, int, int, Tensor] | None = None
+        self._widened: tuple[Tensor, Tensor] | None = None
+
+    def to(self, groups: Tensor | None, on_base: Tensor | None, scaler: InputScaler | None) -> None:
+        """Send the rows that follow there."""
+        self.groups, self.on_base, self.scaler = groups, on_base, scaler
+        self._others = self._widened = None
+
+    def others(self, groups: Tensor, n: int, r: int) -> Tensor:
+        """True in the columns of all adapters but a group's own: `[g, 1, n*r]`, r columns of each."""
+        if self._others is None or self._others[0] is not groups or self._others[1:3] != (n, r):
+            others = groups[:, None] != torch.arange(n, device=groups.device)
+            if self.on_base is not None:
+                others |= self.on_base.to(groups.device)[..., 0]
+            self._others = groups, n, r, others.repeat_interleave(r, 1)[:, None]
+        return self._others[3]
+
+    def widened(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x in the factors' type; several modules of a layer have the same input."""
+        if x.dtype == dtype:
+            return x
+        if self._widened is None or self._widened[0] is not x:
+            self._widened = x, x.to(dtype)
+        return self._widened[1]
 
 
 class BankLinear(nn.Module):
@@ -65,10 +92,11 @@ class BankLinear(nn.Module):
         scaler: InputScaler | None,
     ) -> Tensor:
         """y plus the routed update of one pair of stacks, whose input goes through `scaler` first."""
-        rows = x.reshape(len(groups), -1, x.shape[-1]).to(stacked_a.dtype)
+        training = torch.is_grad_enabled()
+        wide = x.to(stacked_a.dtype) if training else self.route.widened(x, stacked_a.dtype)
+        rows = wide.reshape(len(groups), -1, x.shape[-1])
         if scaler is not None:
             rows = scaler(self.number, rows)
-        training = torch.is_grad_enabled()
         if not training and rows.shape[1] * len(stacked_b) <= SPREAD:
             low, b = self._spread(rows, groups, stacked_a, stacked_b)
         else:
@@ -76,10 +104,11 @@ class BankLinear(nn.Module):
             if self.route.on_base is not None:
                 low = low.masked_fill(self.route.on_base.to(low.device), 0.0)
         out = y.view(len(low), -1, y.shape[-1])
-        # Factors are fp32; a model in bfloat16 gets their product rounded once.
+        # Factors are fp32; a model in bfloat16 gets the sum rounded. Without gradients y may be overwritten.
         if out.dtype != b.dtype:
-            return (out + torch.bmm(low, b).mul_(scale).to(out.dtype)).view_as(y)
-        add = torch.baddbmm if training else Tensor.baddbmm_  # without gradients y may be overwritten
+            add = torch.add if training else Tensor.add_
+            return add(out, torch.bmm(low, b), alpha=scale).to(y.dtype).view_as(y)
+        add = torch.baddbmm if training else Tensor.baddbmm_
         return add(out, low, b, alpha=scale).view_as(y)
 
     def _spread(self, rows: Tensor, groups: Tensor, stacked_a: Tensor, stacked_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,13 +118,11 @@ class BankLinear(nn.Module):
         Not for training: zero times the infinite factor of an adapter that diverges would be NaN in all other rows.
         """
         n, _, r = stacked_b.shape
-        others = groups[:, None] != torch.arange(n, device=groups.device)  # [g, n]
-        if self.route.on_base is not None:
-            others |= self.route.on_base.to(groups.device)[..., 0]
         distinct = stacked_a[:1] if _shared(stacked_a) else stacked_a
         low = rows @ distinct.flatten(0, 1).T  # [g, m*t, r or n*r]
-        placed = low.unflatten(-1, (-1, r)).masked_fill(others[:, None, :, None], 0.0)  # [g, m*t, n, r]
-        return placed.view(1, -1, n * r), stacked_b.mT.reshape(1, n * r, -1)
+        low = low.repeat(1, 1, n // len(distinct))  # [g, m*t, n*r]
+        low.masked_fill_(self.route.others(groups, n, r), 0.0)
+        return low.view(1, -1, n * r), stacked_b.mT.reshape(1, n * r, -1)
 
 
 def _low(rows: Tensor, groups: Tensor, stacked_a: Tensor) -> Tensor:

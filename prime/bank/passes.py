@@ -109,8 +109,9 @@ def dropout_scaler(rows: list[TrainRow], rate: float) -> InputScaler:
 
     def scale(module: int, x: Tensor) -> Tensor:
         mask = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        stream = torch.Generator(device=x.device)
         for place, row in enumerate(rows):
-            stream = torch.Generator(device=x.device).manual_seed((row.noise + module) % 2**63)
+            stream.manual_seed((row.noise + module) % 2**63)
             kept = torch.empty(row.length, x.shape[-1], dtype=x.dtype, device=x.device)
             mask[place, : row.length] = kept.bernoulli_(1 - rate, generator=stream)
         return x * mask.div_(1 - rate)
