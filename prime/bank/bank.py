@@ -53,6 +53,9 @@ class AdapterBank:
         self.route = Route()
         self.wrappers = self._wrap(tuple(targets))
         self.columns = quicken(self.model)
+        if self.device.type == "cuda":
+            # cuDNN plans its attention anew for every length that it meets, which takes longer than a decoding step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.positions.hard:
             self.columns = 1  # padding needs a position, too
         self.layers = 1 + max(layer_of(name) for name in self.wrappers)
