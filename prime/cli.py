@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TypeVar
 
+from prime.checkpoints.gguf import model_directory
 from prime.errors import InputError, harmless, tell
 from prime.runs.files import stop_between_writes
 from prime.runs.inputs import Inputs
@@ -28,6 +29,7 @@ from prime.users.tasks import TASKS
 os.environ["MPLBACKEND"] = "Agg"
 
 Settings = TypeVar("Settings")
+MODELS = {"llama_model_path", "encoder"}  # options that may name a GGUF file: stages get what it is converted to
 AS_PUBLISHED_HELP = "give every option that is not given its value in the published code (docs/stages.md)"
 
 
@@ -153,6 +155,8 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
         values = parser.parse_args(argv)
         chosen = [f"{name} {getattr(values, name)}" for name in published(settings_class)]
         tell(f"as published: {', '.join(chosen) or 'the defaults'}")
+    for name in MODELS & vars(values).keys():
+        setattr(values, name, model_directory(getattr(values, name)))
     return build(settings_class, vars(values))
 
 

@@ -26,7 +26,7 @@ from prime.runs.files import read_json, uninterrupted, write_json
 INPUTS_FILE, RESULT_FILE = "inputs.json", "result.json"
 MACHINE = "device and dtype"  # that a run computes with
 PLACE = "place"  # of a user among all; where nothing else has changed, the result is given the new one
-WEIGHTS = (".safetensors", ".bin", ".pth", ".pt")
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 LARGE = 64 << 20  # bytes
 BLOCK, BLOCKS = 64 << 10, 64
 SHOWN = 15  # changes in a message
