@@ -242,9 +242,9 @@ def holdout(whose: str) -> Any:
     )
 
 
-# What trains together is part of a result: sums are rounded in another order. Measured once on the demo (6 anchors, 2
-# epochs at 1e-2; no command): passes of 512 tokens move numbers of the factors by up to 0.014, 3 anchors together by
-# 1.5e-4. One record a pass takes 1.3 times the time on a CPU, far more on a GPU, and still leaves 6e-7.
+# What goes through the model together is part of a result: sums are rounded in another order. Measured once on the demo
+# (6 anchors, 2 epochs at 1e-2; no command): passes of 512 tokens move numbers of the factors by up to 0.014. On a CPU a
+# pass holds rows of one learner, so there what trains together changes nothing; on a GPU it does.
 
 
 def anchors_per_batch() -> Any:

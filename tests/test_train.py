@@ -109,7 +109,7 @@ def test_training_together_is_training_alone(dropout: float) -> None:
     for learner in LEARNERS:
         own, losses = alone(learner, settings)
         assert together[learner.slot] == pytest.approx(losses, abs=1e-4)
-        assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=5e-4)
+        assert_close(bank.adapter(learner.slot).factors, own.adapter(0).factors, atol=0.0)  # on a CPU bit for bit
     assert together[0][0] != pytest.approx(together[1][0], abs=1e-2)
 
 

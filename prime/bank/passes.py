@@ -45,10 +45,16 @@ class Passes:
     trained: Sequence[Tensor]  # stacks [n, ...], one slice per adapter
 
     def parts(self, rows: list[TrainRow]) -> Iterator[list[TrainRow]]:
-        """Rows in ascending length, parted so that rows x longest stays within the budget; at least one row each."""
+        """Rows in ascending length, parted so that rows x longest stays within the budget; at least one row each.
+
+        On a CPU each learner's rows go alone: rounding depends on a pass's shape, so that what a learner becomes would
+        depend on its neighbours. A GPU would wait between so small passes.
+        """
+        alone = self.bank.device.type == "cpu"
         part: list[TrainRow] = []
-        for row in sorted(rows, key=lambda row: (row.length, row.learner, row.number)):
-            if part and (len(part) + 1) * row.length > self.budget:
+        for row in sorted(rows, key=lambda row: (alone * row.learner, row.length, row.learner, row.number)):
+            full = (len(part) + 1) * row.length > self.budget
+            if part and (full or (alone and row.learner != part[0].learner)):
                 yield part
                 part = []
             part.append(row)

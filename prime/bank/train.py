@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from prime.bank.bank import AdapterBank
 from prime.bank.dp import Mechanism, add_clipped, add_noise, one_slice_per_row
@@ -193,7 +194,8 @@ def clip_by_adapter(parameters: list[Tensor], limit: float) -> Tensor:
         The norms before, `[n]`.
     """
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
+    # One adapter after the other: a sum over all at once would be rounded otherwise for other numbers of them.
+    norms = torch.stack([get_total_norm([grad[slot] for grad in grads]) for slot in range(len(grads[0]))])
     factor = (limit / (norms + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(factor.view(-1, *[1] * (grad.dim() - 1)))
