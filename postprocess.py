@@ -5,6 +5,7 @@ Reads   <output_dir>/users/*/result.json of a stage that predicts (1, 4, 4b, 4c)
 Writes  <output_dir>/output-k{k}.json, output-k{k}-profile.json   predictions in LaMP's format
         <output_dir>/eval-k{k}.json, eval-k{k}-profile.json       their scores
         <output_dir>/../summary.json, summary.md                  rows per method, of all stages found there
+        <output_dir>/../scores.csv, weights.csv                   each user's scores, and weights of the sharers
         <output_dir>/../report.html, figures/                     the same as a page to read, its figures as PNG and SVG
         <output_dir>/../../report.html, figures/                  across tasks, where folders are <output>/<task>/
         <output_dir>/frontier.json, .png, .svg                    in place of tables and page, where it holds runs of
@@ -33,11 +34,11 @@ if __name__ == "__main__":
 from prime.report.frontier import frontier_table, write_frontier
 from prime.report.page import write_pages
 from prime.report.predictions import check_answers, check_golds, check_stage, check_users, gather
+from prime.report.records import write_records
 from prime.report.scores import write_stage_files
 from prime.report.sections.content import Content
 from prime.report.summary import about_methods, build_summary
-from prime.report.summary_table import method_rows, notes, table_rows, write_summary
-from prime.report.tables import aligned
+from prime.report.summary_table import printed, write_summary
 from prime.runs.penalties import penalty_runs
 from prime.users.data import LABEL_FILE, TEST_FILE, load_labels, load_users
 from prime.users.metrics import with_unicode
@@ -67,12 +68,13 @@ def main(argv: list[str] | None = None) -> None:
     summary = build_summary(task, predictions, golds, about_methods(sources), user_ids)
     root = stage_dir.resolve().parent
     write_summary(root, summary)
+    write_records(root, task, predictions, golds, sources)
     inputs: dict[str, str] = {}
     for user in users:
         inputs |= {query.id: query.input for query in user.queries}
     pages = write_pages(Content(root, task, summary, predictions, golds, sources, inputs))
-    print(aligned(table_rows(summary)))
-    print(f"\n{aligned(method_rows(summary))}\n\n{notes(summary)}\n")
+    rows = f"all {len(summary['rows'])} rows: {root / 'summary.md'}"
+    print(f"{printed(summary)}\n\n{rows}\nuser by user: {root / 'scores.csv'}, weights.csv")
     print("\n".join(f"to read: {path}" for path in pages))
 
 

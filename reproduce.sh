@@ -245,7 +245,7 @@ for task in $tasks; do
         user_training
     fi
     step postprocess postprocess.py "${data_options[@]}" --output_dir "$out/LoRA-Composition-evo"
-    [ "$fresh" = yes ] || [ ! -f "$out/summary.md" ] || cat "$out/summary.md"
+    [ "$fresh" = yes ] || [ ! -f "$out/summary.md" ] || sed '/^## /,$d' "$out/summary.md"
 done
 [ "$failure" = 0 ] || echo "failed: ${failures[*]}. The same command tries it again." >&2
 exit "$failure"

@@ -1,16 +1,20 @@
 """The table of a run: gathering, scores, pairs, files."""
 
 import json
+import re
 
 import numpy as np
+import pandas
 import pytest
 
 import postprocess
 from prime.errors import InputError
+from prime.report.figures.utility import pair_sentence
 from prime.report.predictions import Cell, check_answers, check_golds, check_stage, gather
-from prime.report.scores import paired_comparison, write_stage_files
+from prime.report.records import write_records
+from prime.report.scores import gain_of_reference, paired_comparison, write_stage_files
 from prime.report.summary import LEAKAGE, about_methods, build_summary, seconds_per_user
-from prime.report.summary_table import method_rows, notes, table_rows, write_summary
+from prime.report.summary_table import method_rows, notes, printed, table_rows, write_summary
 from prime.report.tables import aligned
 from prime.runs.files import read_json
 from prime.runs.run import Run
@@ -103,11 +107,101 @@ def test_partial_runs_are_scored_and_told(output):
     write_stage(output / "oppu", "oppu", "oppu", lambda u: {"oppu": {"k0": answers(u, 4)}}, USERS[:2])
     summary = summary_of(output)
     assert row(summary["rows"], "oppu")["accuracy"]["mean"] == 1.0
+    assert row(summary["rows"], "prime")["accuracy"]["mean"] == 0.5  # of users 0 and 1, as every row at k = 0
+    assert summary["compared"] == {"k0": USERS[:2], "k2": USERS, "k2-profile": USERS}
+    assert row(summary["rows"], "prime", 2, True)["accuracy"]["mean"] == 1.0
     assert summary["users"]["oppu"] == {"present": 2, "expected": 6}
     pair = row(summary["paired"], "oppu")
     assert pair["accuracy"]["mean"] == pytest.approx(0.5) and pair["better"] == 2
-    assert "oppu: partial, 2 of 6 users" in notes(summary)
+    assert "oppu: partial, 2 of 6 users.\nEvery row is of the 2 users that all rows have" in notes(summary)
     assert "prime: partial" not in notes(summary)
+
+
+def test_rows_without_a_user_in_common_are_of_their_own_users(output):
+    write_stage(output / "oppu", "oppu", "oppu", lambda u: {"oppu": {"k0": answers(u, 4)}}, USERS[:2])
+    write_stage(output / "mta", "mta", "mta", lambda u: {"mta": {"k0": answers(u, 1)}}, USERS[2:])
+    summary = summary_of(output)
+    assert summary["compared"]["k0"] == [] and row(summary["rows"], "mta")["accuracy"]["mean"] == 0.25
+    assert row(summary["rows"], "prime")["accuracy"]["mean"] == pytest.approx(16 / 24)
+    assert "no user in common" in notes(summary)
+
+
+def test_one_sign_on_a_page(output):
+    """Table and sentence tell what prime gains, above 0 where it is better, also where lower values are."""
+    summary = summary_of(output)
+    header, *body = table_rows(summary)
+    shown = dict(zip(header, next(cells for cells in body if cells[0] == "base"), strict=True))
+    gain = shown["prime's gain"]
+    assert gain.startswith(f"+{16 / 24 - 0.25:.3f} [") and shown["better/equal/worse"] == "6/0/0"
+    assert f"it gains {gain} in accuracy" in pair_sentence(summary["paired"][0], "accuracy", "prime")
+    pair = {"method": "base", "MAE": {"mean": 0.3, "low": -0.1, "high": 0.5}, "better": 1, "equal": 0, "worse": 2}
+    assert gain_of_reference(pair, "MAE") == pair["MAE"]  # the base's error is larger
+    assert "it gains +0.300 [-0.100, +0.500] in MAE (lower is better)" in pair_sentence(pair, "MAE", "prime")
+
+
+LABELS = {"0-0": TAGS[0], "0-1": TAGS[1]}
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "golds", "told"),
+    [
+        ("movie_tagging", ["", " "], LABELS, "base: all 2 answers are empty"),
+        ("movie_tagging", ["", "The tag is comedy"], LABELS, "none of 2 answers is one of the labels asked for; the fir"
+         "st is 'The tag is comedy'"),
+        ("movie_tagging", [TAGS[1], "?"], LABELS, "none of 2 answers is right, though 1 of them are labels"),
+        ("movie_tagging", ["?", TAGS[1]], LABELS, ""),
+        ("product_rating", ["bad", ""], {"0-0": "1", "0-1": "5"}, "none of 2 answers is a number; the first is 'bad'"),
+        ("product_rating", ["5", ""], {"0-0": "1", "0-1": "5"}, ""),
+        ("news_headline", ["x" * 99, "y"], {"0-0": "a b", "0-1": "c"}, f"has a word of .*the first is '{'x' * 59}…'"),
+        ("news_headline", ["a", "y"], {"0-0": "a b", "0-1": "c"}, ""),
+    ],
+)  # fmt: skip
+def test_why_nothing_is_right_is_told(task, outputs, golds, told):
+    samples = [{"id": key, "output": output} for key, output in zip(golds, outputs, strict=True)]
+    about = {"base": dict.fromkeys((*LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient"))}
+    summary = build_summary(TASKS[task], {Cell("base", 0, False): {"0": samples}}, golds, about, ["0"])
+    assert len(summary["remarks"]) == bool(told) and re.search(told, " ".join(summary["remarks"]))
+    assert not told or notes(summary).startswith(summary["remarks"][0])
+
+
+def test_methods_that_were_not_attacked_are_told(output):
+    """Those with a run of their own; a baseline that comes along with PriME's run has none."""
+    assert "not attacked: prime (mia.py" in notes(summary_of(output))
+
+
+def test_a_terminal_shows_the_first_setting_and_the_files_hold_all(output):
+    summary = summary_of(output)
+    shown = printed(summary)
+    at_k0 = [r["method"] for r in summary["rows"] if (r["k"], r["profile"]) == (0, False)]
+    first, second = (part.splitlines() for part in shown.split("\n\n")[1:3])
+    for lines in (first, second):
+        assert [line.split()[0] for line in lines[2:]] == at_k0
+    assert max(map(len, shown.splitlines())) <= 110 and "k = 0, without the textual profile" in shown
+    write_summary(output, summary)
+    first, rest = (output / "summary.md").read_text().split("## Other test settings")
+    assert "| rag | 2 |" not in first and "| rag | 2 | yes |" in rest and "| prime | 2 | yes |" in rest
+
+
+def test_each_users_scores_and_weights_are_read_by_pandas(output):
+    """The means of scores.csv are those of the table; weights by layer have a line each."""
+    run = Run(output / "Merged", "lora_composition", "per_pcs", {"task_name": TASK.name})
+    for index, (user, weights) in enumerate((("0", [0.5, -0.25]), ("=1,\n", [[0.1, 0.2], [0.3, 0.4]]))):
+        merged = {"deployed": "merge", "sharers": ["a", "b"], "weights": weights}
+        run.finish(user, {"user_id": user, "index": index, **merged, "predictions": {"per_pcs": {"k0": []}}})
+    predictions, sources = gather(output / "LoRA-Composition-evo", TASK)
+    write_records(output, TASK, predictions, golds_of(), sources)
+    scores = pandas.read_csv(output / "scores.csv", dtype={"user": str})
+    assert list(scores) == ["user", "method", "k", "profile", "metric", "value"]
+    means = scores[scores.metric == "accuracy"].groupby(["method", "k", "profile"]).value.mean()
+    for one in summary_of(output)["rows"]:
+        assert means[one["method"], one["k"], one["profile"]] == pytest.approx(one["accuracy"]["mean"])
+    weights = pandas.read_csv(output / "weights.csv", dtype={"user": str})
+    of_user = weights[weights.user == "0"]
+    assert of_user[["sharer", "rank", "weight"]].values.tolist() == [["a", 1, 0.5], ["b", 2, -0.25]]
+    by_layer = weights[weights.user == "=1,\n"]
+    assert by_layer[["sharer", "layer", "weight"]].values.tolist() == [
+        ["a", 0, 0.1], ["a", 1, 0.2], ["b", 0, 0.3], ["b", 1, 0.4],
+    ]  # fmt: skip
 
 
 def test_the_named_stage_wins_over_another_with_the_same_method(output):
@@ -287,8 +381,8 @@ def test_the_stage_from_its_command_line(output, write, capsys):
     stage = output / "LoRA-Composition-evo"
     argv = ["--task_name", TASK.name, "--data_dir", str(output / "data"), "--output_dir", str(stage)]
     postprocess.main(argv)
-    printed = capsys.readouterr().out
-    assert printed.startswith("method") and "AUROC" in printed
+    shown = capsys.readouterr().out
+    assert shown.startswith("movie_tagging, k = 0") and "AUROC" in shown and f"{output / 'scores.csv'}" in shown
     assert {r["method"] for r in read_json(output / "summary.json")["rows"]} >= {"base", "rag", "prime"}
     assert (stage / "output-k2-profile.json").is_file() and (stage / "eval-k0.json").is_file()
     with pytest.raises(InputError, match="run the stage"):

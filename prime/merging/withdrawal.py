@@ -26,7 +26,8 @@ MERGING = ("lora_composition_evo", "lora_composition", "train_user_peft")
 ATTACK = "mia"
 # Made of the results of a run, in its folder or the one above; the next stage 5 and 6 make them again.
 DERIVED = (
-    "output-k*.json", "eval-k*.json", "mia_*", "frontier.*", "summary.json", "summary.md", "report.html", "figures/*",
+    "output-k*.json", "eval-k*.json", "mia_*", "frontier.*", "summary.json", "summary.md", "scores.csv",
+    "weights.csv", "report.html", "figures/*",
 )  # fmt: skip
 RECEIPT_FORM = {"user_id": str, "state": str, "removed": [str], "rewritten": [str], "reopened": {}, "left": [str]}
 

@@ -13,7 +13,7 @@ from prime.report.methods import METHODS
 from prime.report.sections import leakage, search, stages, utility, words
 from prime.report.sections.content import Content
 from prime.report.summary import leading
-from prime.report.summary_table import method_rows, notes
+from prime.report.summary_table import method_rows, notes, score_tables, setting_name
 from prime.report.web import render
 from prime.runs.files import write_text
 
@@ -36,11 +36,11 @@ def write_run_page(content: Content) -> Path:
     page = render(
         "run.html",
         task=content.task,
-        setting=utility.setting_name(first["k"], first["profile"]),
+        setting=setting_name(first["k"], first["profile"]),
         findings=words.findings(content),
         failed=stages.failures(content, folders),
-        absent=stages.absences(content, folders, attacked),
-        tables=utility.score_tables(summary),
+        absent=stages.absences(content, folders),
+        tables=score_tables(summary),
         methods=method_rows(summary),
         descriptions={name: METHODS[name].description for name in methods if name in METHODS},
         notes=notes(summary).splitlines(),

@@ -61,6 +61,16 @@ def paired_comparison(task: Task, ours: Stats, reference: Stats) -> dict[str, An
     return differences | {name: int(np.sum(mask)) for name, mask in counts.items()}
 
 
+def gain_of_reference(pair: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """An entry of summary.json's `paired` (a row's metric minus the reference's) from the side of the reference: by how
+    much its metric is better, above 0 in the metric's own direction.
+    """
+    difference = pair[metric]
+    if not METRICS[metric].higher_is_better:
+        return {end: difference[end] for end in ("mean", "low", "high")}
+    return {end: 0 - difference[other] for end, other in (("mean", "mean"), ("low", "high"), ("high", "low"))}  # no -0
+
+
 def write_stage_files(stage_dir: Path, task: Task, golds: Mapping[str, str]) -> list[Path]:
     """`output-k{k}[-profile].json` and `eval-...` of the stage's own method; returns the paths written."""
     own_method = read_settings(stage_dir)["method"]

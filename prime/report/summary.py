@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import numpy as np
 
 from prime.attack.scoring import PUBLISHED_ATTACK
 from prime.report.methods import BLIND_ROWS, METHODS, PERSONALISING, REFERENCE
-from prime.report.predictions import Cell, CellPredictions
+from prime.report.predictions import Cell, CellPredictions, setting_of
+from prime.report.remarks import remarks
 from prime.report.scores import metric_intervals, paired_comparison, stack, user_stats
 from prime.runs.forms import MIA_SUMMARY, read_form
 from prime.runs.run import read_results, read_settings, user_dirname
@@ -32,17 +33,19 @@ def build_summary(
 
     Args:
         about: what all rows of a method share, see `about_methods`.
-        expected: ids of all test users; other users are left out.
+        expected: ids of all test users; other users are left out. Rows of one test setting are of the same users.
     """
     stats = {cell: user_stats(task, by_user, golds) for cell, by_user in predictions.items()}
     rows: list[dict[str, Any]] = []
     paired: list[dict[str, Any]] = []
     present: dict[str, int] = {}
+    compared = users_in_common(stats, expected)
     for cell, by_user in stats.items():
-        users = [user for user in expected if user in by_user]
-        if not users:
+        present_users = [user for user in expected if user in by_user]
+        if not present_users:
             continue
-        present[cell.method] = min(present.get(cell.method, len(expected)), len(users))
+        present[cell.method] = min(present.get(cell.method, len(expected)), len(present_users))
+        users = compared[setting_of(cell)] or present_users
         rows.append(cell._asdict() | metric_intervals(task, stack(by_user, users)) | about[cell.method])
         reference = stats.get(Cell(REFERENCE, cell.k, cell.profile), {})
         common = [user for user in users if user in reference]
@@ -56,7 +59,20 @@ def build_summary(
         f"rows {' and '.join(BLIND_ROWS)} are the blind baseline: the same attack on the task-adapted base. "
         "oppu merges nobody: its members are each user's own records, its non-members the other users'",
         "users": {method: {"present": n, "expected": len(expected)} for method, n in present.items()},
+        "compared": compared,
+        "remarks": remarks(task, predictions, golds, rows),
     }
+
+
+def users_in_common(stats: Mapping[Cell, Collection[str]], expected: Sequence[str]) -> dict[str, list[str]]:
+    """By test setting, the users whom all of its rows have, so that every row is of the same ones. Where the rows have
+    nobody in common the list is empty, and each row is of its own users.
+    """
+    common: dict[str, set[str]] = {}
+    for cell, by_user in stats.items():
+        if users := set(by_user) & set(expected):
+            common[setting_of(cell)] = common.get(setting_of(cell), users) & users
+    return {setting: [user for user in expected if user in users] for setting, users in common.items()}
 
 
 # --- what all rows of a method share ---------------------------------------------------------------
@@ -139,6 +155,12 @@ def leading(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def metric_names(summary: Mapping[str, Any]) -> list[str]:
     return [metric for metric in METRICS if metric in summary["rows"][0]]
+
+
+def not_attacked(summary: Mapping[str, Any]) -> list[str]:
+    """Methods with a run of their own, which merge or train and whose attack is not there."""
+    own = [row["method"] for row in leading(summary) if row["auroc"] is None and row["bytes_per_user"] is not None]
+    return [method for method in own if method not in METHODS or METHODS[method].members != "none"]
 
 
 def partial_methods(summary: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -25,6 +25,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def excess(auroc: Estimate, blind: Estimate | None) -> float:
+    """How far an AUROC lies above its blind baseline: what a method gives away. 0 for what is the baseline itself."""
+    return 0.0 if blind is None else auroc["mean"] - blind["mean"]
+
+
 def interval_text(estimate: Estimate | None, sign: str = "") -> str:
     """`0.667 [0.500, 0.792]`, or `-` where nothing was measured; sign "+" for differences."""
     if estimate is None:

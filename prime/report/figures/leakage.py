@@ -9,7 +9,7 @@ from prime.attack.scoring import PUBLISHED_ATTACK
 from prime.report import plots
 from prime.report.figures.parts import WIDTH, Drawn, label_axes, mark_interval, name_rows, plain
 from prime.report.plots import COLOURS, figure
-from prime.report.tables import Estimate, interval_text
+from prime.report.tables import Estimate, excess, interval_text
 
 
 def draw_leakage(attacked: Sequence[tuple[str, Estimate, Estimate]], attack: str) -> Drawn:
@@ -28,12 +28,13 @@ def draw_leakage(attacked: Sequence[tuple[str, Estimate, Estimate]], attack: str
 
 
 def leakage_sentence(attacked: Sequence[tuple[str, Estimate, Estimate]]) -> str:
-    """Who leaks most, and least."""
-    name, worst, blind = max(attacked, key=lambda entry: entry[1]["mean"])
-    least = min(attacked, key=lambda entry: entry[1]["mean"])
-    tail = "" if len(attacked) == 1 else f"; least leaks {least[0]}, {interval_text(least[1])}"
+    """Who leaks most, and least: by how far an AUROC lies above its blind baseline."""
+    ranked = sorted(attacked, key=lambda entry: excess(entry[1], entry[2]))
+    (name, worst, blind), least = ranked[-1], ranked[0]
+    beside = f"AUROC {interval_text(worst)} where the base gives {blind['mean']:.3f} ({excess(worst, blind):+.3f})"
+    tail = "" if len(attacked) == 1 else f"; least leaks {least[0]}, {excess(*least[1:]):+.3f} above its own baseline"
     return (
-        f"Most leaks {name}: AUROC {interval_text(worst)} where the base gives {blind['mean']:.3f}{tail}. "
+        f"Most leaks {name}: {beside}{tail}. "
         "An AUROC at its blind baseline tells nothing about who shared."
     )
 

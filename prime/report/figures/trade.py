@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 
 from prime.report.figures.parts import WIDTH, Drawn, direction, label_axes, listed, mark_cross, plain, sign
 from prime.report.plots import COLOURS, MARKERS, figure, shared_legend, side_by_side
+from prime.report.tables import excess
 
 Point = Mapping[str, Any]  # of frontier.json
 
@@ -34,9 +35,11 @@ def draw_trade(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> Dra
 
 
 def trade_sentence(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) -> str:
-    """The row of most utility, that of least leakage, and where `ours` lies."""
+    """The row of most utility, that of least leakage (by how far its AUROC lies above its blind baseline), and where
+    `ours` lies.
+    """
     best = max(rows, key=lambda row: sign(metric) * row[metric]["mean"])
-    least = min(rows, key=lambda row: row["auroc"]["mean"])
+    least = min(rows, key=lambda row: excess(row["auroc"], row["blind_auroc"]))
     reference = next((row for row in rows if row["method"] == ours), best)
     if len({(row[metric]["mean"], row["auroc"]["mean"]) for row in rows}) == 1 < len(rows):
         return f"All are alike: {_row_text(reference, metric)}."
@@ -45,7 +48,8 @@ def trade_sentence(rows: Sequence[Mapping[str, Any]], metric: str, ours: str) ->
 
 
 def _row_text(row: Mapping[str, Any], metric: str) -> str:
-    return f"{row['method']} ({metric} {row[metric]['mean']:.3f}, AUROC {row['auroc']['mean']:.3f})"
+    above = "" if row["blind_auroc"] is None else f", {excess(row['auroc'], row['blind_auroc']):+.3f} above blind"
+    return f"{row['method']} ({metric} {row[metric]['mean']:.3f}, AUROC {row['auroc']['mean']:.3f}{above})"
 
 
 # --- by penalty ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from prime.report.figures.parts import (
     sign,
 )
 from prime.report.plots import COLOURS, figure
+from prime.report.scores import gain_of_reference
 from prime.report.tables import Estimate, interval_text
 from prime.users.metrics import METRICS
 
@@ -86,13 +87,12 @@ def holds_zero(value: Estimate) -> bool:
 
 def pair_sentence(pair: Mapping[str, Any], metric: str, ours: str) -> str:
     """An entry of summary.json's `paired` (baseline minus `ours`), told from the side of `ours`."""
-    difference, users = pair[metric], pair["better"] + pair["equal"] + pair["worse"]
-    flipped = {"mean": 0 - difference["mean"], "low": 0 - difference["high"], "high": 0 - difference["low"]}  # no -0
-    verdict = "holds 0: no difference is shown" if holds_zero(flipped) else "leaves out 0"
+    gain, users = gain_of_reference(pair, metric), pair["better"] + pair["equal"] + pair["worse"]
+    verdict = "holds 0: no difference is shown" if holds_zero(gain) else "leaves out 0"
     return (
         f"Against {pair['method']}, {ours} is better for {people(pair['worse'], users)}, as good for {pair['equal']}, "
-        f"worse for {pair['better']}; over all of them its {metric} ({direction(metric)}) differs by "
-        f"{interval_text(flipped, '+')}, an interval that {verdict}."
+        f"worse for {pair['better']}; over all of them it gains {interval_text(gain, '+')} in {metric} "
+        f"({direction(metric)}), an interval that {verdict}."
     )
 
 

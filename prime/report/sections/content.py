@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prime.report.methods import REFERENCE
-from prime.report.predictions import Cell, CellPredictions, Sample
+from prime.report.predictions import Cell, CellPredictions, Sample, setting_of
 from prime.report.scores import user_stats
 from prime.runs.run import read_results
 from prime.users.metrics import METRICS
@@ -34,6 +34,12 @@ class Content(NamedTuple):
         """A method's predictions at the first test setting, by user."""
         row = self.summary["rows"][0]
         return self.predictions.get(Cell(method, row["k"], row["profile"]), {})
+
+    def compared(self, users: Iterable[str]) -> list[str]:
+        """Those of the users whom the rows of the first test setting are of."""
+        row = self.summary["rows"][0]
+        common = self.summary["compared"][setting_of(Cell(row["method"], row["k"], row["profile"]))]
+        return [user for user in users if user in common or not common]
 
     def user_scores(self, method: str) -> dict[str, float]:
         """Each user's own score by the task's first metric, at the first test setting."""

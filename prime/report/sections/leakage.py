@@ -15,7 +15,7 @@ from prime.report.leakage import FPR_TEXTS, SET_TITLES, read_attacks, read_curve
 from prime.report.methods import REFERENCE, place
 from prime.report.sections.content import Content
 from prime.report.summary import leading
-from prime.report.tables import interval_text
+from prime.report.tables import excess, interval_text
 from prime.report.web import Shown, show
 
 Attacks = Mapping[str, Mapping[str, Any]]  # attack -> its summary (`prime.attack.statistics.attack_summary`)
@@ -78,11 +78,11 @@ def estimate_cells(summary: Mapping[str, Any]) -> list[str]:
 
 
 def strongest(attacked: Mapping[str, Attacks]) -> dict[str, Attacks]:
-    """Of each method the published attack, and the one with the largest AUROC."""
+    """Of each method the published attack, and the one whose AUROC lies farthest above its blind baseline."""
     short: dict[str, Attacks] = {}
     for who, attacks in attacked.items():
-        aurocs = {attack: summary["auroc"]["mean"] for attack, summary in attacks.items()}
-        best = max(aurocs, key=aurocs.__getitem__)
+        above = {attack: excess(summary["auroc"], summary["blind_auroc"]) for attack, summary in attacks.items()}
+        best = max(above, key=above.__getitem__)
         short[who] = {attack: attacks[attack] for attack in (PUBLISHED_ATTACK, best)}
     return short
 

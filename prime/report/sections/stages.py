@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from prime.report.methods import METHODS
 from prime.report.predictions import task_of
 from prime.report.sections.content import Content
-from prime.report.summary import partial_methods
+from prime.report.summary_table import missing_users
 from prime.runs.run import read_results, read_settings
 from prime.users.tasks import Task
 
@@ -106,11 +106,8 @@ def machines(folders: Sequence[StageFolder]) -> list[str]:
 
 
 def failures(content: Content, folders: Sequence[StageFolder]) -> list[str]:
-    """Rows that lack users, and users that a stage began and did not finish."""
-    lines = [
-        f"{method}: {present} of {expected} test users have predictions; its rows are of these."
-        for method, (present, expected) in partial_methods(content.summary).items()
-    ]
+    """Rows in which nothing is right, rows that lack users, and users that a stage began and did not finish."""
+    lines = [*content.summary["remarks"], *missing_users(content.summary)]
     for folder in folders:
         if folder.unfinished:
             names = ", ".join(folder.unfinished[:5]) + (", ..." if len(folder.unfinished) > 5 else "")
@@ -119,15 +116,10 @@ def failures(content: Content, folders: Sequence[StageFolder]) -> list[str]:
     return lines
 
 
-def absences(content: Content, folders: Sequence[StageFolder], attacked: Mapping[str, Any]) -> list[str]:
-    """Stages that have not run, methods that were not attacked, rows that nobody made. attacked: by method."""
+def absences(content: Content, folders: Sequence[StageFolder]) -> list[str]:
+    """Stages that have not run, and rows that nobody made."""
     stages = {folder.stage for folder in folders}
     lines = [f"{stage}.py has not run: {lost}." for stage, lost in STAGES.items() if lost and stage not in stages]
-    present = [METHODS[name] for name in content.summary["users"] if name in METHODS]
-    own_runs = [method for method in present if method.members != "none" and not method.comes_with_search]
-    not_attacked = [method.name for method in own_runs if method.name not in attacked]
-    if not_attacked and "mia" in stages:
-        lines.append(f"not attacked: {', '.join(not_attacked)} (mia.py --exp_dir of their folders).")
     if others := [name for name in METHODS if name not in content.summary["users"]]:
         lines.append(f"rows that no stage has made: {', '.join(others)}.")
     return lines

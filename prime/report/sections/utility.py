@@ -13,22 +13,7 @@ from prime.report.figures.utility import draw_pairs, draw_scores
 from prime.report.methods import REFERENCE
 from prime.report.sections.content import Content
 from prime.report.summary import leading
-from prime.report.summary_table import table_rows
 from prime.report.web import Shown, show
-
-
-def setting_name(k: int, profile: bool) -> str:
-    return f"k = {k}, {'with' if profile else 'without'} the textual profile"
-
-
-def score_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table of summary.json, a part for each test setting, the first setting first."""
-    header, *body = table_rows(summary)
-    parts: dict[tuple[int, bool], list[list[str]]] = {}
-    for row, (method, _, _, *values) in zip(summary["rows"], body, strict=True):
-        parts.setdefault((row["k"], row["profile"]), []).append([method, *values])
-    titles = [header[0], *header[3:]]
-    return [{"name": setting_name(*key), "header": titles, "rows": rows} for key, rows in parts.items()]
 
 
 def score_figures(content: Content, folder: Path) -> list[Shown]:
@@ -52,9 +37,10 @@ def pair_figures(content: Content, folder: Path) -> list[Shown]:
 
 
 def gains(content: Content, baseline: str) -> list[float]:
-    """What each user gains by PriME over a baseline, in the metric's direction; users that both answered."""
+    """What each compared user gains by PriME over a baseline, in the metric's direction."""
     ours, theirs = content.user_scores(REFERENCE), content.user_scores(baseline)
-    return [sign(content.metric) * (ours[user] - theirs[user]) for user in ours if user in theirs]
+    both = [user for user in content.compared(ours) if user in ours and user in theirs]
+    return [sign(content.metric) * (ours[user] - theirs[user]) for user in both]
 
 
 def user_table(content: Content) -> dict[str, Any]:

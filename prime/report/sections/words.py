@@ -80,7 +80,7 @@ def examples(content: Content) -> dict[str, Any]:
     """The first query of ten users, evenly spaced in the order of the test file: nobody picked them."""
     outputs = _example_outputs(content)
     users: dict[str, None] = {}
-    for by_user in reversed(outputs.values()):
+    for by_user in outputs.values():
         users |= dict.fromkeys(user for user, answers in by_user.items() if answers)
     rows = []
     for user in evenly_spaced(list(users), EXAMPLES):
@@ -91,7 +91,7 @@ def examples(content: Content) -> dict[str, Any]:
 def _example_outputs(content: Content) -> dict[str, dict[str, dict[str, str]]]:
     """Method -> user -> query -> output at the first test setting, of the methods that the examples show."""
     outputs: dict[str, dict[str, dict[str, str]]] = {}
-    for method in (*SHORT_LIST, REFERENCE):
+    for method in (REFERENCE, *SHORT_LIST):  # beside the gold, whatever the others' answers are
         for user, samples in content.samples(method).items():
             by_query = {sample["id"]: sample["output"] for sample in samples}
             outputs.setdefault(method, {})[user] = by_query
@@ -101,7 +101,7 @@ def _example_outputs(content: Content) -> dict[str, dict[str, dict[str, str]]]:
 def _example(content: Content, user: str, outputs: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """The first query of one user with each method's answer. outputs: by method, query -> output."""
     answered = [by_query for by_query in outputs if by_query]
-    query = next(iter(answered[-1]))
+    query = next(iter(answered[0]))
     gold, text = content.golds[query], content.inputs.get(query, "")
     fields = " / ".join(extract(content.task, text) or (text,))
     return {
