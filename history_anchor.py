@@ -46,7 +46,7 @@ if __name__ == "__main__":
     cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
 
 from prime.checkpoints.identity import encoder_sources
-from prime.checkpoints.loading import pick_device
+from prime.checkpoints.loading import pick_device, settle_threads
 from prime.errors import InputError, tell
 from prime.merging.anchors import (
     ANCHOR_IDX,
@@ -90,7 +90,9 @@ def select_anchors(
     k, n_items = min(settings.k, len(candidates)), [len(user.profile) for user in candidates]
     if k < settings.k:
         tell(f"--k {settings.k}: there are {k} candidates, so as many clusters are made")
-    encoder = load_encoder(settings.encoder, pick_device(settings.device))
+    device = pick_device(settings.device)
+    encoder = load_encoder(settings.encoder, device)
+    settle_threads(encoder.model, device)
     users = [*candidates, *tests]
     texts = [item_texts(settings.embed, settings.prompt_path, user, task) for user in users]
     embedded = embed_users([user.user_id for user in users], texts, encoder, settings.max_batch_tokens)

@@ -11,7 +11,7 @@
 #   --methods prime | all      all: every baseline too, each attacked alike (prime)
 #   --holdout SHARE            of sharers' items, held out for the controlled attack (0)
 #   --as_published             every setting as in the published code (docs/stages.md); the demo keeps its rates
-#   --processes N              processes of a step, on as many cores or GPUs (1)
+#   --processes N              processes of a step, on as many cores or GPUs (the demo: a core each, up to 4; 1)
 #   --until STEP               stop after this step                       (postprocess)
 #   --config FILE              options of the stages: presets/*.toml, or your own like them; several add up
 #   --set STAGE.OPTION=VALUE   one of them, such as lora_composition_evo.opt_budget=30
@@ -25,7 +25,7 @@ CALLED_FROM="$PWD"
 
 ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
 tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
-holdout=0 processes=1 published=()
+holdout=0 processes="" published=()
 
 usage() { sed -n '2,21s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
@@ -83,7 +83,7 @@ whole() {
     case "$2" in *[!0-9]* | "") ;; *) [ "${#2}" -gt 9 ] || [ "$((10#$2))" -lt "$3" ] || good=yes ;; esac
     [ "$good" = yes ] || wrong "$1 is a whole number from $3, not $2"
 }
-whole --processes "$processes" 1
+[ -z "$processes" ] || whole --processes "$processes" 1
 whole --seed "$seed" 0
 [ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
 [[ "$holdout" =~ ^(0|0?\.[0-9]+)$ ]] || wrong "--holdout is a share from 0 to less than 1, not $holdout"
@@ -115,9 +115,31 @@ for task in $tasks; do check_task "$task"; done
 install_requirements requirements
 [ "${#given[@]}" = 0 ] || CALLED_FROM="$CALLED_FROM" "$PY" -m presets.options --check "${asked[@]}" || exit 2
 [ "${#told[@]}" = 0 ] || echo "${told[0]}"
-# Processes share a step's users among them and give the same files as one (docs/scaling.md).
-launcher=("$PY")
-[ "$processes" = 1 ] || launcher=("$PY" -m torch.distributed.run --standalone --nproc_per_node "$processes")
+if [ -z "$processes" ]; then
+    processes=1
+    if [ "$model" = data/demo/model ]; then # small, so a thread each: see prime/bank/cpu.py
+        processes="$(env -u OMP_NUM_THREADS nproc 2> /dev/null || sysctl -n hw.ncpu 2> /dev/null || echo 1)"
+        processes=$((processes < 4 ? processes : 4))
+        echo "processes: $processes, by the cores (--processes)"
+    fi
+fi
+
+# together COMMAND...: a stage in all processes, which share its users and give the files of one (docs/scaling.md).
+# Nothing is sent between them: each is told its number, and one signal stops them all.
+together() {
+    local rank pid ended all=() code=0
+    for ((rank = 0; rank < processes; rank++)); do
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes "$PY" "$@" &
+        all+=($!)
+    done
+    trap 'code=130; kill "${all[@]}" 2> /dev/null || true' INT TERM
+    for pid in "${all[@]}"; do
+        wait "$pid" || { ended=$?; [ "$code" = 130 ] || code=$ended; }
+    done
+    wait # a signal ends the first wait only
+    trap - INT TERM
+    return "$code"
+}
 
 # made_of COMMAND...: the command, and a digest of the files and folders it names, but for those it fills.
 made_of() {
@@ -140,7 +162,7 @@ failed() {
 # step NAME COMMAND...: runs a stage unless it finished under the same command and read the same. The preset's options
 # come before the last one, the folder, and win.
 step() {
-    local name="$1" mark="$out/.steps/$1" started=$SECONDS refresh=(--refresh) now
+    local name="$1" mark="$out/.steps/$1" started=$SECONDS refresh=(--refresh) now run
     shift
     [ "$stopped" = no ] || return 0
     [ "$name" != "$until" ] || stopped=yes
@@ -157,7 +179,8 @@ step() {
     rm -f "$mark" "$out/.steps/postprocess" # the table is of all steps
     echo "[$task] $name: python $*"
     [ "$1" != postprocess.py ] || refresh=()
-    "${launcher[@]}" "$1" ${refresh[@]+"${refresh[@]}"} "${@:2}" || { failed "$name" $?; return 0; }
+    case "$1" in history_anchor.py | postprocess.py) run=("$PY") ;; *) run=(together) ;; esac # those are short
+    "${run[@]}" "$1" ${refresh[@]+"${refresh[@]}"} "${@:2}" || { failed "$name" $?; return 0; }
     mkdir -p "$out/.steps"
     echo "$now" > "$mark"
     echo "[$task] $name: $((SECONDS - started)) s"

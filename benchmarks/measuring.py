@@ -9,6 +9,7 @@ import ctypes
 import gc
 import itertools
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -79,6 +80,7 @@ def names_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
 def set_threads(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # so that a stage keeps them
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,9 @@ from prime.users.tasks import TASKS
 
 # No display is needed. A notebook's shell names a backend of its own, which matplotlib would not find here.
 os.environ["MPLBACKEND"] = "Agg"
+# Threads that wait for each other sleep: where something else runs beside them, spinning takes the cores from the one
+# that is waited for. Read when torch loads.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 Settings = TypeVar("Settings")
 MODELS = {"llama_model_path", "encoder"}  # options that may name a GGUF file: stages get what it is converted to
@@ -102,9 +105,7 @@ def _wrapped(paragraph: str, width: int) -> str:
         if len(entry) > width and indent > width // 2:
             entry, indent = f"{entry[:indent].rstrip()}  {entry[indent:]}", columns[0] + 4
         hanging = " " * indent
-        lines += textwrap.wrap(
-            entry, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False
-        )
+        lines += textwrap.wrap(entry, width, subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines)
 
 

@@ -21,6 +21,8 @@ from prime.checkpoints.loading import (
     eos_ids,
     load_model,
     load_tokenizer,
+    pick_device,
+    settle_threads,
 )
 from prime.checkpoints.meta_conversion import kept_conversion
 from prime.runs.progress import bar
@@ -106,6 +108,7 @@ def load_engine(settings: ModelSettings, prompts: PromptSettings, answer: int = 
     check_positions(base, prompts.max_length + answer)
     model = load_model(base, settings.device, settings.dtype, settings.lora_ckpt, settings.device_map)
     embeddings = check_vocabulary(tokenizer, model, settings.tokenizer_path or base)
+    settle_threads(model, pick_device(settings.device))
     bank = AdapterBank(model, settings.modules)
     check_rows(bank, base)
     encoder = Encoder(tokenizer, prompts.max_length, embeddings, prompts.chat)

@@ -3,8 +3,10 @@
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from itertools import product
 from pathlib import Path
 
@@ -261,6 +263,36 @@ def test_an_attack_that_fails_does_not_cost_the_report(here: Path, step: str, co
     assert reproduce(here, *words).returncode == 0
     again = [name.removesuffix(".py") for name, *_ in commands(here)]
     assert again == (STEPS[STEPS.index(step) :] if code == 130 else STEPS)
+
+
+WORDS = ["--llama_model_path", "llama", "--data_dir", "data", "--output_dir", "output", "--processes", "3"]
+RANKED = ["history_anchor.py of ", *(f"task_lora.py {rank} of 3" for rank in range(3))]
+
+
+def ranked(here: Path, then: str) -> None:
+    """Python takes notes of its rank, then does `then`."""
+    python = here / ".venv" / "bin" / "python"
+    note = 'echo "$1 $RANK of $WORLD_SIZE" | tr -s " " >> "$NOTES"\n'
+    python.write_text(PYTHON.replace('echo "$@" >> "$NOTES"\n', note + then))
+
+
+def test_processes_share_a_step_and_one_that_fails_fails_it(here: Path) -> None:
+    ranked(here, '[ "$1 $RANK" != "task_lora.py 1" ] || exit 7\n')
+    assert reproduce(here, *WORDS).returncode == 7
+    assert sorted((here / "notes").read_text().splitlines()) == RANKED
+
+
+def test_one_signal_stops_all_processes_of_a_step(here: Path) -> None:
+    ranked(here, '[ "$1" != task_lora.py ] || exec sleep 600\n')
+    env = {"PATH": "/usr/bin:/bin", "NOTES": str(here / "notes")}
+    with subprocess.Popen(["bash", str(here / "reproduce.sh"), *WORDS], cwd=here, env=env) as running:
+        for _ in range(600):
+            time.sleep(0.1)
+            if (here / "notes").exists() and len((here / "notes").read_text().splitlines()) == len(RANKED):
+                break
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 130
+    assert sorted((here / "notes").read_text().splitlines()) == RANKED
 
 
 @pytest.mark.parametrize("place", [".steps", ".steps/mia", "Anchor_PEFT", "LoRA-Composition-evo/users"])

@@ -1,12 +1,15 @@
-"""Notebooks, macOS and Windows: it works, or one line says what is needed."""
+"""Notebooks, macOS, Windows, other work on the same cores: it works, or one line says what is needed."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 import world
+from torch import nn
 
+from prime.checkpoints import loading
 from prime.runs.workers import cores
 
 
@@ -37,3 +40,37 @@ def test_where_a_process_cannot_be_told_its_cores_all_count(monkeypatch: pytest.
     assert 1 <= cores() <= (os.cpu_count() or 1)
     monkeypatch.delattr(os, "sched_getaffinity")
     assert cores() == os.cpu_count()
+
+
+def settled(model: nn.Module) -> int:
+    before = torch.get_num_threads()
+    try:
+        loading.settle_threads(model, torch.device("cpu"))
+        return torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_small_model_takes_one_thread_and_a_larger_one_all_cores_of_its_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A large head alone makes no large model. What the environment says stays, without a word."""
+    small = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 8192))
+    large = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 16))
+    monkeypatch.setattr(loading, "cores", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert settled(small) == settled(large) == torch.get_num_threads() and capsys.readouterr().err == ""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert (settled(small), settled(large)) == (1, 3)
+    small_told, large_told = capsys.readouterr().err.splitlines()
+    assert small_told.startswith("threads: 1, for a small model") and large_told.startswith("threads: 3, ")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert settled(large) == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch has another OpenMP")
+def test_threads_sleep_while_they_wait() -> None:
+    """As the library itself tells it, when torch loads it."""
+    done = python("from prime import cli; import torch", OMP_DISPLAY_ENV="TRUE")
+    assert done.returncode == 0 and "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr

@@ -10,6 +10,7 @@ numbers, and passes over prompts are a multiple of `COLUMNS` wide where no atten
 """
 
 from pathlib import Path
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -118,6 +119,16 @@ def _fits(layer: nn.Linear) -> bool:
     weight, bias = layer.weight, layer.bias
     frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
     return frozen and weight.numel() >= LEAST and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def threads_of(model: nn.Module, cores: int) -> int:
+    """Threads for a model's products: one per core, or a single one where most layers have fewer than `LEAST` weights.
+
+    The demo's layers have 45,056 at most. Training 7 of its anchors for 2 epochs took 23 s with two threads and 26 s
+    with one; beside two busy loops 67 s and 39 s.
+    """
+    weights = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
+    return cores if weights and median(weights) >= LEAST else 1
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,5 +1,6 @@
 """Loading the base model and its tokenizer: device and dtype, both directory formats, the task adapter folded in."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from prime.bank.cpu import quicken
+from prime.bank.cpu import quicken, threads_of
 from prime.bank.limits import check_states, positions
 from prime.bank.lora import Adapter
 from prime.checkpoints.hub import local_dir
@@ -24,8 +25,8 @@ from prime.checkpoints.placement import dispatched, read_map
 from prime.checkpoints.published import open_adapter
 from prime.checkpoints.tensors import check_hub_dir, shown, shown_error
 from prime.checkpoints.weight_files import check_loaded, check_size, weight_files
-from prime.errors import InputError
-from prime.runs.workers import world
+from prime.errors import InputError, tell
+from prime.runs.workers import cores, world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -48,6 +49,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return DTYPES[name]
     return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def settle_threads(model: nn.Module, device: torch.device) -> None:
+    """Let torch compute a model on a CPU with as many threads as serve it, unless OMP_NUM_THREADS says how many."""
+    if device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
+        return
+    here = max(1, cores() // world().local_size)
+    threads = threads_of(model, here)
+    torch.set_num_threads(threads)
+    if world().rank == 0:
+        why = "for a small model; more processes use more cores" if threads < here else "for the cores of a process"
+        tell(f"threads: {threads}, {why} (docs/scaling.md)")
 
 
 def load_model(

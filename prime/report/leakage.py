@@ -12,7 +12,6 @@ from prime.attack.scoring import PUBLISHED_ATTACK
 from prime.attack.sets import SETS, attacks_on, in_set, scores_by_user, set_summary, user_aurocs
 from prime.attack.statistics import roc_curve
 from prime.errors import InputError
-from prime.report import plots
 from prime.report.tables import Estimate, aligned, interval_text
 from prime.runs.files import write_json
 from prime.runs.forms import MIA_SUMMARY, PAGE_SUMMARY, ROC_CURVES, form_problems, read_form
@@ -93,6 +92,8 @@ def write_roc(exp_dir: Path, method: str, users: Sequence[Mapping], sharers: Seq
     for curve in curves:
         if curve["model"] == "deployed":
             panels.setdefault(SET_TITLES[curve["set"]], {})[curve["attack"]] = (curve["fpr"], curve["tpr"])
+    from prime.report import plots  # matplotlib takes half a second to load, and comes last
+
     plots.save(plots.roc_panels(panels), exp_dir / "mia_roc")
 
 
