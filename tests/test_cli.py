@@ -1,6 +1,7 @@
 """The command line as a contract: every announced and documented command parses, every option is told and read."""
 
 import argparse
+import gc
 import importlib
 import os
 import re
@@ -169,9 +170,7 @@ def test_values_that_look_like_options_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_begins_with_a_command_and_every_option_is_in_a_group(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_help_begins_with_a_command_and_every_option_is_in_a_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 80 columns only commands are longer, which are to be copied; no word of the docstring is lost."""
     monkeypatch.setenv("COLUMNS", "80")
     parser, doc = world.parser(name), world.script(name).__doc__.strip()
@@ -245,6 +244,21 @@ def test_options_are_read_before_anything_heavy_loads(name: str, option: str, co
     assert ended.returncode == code and "prime.cli" in loaded
     assert HEAVY.isdisjoint(module.partition(".")[0] for module in loaded)
     assert len(loaded) < 400
+
+
+def test_garbage_is_left_alone_only_while_libraries_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stop_between_writes", "limit_threads", "keep_freed_memory"):  # they are for the whole process
+        monkeypatch.setattr(cli, name, lambda: None)
+    monkeypatch.setattr(sys, "argv", ["bake.py", "--task_name", "citation", "--tray", "low"])
+    collected: list[bool] = []
+    try:
+        cli.check_options(Baking, "Bakes.")
+        assert not gc.isenabled()
+        cli.run(lambda _: collected.append(gc.isenabled()))
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert collected == [True]
 
 
 def test_results_do_not_steer_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
