@@ -125,19 +125,15 @@ if [ -z "$processes" ]; then
 fi
 
 # together COMMAND...: a stage in all processes, which share its users and give the files of one (docs/scaling.md).
-# Nothing is sent between them: each is told its number, and one signal stops them all.
+# Nothing is sent between them: each is told its number.
 together() {
-    local rank pid ended all=() code=0
+    local rank pid code=0
     for ((rank = 0; rank < processes; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$processes LOCAL_WORLD_SIZE=$processes "$PY" "$@" &
-        all+=($!)
+        running+=($!)
     done
-    trap 'code=130; kill "${all[@]}" 2> /dev/null || true' INT TERM
-    for pid in "${all[@]}"; do
-        wait "$pid" || { ended=$?; [ "$code" = 130 ] || code=$ended; }
-    done
-    wait # a signal ends the first wait only
-    trap - INT TERM
+    for pid in "${running[@]}"; do wait "$pid" || code=$?; done
+    running=()
     return "$code"
 }
 
@@ -238,8 +234,8 @@ user_training() {
     attack mia_mta Merge-then-adapt --skip_sharers
 }
 
-failure=0 failures=()
-trap 'exit 130' INT # also where a launcher ends with another code
+failure=0 failures=() running=()
+trap 'kill ${running[@]+"${running[@]}"} 2> /dev/null || true; wait; exit 130' INT TERM # each ends what it writes
 for task in $tasks; do
     out="$output/$task" fresh=no stopped=no
     link="$(find "$out/" -type l -print -quit 2> /dev/null || true)"
