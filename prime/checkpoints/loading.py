@@ -55,12 +55,10 @@ def settle_threads(model: nn.Module, device: torch.device) -> None:
     """Let torch compute a model on a CPU with as many threads as serve it, unless OMP_NUM_THREADS says how many."""
     if device.type != "cpu" or os.environ.get("OMP_NUM_THREADS"):
         return
-    here = max(1, cores() // world().local_size)
-    threads = threads_of(model, here)
+    threads = threads_of(model, max(1, cores() // world().local_size))
     torch.set_num_threads(threads)
     if world().rank == 0:
-        why = "for a small model; more processes use more cores" if threads < here else "for the cores of a process"
-        tell(f"threads: {threads}, {why} (docs/scaling.md)")
+        tell(f"threads: {threads} of {cores()} cores, by the size of the model's products (docs/scaling.md)")
 
 
 def load_model(
