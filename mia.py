@@ -177,7 +177,7 @@ def planned(settings: Settings) -> list[Work]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = cli.parse(*asked(sys.argv[1:] if argv is None else argv), argv)
+    settings: Settings | AuditSettings = cli.parse(*asked(sys.argv[1:] if argv is None else argv), argv)
     if isinstance(settings, AuditSettings):
         folder = Path(settings.output_dir)
         return print(audit_table(write_audit(folder, settings, audit(settings)), folder))
