@@ -120,7 +120,7 @@ def merge_open(settings: Settings, run: Run, question: Question, adapters: Seque
     journal.drop()
 
 
-def table(result: Mapping[str, Any], folder: Path) -> str:
+def table(result: Mapping[str, Any], folder: Path, seed: int) -> str:
     """Scores of every row, weights, and where the merged adapter lies."""
     pairs, held_out = len(next(iter(result["predictions"].values()))), len(result["held_out"])
     rows = [[result["metric"], f"held out ({held_out} pairs)", f"searched by ({pairs - held_out} pairs)"]]
@@ -136,7 +136,8 @@ def table(result: Mapping[str, Any], folder: Path) -> str:
         )
     else:
         lines.append("no merge is better than the base on the pairs searched by: no adapter is written")
-    lines.append("Brackets: 95 % intervals from resampling the held-out pairs. Only they compare the rows fairly.")
+    lines.append(f"Held-out pairs were drawn by --seed {seed} and never searched by: they compare the rows fairly.")
+    lines.append("Brackets: 95 % intervals from resampling them.")
     return aligned(rows) + "\n".join(lines)
 
 
@@ -168,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     with run.turn("the merge"):
         if not (run.root / MADE[0]).exists():
             merge_open(settings, run, question, adapters)
-    print(table(read_json(run.root / MADE[0]), run.root))
+    print(table(read_json(run.root / MADE[0]), run.root, settings.seed))
 
 
 if __name__ == "__main__":

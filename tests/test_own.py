@@ -10,8 +10,10 @@ import own_world
 import pytest
 import tiny
 import torch
+import world
 from peft import PeftModel
 from rouge_score.rouge_scorer import RougeScorer
+from test_cli import readme_commands
 from transformers import AutoTokenizer
 
 import merge_adapters
@@ -155,6 +157,23 @@ def test_where_the_base_wins_no_adapter_is_written(
     assert result["scores"]["base"]["held_out"]["mean"] == 1.0 and "merged" not in result["scores"]
     assert not (here / "base-wins/adapter_config.json").exists()
     assert "no adapter is written" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_documented_commands_run(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of README and docs, as typed, in a folder with the files that they name."""
+    shutil.copytree(here / "model", tmp_path / world.CHECKPOINT)
+    for place, name in enumerate("abc"):
+        shutil.copytree(here / f"adapter_{place}", tmp_path / name)
+    lines = (here / "mine.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("mine", lines), ("members", lines[:15]), ("non_members", lines[15:]), ("others", lines[15:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    monkeypatch.chdir(tmp_path)
+    commands = [words for words in readme_commands() if {"--pairs", "--adapter"} & set(words)]
+    assert [words[0] for words in commands].count("mia.py") == 2 and len(commands) == 4
+    for place, words in enumerate(commands):
+        world.run([*words, "--output_dir", f"out-{place}", *(["--max_gen_len", "4"] if "--pairs" in words else [])])
+    assert Path("out-0/adapter_config.json").exists() and Path("out-1/audit_scores.csv").exists()
 
 
 # -- pairs and metrics ----------------------------------------------------------------------------------------------

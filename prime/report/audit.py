@@ -10,7 +10,6 @@ from prime.attack.audit import SIDES, Audit
 from prime.attack.audit_settings import AuditSettings
 from prime.attack.scoring import ATTACKS, NEEDS_REFERENCES
 from prime.attack.statistics import roc_curve
-from prime.report import plots
 from prime.report.leakage import FPR_TEXTS
 from prime.report.tables import Estimate, aligned, interval_text
 from prime.runs.files import write_json, write_text
@@ -58,6 +57,8 @@ def write_roc(folder: Path, found: Audit) -> None:
             curves.append({"attack": name, "set": "audit", "model": model, "fpr": rates[0], "tpr": rates[1]})
             panels.setdefault(model, {})[name] = rates
     write_json(folder / "audit_roc.json", {"curves": curves})
+    from prime.report import plots  # matplotlib takes half a second to load, and comes last
+
     plots.save(plots.roc_panels(panels), folder / "audit_roc")
 
 
