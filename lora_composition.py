@@ -55,7 +55,7 @@ class Settings:
     decoding: opt.DecodingSettings = opt.group()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
-    export_full: bool = opt.export_full()
+    deploy: opt.DeploySettings = opt.group()
 
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ from prime.checkpoints.memory import Work
 from prime.engine import Engine, load_engine, predict
 from prime.errors import InputError
 from prime.merging import gates
-from prime.merging.deploy import export_full, save_personal
+from prime.merging.deploy import export_full, in_form, save_personal
 from prime.merging.objective import Objective, Trial
 from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
 from prime.runs.files import write_text
@@ -146,7 +146,7 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
     records = history_records(user, texts.task, texts.templates, profile, settings.prompts.recent_k)
     engine.bank.load(adapters)
     weights = compose_user(stage, user, records, sharers)
-    personal = engine.bank.adapter(0)
+    personal = in_form(engine.bank.adapter(0), settings.deploy.deploy_form)
     composed = time.perf_counter()
 
     engine.bank.load([*adapters, personal])
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         engine = load_engine(settings.model, settings.prompts, settings.decoding.max_gen_len)
         mine = share_users(run, todo, partial(user_cost, recent_k=recent_k))
         for_each(mine, len(todo), partial(work_on, Stage(settings, texts, engine, run, pool)))
-    if settings.export_full:
+    if settings.deploy.export_full:
         export_full(settings.model, run, users)
 
 

@@ -46,7 +46,7 @@ class Settings:
     decoding: opt.DecodingSettings = opt.group()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
-    export_full: bool = opt.export_full()
+    deploy: opt.DeploySettings = opt.group()
 
 
 if __name__ == "__main__":
@@ -61,7 +61,7 @@ from prime.checkpoints.memory import Work
 from prime.engine import Engine, Predictions, load_engine, predict
 from prime.errors import tell
 from prime.merging.controls import load_sharers
-from prime.merging.deploy import export_full, save_personal
+from prime.merging.deploy import export_full, in_form, save_personal
 from prime.merging.evolution import Evaluation, best_sharer, check_search, choose, key_of, search_each, sharers_of
 from prime.merging.optimizer import first_generation, optimizer_name
 from prime.merging.population import Population, Setup
@@ -144,8 +144,7 @@ def work_on(stage: Stage, index: int, user: User, progress: Progress) -> None:
 
 def deploy(stage: Stage, run: Run, index: int, user: User, best: Evaluation, more: Mapping) -> None:
     """Write what a user deploys, and the result."""
-    search = stage.settings.search
-    base_won = not best.weights.any()
+    settings, search, base_won = stage.settings, stage.settings.search, not best.weights.any()
     choice = {
         "deployed": "base" if base_won else "merge",
         "sharers": [sharer.user_id for sharer in stage.pool.sharers(index)],
@@ -157,8 +156,9 @@ def deploy(stage: Stage, run: Run, index: int, user: User, best: Evaluation, mor
         "origin": best.origin,
     }
     if not base_won:
-        personal = merge(stage.pool.adapters(index), best.weights, search.merge_rule, search.keep_rank)
-        save_personal(stage.settings.model, run, personal, {"user_id": user.user_id, **choice})
+        merged = merge(stage.pool.adapters(index), best.weights, search.merge_rule, search.keep_rank)
+        personal = in_form(merged, settings.deploy.deploy_form)
+        save_personal(settings.model, run, personal, {"user_id": user.user_id, **choice})
     run.finish(user.user_id, {"user_id": user.user_id, "index": index, **choice, **more})
 
 
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))
     if len(runs) > 1:
         print(sharing_text(shared_evaluations([run.root for run in runs])))
-    if settings.export_full:
+    if settings.deploy.export_full:
         for run in runs:
             export_full(settings.model, run, users)
 

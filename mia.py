@@ -16,6 +16,7 @@ published   records of the sharers merged for a test user, against those of all 
 controlled  trained records of these sharers, against records of the same sharers that train_anchor_peft.py --holdout
             left out: what is told apart is memory, not that sharers resemble the user
 user        sharers against all other anchors, by the mean score of their records
+white-box   the controlled set, attacked by what the deployed *file* falls apart into (prime/attack/pieces.py)
 
 OPPU merges nobody's adapter: its members are each user's own records, its non-members the other test users', and
 train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
@@ -24,23 +25,15 @@ train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
         --anchor_dir ./output/movie_tagging/Anchor_PEFT/LoRA --n_sim 3 \\
         --exp_dir ./output/movie_tagging/LoRA-Composition-evo
-
-With --adapter it audits any adapter by two files of records, without a pipeline; `--adapter A --help` tells how:
-
-    python mia.py --adapter my_adapter/ --llama_model_path ./llama/checkpoints/Llama-2-7b \\
-        --members members.jsonl --non_members non_members.jsonl
 """
 
 from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prime import settings as opt
-from prime.attack import audit_settings
-from prime.attack.audit_settings import AuditSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,19 +62,11 @@ class Settings:
     )
 
 
-def asked(words: Sequence[str]) -> tuple[type, str | None]:
-    """The settings that a command line is about, and what its --help begins with: an audit's where it names an option
-    that only an audit has.
-    """
-    of_audit = {"--adapter", "--members", "--non_members"} & {word.partition("=")[0] for word in words}
-    return (AuditSettings, audit_settings.__doc__) if of_audit else (Settings, __doc__)
-
-
 if __name__ == "__main__":
-    cli.check_options(*asked(sys.argv[1:]))  # --help and wrong options end here, before the libraries load
+    cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
 
-from prime.attack.audit import audit
-from prime.attack.evidence import References, Scorer, attack_group, owned_records
+from prime.attack.evidence import References, Scorer, attack_group, attack_of, owned_records
+from prime.attack.pieces import KINDS
 from prime.attack.scoring import ATTACKS
 from prime.attack.subjects import (
     Owners,
@@ -94,13 +79,13 @@ from prime.attack.subjects import (
     trained_alone,
     with_members,
 )
+from prime.attack.white_box import Files, taken_apart
 from prime.checkpoints import plan
 from prime.checkpoints.memory import Work
 from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
 from prime.merging.sharers import Selection
-from prime.report.audit import audit_table, write_audit
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
@@ -123,6 +108,7 @@ class Stage:
     users: Sequence[User]  # who the owners may be
     texts: Texts
     references: References
+    files: Files
 
     def inputs(self, subjects: Sequence[Subject]) -> Inputs:
         """What the results of these subjects depend on."""
@@ -134,7 +120,8 @@ class Stage:
         by_user = {}
         for subject in subjects:
             others = {name: self.owners.adapter(name) for name in self.references.pool(subject)}
-            by_user[subject.user_id] = subject.sources(others)
+            apart = self.files.sources(subject) if subject in self.files.subjects else {}
+            by_user[subject.user_id] = subject.sources(others | apart)
         return Inputs(shared, by_user)
 
 
@@ -150,7 +137,11 @@ def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
     for run, groups in todo:
         for subjects in share(run, groups, lambda group: [subject.user_id for subject in group], len):
             started = time.perf_counter()
-            results = attack_group(scorer, owners, references, subjects)
+            attack = attack_of(scorer, owners, references, subjects)
+            results = attack_group(scorer, attack, subjects)
+            for result, subject in zip(results, subjects, strict=True):
+                if subject in stage.files.subjects:
+                    result["white_box"] = taken_apart(scorer, attack, stage.files, subject, result["scores"])
             seconds = {"attack": round((time.perf_counter() - started) / len(subjects), 3)}
             run.finish_all([result | {"seconds": seconds} for result in results])
 
@@ -177,14 +168,7 @@ def planned(settings: Settings) -> list[Work]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings: Settings | AuditSettings = cli.parse(*asked(sys.argv[1:] if argv is None else argv), argv)
-    if isinstance(settings, AuditSettings):
-        folder = Path(settings.output_dir)
-        return print(audit_table(write_audit(folder, settings, audit(settings)), folder))
-    attack_pipeline(settings)
-
-
-def attack_pipeline(settings: Settings) -> None:
+    settings = cli.parse(Settings, __doc__, argv)
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, exp_dir = settings.data, Path(settings.exp_dir)
@@ -199,9 +183,10 @@ def attack_pipeline(settings: Settings) -> None:
     users = with_members(users, owners)
     check_members([*users, *sharers], owners.ids)
     references = References.draw(owners.ids, settings.references, settings.seed)
-    stage = Stage(settings, owners, everybody, texts, references)
+    files = Files(owners, [] if alone else users, settings.model.llama_model_path)
+    stage = Stage(settings, owners, everybody, texts, references, files)
     attacked = read_settings(exp_dir)
-    about = {"attacked": attacked["settings"], "anchors": dict(owners.settings), "attacks": list(ATTACKS)}
+    about = {"attacked": attacked["settings"], "anchors": dict(owners.settings), "attacks": [*ATTACKS, *KINDS]}
     of_users = cli.open_run(settings, exp_dir / "mia", "mia", "users", stage.inputs(users), **about)
     of_sharers = cli.open_run(settings, exp_dir / "mia" / "sharers", "mia", "sharers", stage.inputs(sharers), **about)
     todo = []

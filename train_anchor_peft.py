@@ -3,7 +3,7 @@
 Reads   data/<task>/user_anchor_candidate.json, profile-id2text.json, the task adapter, anchor_user_idx.pt
 Writes  <output_dir>/users/<anchor>/adapter/      PEFT directory with a card
         <output_dir>/users/<anchor>/result.json   losses, and scores on the own history before and after
-        <output_dir>/noise.key                    --enable_dp only: the secret behind the noise; never share it
+        <output_dir>/noise.key                    --enable_dp, --init secret: the secret behind it; never share it
 Takes   about 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor: run the same command again.
 
     python train_anchor_peft.py --task_name movie_tagging --llama_model_path ./llama/checkpoints/Llama-2-7b \\
@@ -35,6 +35,12 @@ class Settings:
     holdout: float = opt.holdout("each anchor's")
     training: opt.TrainingSettings = opt.group(without=("max_step",), lr=2e-5, clip=1.0)
     privacy: opt.PrivacySettings = opt.group()
+    init: str = opt.setting(
+        "seed",
+        "initial A: of the run's seed and the anchor's id, by which anybody finds his part of a merge again; of a "
+        "secret key (--noise_key); or shared: one A for all, frozen, so that merges add up at its rank",
+        choices=("seed", "secret", "shared"),
+    )
     train_gen_len: int = opt.train_gen_len()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
@@ -46,16 +52,17 @@ if __name__ == "__main__":
 import torch
 
 from prime.bank.batching import Pair
-from prime.bank.dp import KEY_FILE, Mechanism, Terms, terms_of
+from prime.bank.dp import KEY_FILE, Mechanism, Terms, key_file, terms_of
 from prime.bank.encoding import EncodedPrompt
 from prime.bank.sampling import Sampler
+from prime.bank.secret import KEY_BYTES, load_key, stream
 from prime.bank.train import Learner
 from prime.checkpoints import plan
 from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
-from prime.merging.sharers import Selection
+from prime.merging.sharers import Selection, initial_seed
 from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
@@ -79,6 +86,7 @@ class Stage:
     run: Run
     terms: Terms | None  # of differential privacy
     order: dict[str, int]  # places of the anchors in the anchor file, by id
+    key: bytes | None  # that initial A are drawn from; None: from seeds
 
 
 class Anchor:
@@ -93,6 +101,9 @@ class Anchor:
             raise InputError(f"{self.name}: an empty history, nothing to train on")
         self.encoded = stage.engine.encode_records(self.records)
         self.seed = derive_seed("anchor", settings.seed, user.user_id)
+        self.initial: int | bytes = initial_seed(settings.init, settings.seed, user.user_id)
+        if stage.key:
+            self.initial = stream(stage.key, KEY_BYTES, "initial", user.user_id)
         training = settings.training
         self.mechanism: Mechanism | None = None
         if terms:
@@ -144,7 +155,8 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
     settings, engine, run = stage.settings, stage.engine, stage.run
     group = [Anchor(stage, user) for user in users]
     started = time.perf_counter()
-    engine.bank.allocate([anchor.seed for anchor in group], settings.training.lora_r, settings.training.lora_alpha)
+    rank, alpha = settings.training.lora_r, settings.training.lora_alpha
+    engine.bank.allocate([anchor.initial for anchor in group], rank, alpha, frozen_a=settings.init == "shared")
     learners = [anchor.learner(place) for place, anchor in enumerate(group)]
     losses = engine.train(learners, settings.training, "anchors")
     seconds = round((time.perf_counter() - started) / len(group), 3)
@@ -183,16 +195,19 @@ def main(argv: list[str] | None = None) -> None:
     texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
-    terms = terms_of(settings.privacy, folder, opt.recorded(settings))
+    secret = settings.init == "secret"
+    terms = terms_of(settings.privacy, folder, opt.recorded(settings), other_use=secret)
     shared = wording(texts.templates, settings.prompts.prompt_path)
-    once = (KEY_FILE,) if terms else ()  # with another model, the same noise would be in two releases
+    once = (KEY_FILE,) if terms or secret else ()  # with another model, the same noise would be in two releases
     inputs = Inputs(shared, user_sources(data.folder, CANDIDATE_FILE, anchors, texts), once)
     run = cli.open_run(settings, folder, "train_anchor_peft", "anchors", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
     if not groups:
         return
     engine = load_engine(settings.model, settings.prompts)
-    stage = Stage(settings, texts, engine, run, terms, {user.user_id: place for place, user in enumerate(anchors)})
+    order = {user.user_id: place for place, user in enumerate(anchors)}
+    key = load_key(key_file(settings.privacy, folder)) if secret else None
+    stage = Stage(settings, texts, engine, run, terms, order, key)
     for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
         finish_group(stage, users)
 

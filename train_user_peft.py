@@ -51,6 +51,7 @@ class Settings:
     decoding: opt.DecodingSettings = opt.group()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("test users")
+    deploy: opt.DeploySettings = opt.group(without=("export_full",))
 
 
 if __name__ == "__main__":
@@ -66,7 +67,7 @@ from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import load_adapter, save_adapter
 from prime.engine import Engine, load_engine, predict
 from prime.errors import tell
-from prime.merging.deploy import PERSONAL
+from prime.merging.deploy import NOT_IN_CARD, PERSONAL, in_form
 from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
 from prime.report.methods import choices
 from prime.runs.progress import for_each
@@ -149,8 +150,9 @@ def learn_group(stage: Stage, group: Sequence[User]) -> list[dict]:
             card: dict = {"task": settings.data.task_name, "method": settings.method}
             card |= {"task_adapter": settings.model.lora_ckpt}
             folder = run.user_dir(user.user_id) / PERSONAL
-            card |= about | {"records": len(ids)}
-            save_adapter(engine.bank.adapter(place), folder, settings.model.adapted_base, card)
+            card |= {key: value for key, value in about.items() if key not in NOT_IN_CARD} | {"records": len(ids)}
+            personal = in_form(engine.bank.adapter(place), settings.deploy.deploy_form)
+            save_adapter(personal, folder, settings.model.adapted_base, card)
         results.append(about | {"index": index, "record_ids": ids, "losses": losses[place], "seconds": seconds})
     return results
 

@@ -14,10 +14,12 @@ from typing import Any, get_type_hints
 
 HIDDEN = argparse.SUPPRESS  # help of an option that only says why it is refused
 DEVICES = ("auto", "cpu", "cuda", "mps")
+SHARERS = "sharers"  # as a rank: that of the sharers' adapters
 CHAT = ("auto", "on", "off")
 RECENT_K = 50  # published window of a history
 MIN_ITEMS = 11  # of an anchor's history; published: more than ten
-BEFORE_THE_OPTION = {"texts": "published", "chat": "off"}  # how directories were made that do not name these
+# How directories were made that do not name these options.
+BEFORE_THE_OPTION = {"texts": "published", "chat": "off", "deploy_form": "merged"}
 
 
 # -- declaring ------------------------------------------------------------------------------------------------------
@@ -41,8 +43,7 @@ def setting(
         neutral: results do not depend on it (where to write, how fast to work), so it is not recorded with them.
         required: it has to be given where a stage has it; the default is for stages that do not.
         published: the value of the published code where the default is another; `--as_published` sets it.
-        more: `flag`, the name of the option where it is not that of the field; `aliases`, published names; `metavar`;
-            `nargs`, of argparse.
+        more: `flag`, the name of the option where it is not that of the field; `aliases`, published names; `metavar`.
     """
     about = {"help": help, "parse": parse, "choices": choices, "neutral": neutral, "required": required, **more}
     if published is not MISSING:
@@ -168,7 +169,6 @@ non_negative = _number(float, 0, 1e9, "a number from 0")
 above_zero = _number(float, 1e-9, 1e9, "a number above 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
-part = _number(float, 1e-9, 1 - 1e-9, "a number between 0 and 1")
 
 
 def sample_size(text: str) -> float:
@@ -187,6 +187,11 @@ def penalty_list(text: str) -> tuple[float, ...]:
     if not penalties:
         raise argparse.ArgumentTypeError(f"{text!r} names no penalty")
     return penalties
+
+
+def rank_kept(text: str) -> int | str:
+    """A rank, or the word for that of the sharers."""
+    return text if text == SHARERS else natural(text)
 
 
 def method_name(text: str) -> str:
@@ -221,14 +226,6 @@ def texts() -> Any:
         "train the task adapter are too",
         choices=("faithful", "published"),
         published="published",
-    )
-
-
-def export_full() -> Any:
-    return setting(
-        False,
-        "also write <user>/adapter_full, relative to the downloaded base: task and personal adapter in one",
-        neutral=True,
     )
 
 
@@ -416,7 +413,8 @@ class PrivacySettings:
     accountant: str = setting("rdp", "Opacus'; prv: tighter, slower", choices=("rdp", "prv"))
     noise_key: str | None = setting(
         None,
-        "file with the secret that noise is drawn from, made if absent; default <output_dir>/noise.key",
+        "file with the secret that noise (and a secret initial A) is drawn from, made if absent; default "
+        "<output_dir>/noise.key",
         neutral=True,
     )
 
@@ -427,6 +425,24 @@ class SelectionSettings:
 
     anchor_idx_path: str | None = setting(None, "default <anchor_selection_dir>/anchor_user_idx.pt")
     anchor_selection_dir: str | None = setting(None, "outputs of stage 2; default ./anchor_selection/<task_name>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploySettings:
+    """What a personal adapter is written as."""
+
+    deploy_form: str = setting(
+        "refactored",
+        "factors of a deployed adapter: a function of its update alone, or as they were merged (of rule delta the "
+        "sharers' own, one below the other, for whoever holds the file)",
+        choices=("refactored", "merged"),
+        published="merged",
+    )
+    export_full: bool = setting(
+        False,
+        "also write <user>/adapter_full, relative to the downloaded base: task and personal adapter in one",
+        neutral=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -466,11 +482,13 @@ class SearchSettings:
     merge_rule: str = setting(
         "delta", "factor is the published rule", choices=("factor", "delta"), published="factor"
     )
-    keep_rank: int = setting(
+    keep_rank: int | str = setting(
         0,
-        "leading singular directions kept of each module's merged update, scaled to its size, of every candidate "
-        "alike; 0 = all. Few of them hold what the sharers have in common and less of what each remembers",
-        parse=natural,
+        "leading singular directions kept of each module's merged update, scaled to its size, of every candidate, "
+        "evaluated or deployed; 0 = all, sharers: as many as a sharer's adapter has. Few of them hold what the sharers "
+        "have in common and less of what each remembers",
+        parse=rank_kept,
+        aliases=("--deploy_rank",),
     )
     piece_merge: bool = setting(False, "one weight per sharer and layer")
     search_only: bool = setting(

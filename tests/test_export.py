@@ -88,12 +88,12 @@ def test_cards_say_what_the_adapters_are(model: ModelSettings, tmp_path: Path) -
         card = json.loads((folder / "card.json").read_text())
         assert card["base_model"] == base
         assert (card["task"], card["task_adapter"]) == ("movie_tagging", model.lora_ckpt)
-        assert (card["sharers"], card["weights"], card["utility"]) == (["a", "b"], [0.5, -0.25], 0.75)
+        assert card["utility"] == 0.75 and not {"sharers", "weights"} & card.keys()  # they stay in result.json
         assert card["settings"]["seed"] == 3 and card["versions"]["torch"] == str(torch.__version__)
         assert card["attack"]["loss"]["auroc"] == 0.7 and "predictions" not in card
         text = (folder / "README.md").read_text()
         assert f'base_model: "{base}"\n' in text and "| auroc" not in text
-        assert "## attack" in text and "## settings" in text and '| sharers | `["a", "b"]` |' in text
+        assert "## attack" in text and "## settings" in text and "-0.25" not in text
 
 
 def test_by_its_own_configuration_an_adapter_loads_what_was_measured_or_nothing(

@@ -181,6 +181,10 @@ def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_
     controlled = summary["sets"]["controlled"]
     assert controlled["members"] == summary["sets"]["published"]["members"] <= sum(trained)
     assert set(controlled["attacks"]) == set(summary["attacks"]) and controlled["non_members"] > 0
+    white_box = summary["white_box"]
+    assert white_box["whole"]["attacks"]["calibrated"]["auroc"] == controlled["attacks"]["calibrated"]["auroc"]
+    assert white_box["others"]["cosine"] > white_box["others"]["cosine_of_whole"] > 0
+    assert white_box["others"]["attacks"]["calibrated"]["auroc"]["mean"] >= 0.5
     curves = world.read(Path(search) / "mia_roc.json")["curves"]
     assert {(c["set"], c["model"]) for c in curves} == {
         (name, model) for name in ("published", "controlled", "user") for model in ("deployed", "base")

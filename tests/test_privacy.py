@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 import world
+from scipy.integrate import quad
 from scipy.stats import kstest, norm
 from test_train import LEARNERS, SETTINGS, alone, assert_close, bank_for
 from torch import Tensor
 
-from prime.bank.accounting import sigma_for, spent_epsilon
+from prime.bank.accounting import auroc_bound, sigma_for, spent_epsilon
 from prime.bank.bank import AdapterBank
-from prime.bank.dp import Mechanism, Terms, load_key, terms_of
+from prime.bank.dp import Mechanism, Terms, terms_of
 from prime.bank.encoding import EncodedRecord
 from prime.bank.lora import Adapter
 from prime.bank.passes import Passes, TrainRow, row_losses
+from prime.bank.secret import load_key
 from prime.bank.train import Learner, _accumulate_clipped, train
 from prime.checkpoints.loading import load_model
 from prime.checkpoints.peft import load_adapter, save_adapter
@@ -353,13 +355,25 @@ def test_sigma_keeps_to_epsilon_and_spends_it(epsilon: float, rate: float, steps
     assert epsilon - 0.01 <= spent_epsilon([(sigma, rate, steps)], 1e-5, "rdp") <= epsilon
 
 
+@pytest.mark.parametrize(("sigma", "bound"), [(2.0, 0.868), (3.7, 0.727), (12.8, 0.569)])
+def test_no_attack_on_full_batches_has_a_larger_auroc_than_the_gaussian_one(sigma: float, bound: float) -> None:
+    """The best attack tells N(0, 1) from N(mu, 1) (Neyman and Pearson); the area under its ROC curve, summed up."""
+    mu = math.sqrt(10) / sigma
+    area, _ = quad(lambda fpr: norm.sf(norm.isf(fpr) - mu), 0, 1)
+    found = auroc_bound((sigma, 1.0, 10), 50.0, 1e-5)
+    assert found == pytest.approx(area, abs=1e-6) and found == pytest.approx(bound, abs=5e-4)
+    assert auroc_bound((sigma, 0.5, 10), 1.0, 0.0) == pytest.approx(math.e / (1 + math.e))  # of epsilon alone
+    assert auroc_bound((sigma, 1.0, 10), 0.1, 0.0) <= 1 / (1 + math.exp(-0.1))
+
+
 def test_terms_make_the_mechanism_and_its_report(tmp_path: Path) -> None:
     asked = terms(tmp_path, epsilon=0.7, sigma=None)
     chosen = asked.mechanism("anchor 7", 1, tiny.records(20, 1), 6, 3)
     assert (chosen.n, chosen.rate, chosen.steps) == (20, 0.3, 10) and chosen.size == pytest.approx(6)
     report = asked.report(chosen)
     assert 0.69 <= report["epsilon"] <= 0.7 and report["sigma"] == chosen.sigma
-    assert report["unit"] == "history item, added or removed"
+    assert report["unit"] == "history item, there or blank; the number of items is public"
+    assert report["auroc_at_most"] == auroc_bound(chosen.spends, report["epsilon"], 1e-5)
     asked = terms(tmp_path)
     assert asked.mechanism("u", 1, tiny.records(20, 1), 6, 3, max_step=4).steps == 4
     few = asked.mechanism("u", 1, tiny.records(4, 1), 6, 3)

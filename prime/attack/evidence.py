@@ -19,6 +19,7 @@ from prime.attack.subjects import Owners, Subject
 from prime.bank.batching import Pair, every_pair
 from prime.bank.encoding import EncodedRecord, Encoder
 from prime.bank.logprobs import target_logprobs
+from prime.bank.lora import Adapter
 from prime.checkpoints.published import open_adapter
 from prime.engine import Engine
 from prime.errors import InputError
@@ -112,18 +113,32 @@ class Scorer:
         encoded: list[EncodedRecord] = []
         for records in self.records.values():
             encoded += [record.encoded for record in records]
+        rows = self._rows(encoded, every_pair(adapters, len(encoded)))
+        return [self._by_owner([rows[adapter, index] for index in range(len(encoded))]) for adapter in adapters]
+
+    def of_pieces(self, pieces: Sequence[Adapter], owners: Sequence[str]) -> list[Sequence[np.ndarray]]:
+        """The records of one owner under each of the pieces of adapters."""
+        scored: list[Sequence[np.ndarray]] = []
+        for start in range(0, len(pieces), self.adapters_at_once):
+            chunk = range(start, min(start + self.adapters_at_once, len(pieces)))
+            self.engine.bank.load([pieces[place] for place in chunk])
+            encoded: list[EncodedRecord] = []
+            pairs: list[Pair] = []
+            for place in chunk:
+                records = self.records[owners[place]]
+                pairs += [(place - start, len(encoded) + number) for number in range(len(records))]
+                encoded += [record.encoded for record in records]
+            rows = iter(self._rows(encoded, pairs).values())
+            scored += [[next(rows) for _ in self.records[owners[place]]] for place in chunk]
+        return scored
+
+    def _rows(self, encoded: Sequence[EncodedRecord], pairs: Sequence[Pair]) -> dict[Pair, np.ndarray]:
+        """[3, t] of pairs of an adapter in the bank (-1: the base) and a record, in their order."""
         moments: dict[Pair, torch.Tensor] = {}
-        with bar(len(encoded) * len(adapters), "records") as progress:
-            pairs = every_pair(adapters, len(encoded))
-            bank, budget = self.engine.bank, self.engine.max_batch_tokens
+        bank, budget = self.engine.bank, self.engine.max_batch_tokens
+        with bar(len(pairs), "records") as progress:
             logprobs = target_logprobs(bank, encoded, pairs, budget, progress.update, moments)
-        by_adapter: list[TokenStatistics] = []
-        for adapter in adapters:
-            rows = []
-            for index in range(len(encoded)):
-                rows.append(np.vstack([logprobs[adapter, index].numpy(), moments[adapter, index].numpy()]))
-            by_adapter.append(self._by_owner(rows))
-        return by_adapter
+        return {pair: np.vstack([logprobs[pair].numpy(), moments[pair].numpy()]) for pair in pairs}
 
     def _by_owner(self, rows: Sequence[np.ndarray]) -> TokenStatistics:
         """Rows of all records, in the order of the owners, parted among them."""
@@ -176,7 +191,7 @@ class Attack:
         """Scores of every attack on what was deployed and (blind) on the base alone, by side; what a result holds."""
         others = subject.others(self.records)
         sides = {"member": subject.members, "non_member": others, "held_out": subject.members}
-        places = {side: list(self._places(side, owners)) for side, owners in sides.items()}
+        places = {side: list(self.places(side, owners)) for side, owners in sides.items()}
         result: dict[str, Any] = {"user_id": subject.user_id, "index": subject.index}
         result["on_base"] = subject.adapter is None
         for key, model in (("scores", attacked), ("blind", self.base)):
@@ -188,7 +203,7 @@ class Attack:
             result[f"{side}_loss"] = [-value for value in result["scores"][scoring.PUBLISHED_ATTACK][side]]
         return result
 
-    def _places(self, side: str, owners: Iterable[str]) -> Iterator[tuple[str, int]]:
+    def places(self, side: str, owners: Iterable[str]) -> Iterator[tuple[str, int]]:
         """(owner, place among his records) of a side."""
         for owner in owners:
             for place, record in enumerate(self.records[owner]):
@@ -209,12 +224,12 @@ class Attack:
             evidence = []
             for owner, place in places_of_side:
                 means, ratios = references[owner][place], population[owner]
-                evidence.append(self._evidence(model, owner, place, means, ratios))
+                evidence.append(self.evidence(model, owner, place, means, ratios))
             if evidence:
                 scores[side] = scoring.record_scores(evidence)
         return scores
 
-    def _evidence(
+    def evidence(
         self, model: TokenStatistics, owner: str, place: int, references: np.ndarray, population: np.ndarray
     ) -> Evidence:
         logprob, mean, std = model[owner][place]
@@ -248,10 +263,8 @@ def token_means(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([row[0].mean() for row in rows])
 
 
-def attack_group(
-    scorer: Scorer, owners: Owners, references: References, group: Sequence[Subject]
-) -> list[dict[str, Any]]:
-    """Results of subjects, in their order."""
+def attack_of(scorer: Scorer, owners: Owners, references: References, group: Sequence[Subject]) -> Attack:
+    """What is known when these subjects are attacked."""
     names: dict[str, None] = {}
     for subject in group:
         names |= dict.fromkeys(references.pool(subject))
@@ -260,7 +273,11 @@ def attack_group(
     for name in names:
         rows_by_owner = related[owners.adapter(name)]
         means[name] = {owner: token_means(rows) for owner, rows in rows_by_owner.items()}
-    attack = Attack(scorer.records, scorer.base, references, means)
+    return Attack(scorer.records, scorer.base, references, means)
+
+
+def attack_group(scorer: Scorer, attack: Attack, group: Sequence[Subject]) -> list[dict[str, Any]]:
+    """Results of subjects, in their order."""
     scored = scorer.of([subject.adapter for subject in group if subject.adapter is not None])
     results = []
     for subject in group:

@@ -8,9 +8,11 @@ the same attack on the base; the scores are those of the side's records, anchor 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
+from prime.attack.pieces import WHOLE
 from prime.attack.scoring import ATTACKS, PUBLISHED_ATTACK
 from prime.attack.statistics import attack_summary, auroc
 
@@ -70,14 +72,56 @@ def attacks_on(results: Sequence[Mapping]) -> list[str]:
 def attack_summaries(
     results: Sequence[Mapping], name: str = "published", *, n: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, object]]:
-    """`attack_summary` of every attack in the results, for the named set; empty where nobody has it."""
+    """`attack_summary` of every attack in the results, the strongest first; empty where nobody has the set."""
     users = in_set(results, name)
     summaries = {}
     for attack in attacks_on(users):
         attacked = scores_by_user(users, "scores", attack, name)
         blind = scores_by_user(users, "blind", attack, name)
         summaries[attack] = attack_summary(*attacked, *blind, n=n, seed=seed)
-    return summaries
+    return strongest_first(summaries)
+
+
+def strongest_first(summaries: Mapping[str, dict]) -> dict[str, dict]:
+    """Attacks by falling AUROC."""
+    return dict(sorted(summaries.items(), key=lambda item: -item[1]["auroc"]["mean"]))
+
+
+def white_box_summary(results: Sequence[Mapping], *, n: int = 2000, seed: int = 0) -> dict[str, dict[str, object]]:
+    """By kind of pieces (`prime.attack.pieces`) how much of the sharers' updates they are, and every attack on them.
+
+    A piece's cosine is that with its sharer's own update, a mean over all sharers of all files; `whole` is the file as
+    it is. An attack is summarised as in the controlled set, its `blind` figures being those of the whole file, so that
+    `auroc_above_blind` is what taking the file apart brings. Without held-out records there are cosines alone.
+    """
+    apart = [result["white_box"] for result in results if result.get("white_box")]
+    found: dict[str, dict[str, object]] = {}
+    for kind in dict.fromkeys(chain.from_iterable(apart)):
+        of_kind = [pieces for pieces in apart if kind in pieces]
+        cosines = [value for pieces in of_kind for value in pieces[kind]["cosines"].values()]
+        whole = [pieces[WHOLE]["cosines"][name] for pieces in of_kind for name in pieces[kind]["cosines"]]
+        attacks = {}
+        attacked = [pieces for pieces in of_kind if _told_apart(pieces[kind]["scores"])]
+        for attack in attacked[0][kind]["scores"] if attacked else ():
+            sides = [_sides(attacked, of, attack) for of in (kind, WHOLE)]
+            attacks[attack] = attack_summary(*sides[0], *sides[1], n=n, seed=seed)
+        numbers = {"files": len(of_kind), "sharers": len(cosines)}
+        found[kind] = numbers | {
+            "cosine": float(np.mean(cosines)),
+            "cosine_of_whole": float(np.mean(whole)),
+            "attacks": strongest_first(attacks),
+        }
+    return found
+
+
+def _told_apart(scores: Mapping[str, Mapping[str, Sequence[float]]]) -> bool:
+    return bool(scores) and all(all(sides.values()) for sides in scores.values())
+
+
+def _sides(attacked: Sequence[Mapping], kind: str, attack: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Members' and held-out records' scores of each file."""
+    pairs = [pieces[kind]["scores"][attack] for pieces in attacked]
+    return [np.array(pair["member"]) for pair in pairs], [np.array(pair["held_out"]) for pair in pairs]
 
 
 def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: int = 0) -> dict[str, object]:

@@ -1,5 +1,6 @@
 """What private training spends: epsilon of a noise multiplier, and the noise for an epsilon, by Opacus' accountants."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,19 @@ def sigma_for(epsilon: float, delta: float, rate: float, steps: int, accountant:
         return accountants.utils.get_noise_multiplier(
             target_epsilon=epsilon, target_delta=delta, sample_rate=rate, steps=steps, accountant=accountant
         )
+
+
+def auroc_bound(spends: Spent, epsilon: float, delta: float) -> float:
+    """The largest AUROC of any attack that asks whether one item was in the training.
+
+    Where every step takes all items (rate 1) the training is one Gaussian mechanism, mu = sqrt(steps) / sigma, and its
+    ROC curve is known: Phi(mu / sqrt 2) (Dong, Roth and Su, 2022, "Gaussian differential privacy"). Else the
+    bound of epsilon alone, e^epsilon / (1 + e^epsilon) plus delta, which is far above what can be reached.
+    """
+    sigma, rate, steps = spends
+    by_epsilon = 1 / (1 + math.exp(-epsilon)) + delta
+    gaussian = (1 + math.erf(math.sqrt(steps) / sigma / 2)) / 2  # Phi(x / sqrt 2) = (1 + erf(x / 2)) / 2
+    return min(1.0, by_epsilon, gaussian if rate == 1 else 1.0)
 
 
 def _check_countable(epsilon: float) -> None:

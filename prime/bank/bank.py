@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prime.bank.cpu import device_of, quicken, restore, round_up
+from prime.bank.initial import initial_a
 from prime.bank.limits import check_states, lookback, positions
 from prime.bank.linear import BankLinear, InputScaler, Route
 from prime.bank.lora import Adapter, check_widths, layer_of, merge, pad_rank, truncate
 from prime.errors import InputError, tell
-from prime.seeds import derive_seed
+from prime.settings import SHARERS
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -160,37 +161,47 @@ class AdapterBank:
                     )
         return [adapter.folded() for adapter in adapters]
 
-    def combine(self, weights: Tensor, rule: str, keep_rank: int = 0) -> None:
+    def combine(self, weights: Tensor, rule: str, keep_rank: int | str = 0) -> None:
         """Make c candidates out of the n loaded adapters; row index j then routes to candidate j.
 
         Args:
             weights: `[c, n]`, or `[c, n, l]` for one weight per adapter and layer. A zero row is the base, a
                 one-hot row that adapter.
             rule: `factor` or `delta`, see `prime.bank.lora.merge`.
-            keep_rank: leading singular directions of each merged update that are kept; 0 = all.
+            keep_rank: leading singular directions of each merged update that are kept; 0 = all, `SHARERS`: as many as
+                the largest rank of the loaded adapters.
         """
         for name, wrapper in self.wrappers.items():
             a, b = self._stored[name]
             layer_weights = (weights if weights.dim() == 2 else weights[:, :, layer_of(name)]).to(a)
             combine = _combine_factor if rule == "factor" else _combine_delta
             pair = combine(layer_weights, a, b)
-            wrapper.A, wrapper.B = truncate(*pair, keep_rank) if keep_rank else pair
+            rank = a.shape[1] if keep_rank == SHARERS else int(keep_rank)
+            wrapper.A, wrapper.B = truncate(*pair, rank) if rank else pair
 
-    def allocate(self, seeds: Sequence[int], rank: int, alpha: float, under: Sequence[Adapter] = ()) -> None:
-        """Fresh trainable adapters, one per seed: A Kaiming-uniform (a = sqrt 5, as PEFT), B zero.
+    def allocate(
+        self,
+        seeds: Sequence[int | bytes],
+        rank: int,
+        alpha: float,
+        under: Sequence[Adapter] = (),
+        frozen_a: bool = False,
+    ) -> None:
+        """Fresh trainable adapters, one per seed: A random, see `prime.bank.initial`, B zero.
 
         Args:
+            seeds: numbers, or secret keys.
             rank: of every adapter.
             alpha: the update is scaled by alpha / rank.
             under: one adapter per seed that the fresh one stands on. It takes part in every pass, but is frozen:
                 no `parameters()`, no dropout in front of it.
+            frozen_a: only B is trained.
         """
         parts = self._checked(under)
         for name, wrapper in self.wrappers.items():
             base = wrapper.base
-            bound = 1 / math.sqrt(base.in_features)
-            draws = [torch.rand(rank, base.in_features, generator=_generator(seed, name)) for seed in seeds]
-            wrapper.A = ((torch.stack(draws) * 2 - 1) * bound).to(wrapper.device).requires_grad_()
+            draws = torch.stack([initial_a(seed, name, rank, base.in_features) for seed in seeds])
+            wrapper.A = draws.to(wrapper.device).requires_grad_(not frozen_a)
             wrapper.B = torch.zeros(len(seeds), base.out_features, rank, device=wrapper.device, requires_grad=True)
             wrapper.scale, wrapper.under = alpha / rank, self._stack(parts, name) if parts else None
             self._stored.pop(name, None)
@@ -304,8 +315,3 @@ def _part(stack: Tensor | None, index: int) -> Tensor:
     if stack is None:
         raise ValueError("the bank is empty")
     return stack[index].detach().clone()
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    """A random stream for each (adapter, module), so that neighbours in the bank change nothing."""
-    return torch.Generator().manual_seed(derive_seed(seed, name))

@@ -1,6 +1,7 @@
 """Differential privacy of adapters and gates: DP-SGD (Abadi et al., CCS 2016), accounted by Opacus.
 
-Protected unit: one item of one user's history. Neighbouring histories differ in one item, added or removed. A step
+Protected unit: one item of one user's history. Neighbouring histories differ in one item, which is there in one
+and blank, without a gradient, in the other ("zero-out": the number of items is public, noise and mean go by it). A step
 takes every item with probability q on its own (Poisson sampling), scales each item's gradient to norm C at most over
 all tensors of the adapter, adds Gaussian noise of standard deviation sigma * C to their sum, and divides by the
 expected number of items q * n. AdamW and everything after it (merging, decoding) only process that.
@@ -18,27 +19,23 @@ result.json, and the rounding of floating-point noise (Mironov, CCS 2012).
 
 Shapes: `b` rows, `n` adapters.
 """
-import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prime.bank.accounting import Spent, sigma_for, spent_epsilon
+from prime.bank.accounting import Spent, auroc_bound, sigma_for, spent_epsilon
+from prime.bank.secret import KEY_BYTES, load_key, normal, stream, uniform
 from prime.errors import InputError
 from prime.settings import PrivacySettings
 
-UNIT = "history item, added or removed"
+UNIT = "history item, there or blank; the number of items is public"
 KEY_FILE = "noise.key"
-KEY_BYTES = 32
 
 T = TypeVar("T")
 
@@ -73,9 +70,7 @@ class Mechanism:
 
     def noise(self, step: int, tensor: int, shape: Sequence[int]) -> Tensor:
         """Gaussian noise for the sum of a step's clipped gradients in one tensor, on the CPU."""
-        count = int(np.prod(shape))
-        draws = torch.from_numpy(uniform(self.key, count, "noise", step, tensor))
-        return torch.special.ndtri(draws).mul_(self.sigma * self.max_norm).float().reshape(tuple(shape))
+        return normal(self.key, shape, "noise", step, tensor).mul_(self.sigma * self.max_norm).float()
 
 
 @dataclass(frozen=True)
@@ -116,14 +111,16 @@ class Terms:
             failure = f"no noise keeps to --epsilon {self.epsilon:g} at --delta {self.delta:g} in {steps} steps"
             raise InputError(f"{name}: {failure} (--accountant {self.accountant}: {error})") from None
         # Noise that two releases share could be taken out of both, so other options or other records draw other noise.
-        key = _stream(load_key(self.key_file), KEY_BYTES, "learner", seed, self.settings, *records)
+        key = stream(load_key(self.key_file), KEY_BYTES, "learner", seed, self.settings, *records)
         return Mechanism(sigma, self.max_norm, items, size / items, steps, key)
 
     def report(self, mechanism: Mechanism) -> dict[str, Any]:
         """The guarantee as an adapter's result and card state it."""
+        epsilon = spent_epsilon([mechanism.spends], self.delta, self.accountant)
         return {
             "unit": UNIT,
-            "epsilon": spent_epsilon([mechanism.spends], self.delta, self.accountant),
+            "epsilon": epsilon,
+            "auroc_at_most": auroc_bound(mechanism.spends, epsilon, self.delta),
             "delta": self.delta,
             "sigma": mechanism.sigma,
             "max_per_sample_grad_norm": mechanism.max_norm,
@@ -144,18 +141,26 @@ class Terms:
         return {"epsilon_with_adapter": spent_epsilon(history, self.delta, self.accountant)}
 
 
-def terms_of(settings: PrivacySettings, folder: Path, recorded: Mapping[str, Any]) -> Terms | None:
+def key_file(settings: PrivacySettings, folder: Path) -> Path:
+    """The secret of a stage that writes to `folder`."""
+    return Path(settings.noise_key) if settings.noise_key else folder / KEY_FILE
+
+
+def terms_of(
+    settings: PrivacySettings, folder: Path, recorded: Mapping[str, Any], other_use: bool = False
+) -> Terms | None:
     """The differential-privacy options of a stage script that writes to `folder`; None without `--enable_dp`.
 
     Args:
         recorded: all settings that results depend on.
+        other_use: of the key, beside the noise.
 
     Raises:
         InputError: options that contradict each other.
     """
     given = [name for name in ("epsilon", "sigma", "noise_key") if getattr(settings, name) is not None]
     if not settings.enable_dp:
-        if given:
+        if given and not (other_use and given == ["noise_key"]):
             raise InputError(f"--{given[0]} does nothing without --enable_dp")
         return None
     if (settings.epsilon is None) == (settings.sigma is None):
@@ -167,51 +172,9 @@ def terms_of(settings: PrivacySettings, folder: Path, recorded: Mapping[str, Any
         settings.delta,
         settings.max_per_sample_grad_norm,
         settings.accountant,
-        Path(settings.noise_key) if settings.noise_key else folder / KEY_FILE,
+        key_file(settings, folder),
         json.dumps(dict(recorded), sort_keys=True),
     )
-
-
-# -- randomness -----------------------------------------------------------------------------------------------------
-
-
-def load_key(path: Path) -> bytes:
-    """The secret in a key file (64 hexadecimal digits), made if there is none, readable by its owner only."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-        with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(secrets.token_hex(KEY_BYTES) + "\n")
-        try:
-            os.link(draft, path)  # unlike a rename it never replaces the key of a process that was faster
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
-    try:
-        with open(path, encoding="ascii", opener=_unwaiting) as file:
-            key = bytes.fromhex(file.read(1000).strip())
-    except ValueError:
-        key = b""
-    if len(key) != KEY_BYTES:
-        raise InputError(f"{path}: not a noise key (--noise_key): expected {2 * KEY_BYTES} hexadecimal digits")
-    return key
-
-
-def _unwaiting(path: str, flags: int) -> int:
-    """Opens a file; a pipe under its name is not waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def uniform(key: bytes, count: int, *parts: object) -> np.ndarray:
-    """`count` numbers within (0, 1): odd multiples of 2^-53."""
-    bits = np.frombuffer(_stream(key, 8 * count, *parts), dtype="<u8")
-    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
-
-
-def _stream(key: bytes, count: int, *parts: object) -> bytes:
-    """Bytes of SHAKE-256 under a key of fixed length: a pseudo-random function of the parts."""
-    return hashlib.shake_256(key + "\x1f".join(map(str, parts)).encode()).digest(count)
 
 
 # -- gradients ------------------------------------------------------------------------------------------------------

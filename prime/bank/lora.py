@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from prime.errors import InputError
+from prime.settings import SHARERS
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
 RULES = ("factor", "delta")
+NO_SIZE = 1e-6  # a singular value below this part of the largest is rounding of fp32 factors
 LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -42,22 +44,13 @@ class Adapter:
         return Adapter(factors, 1.0, self.card, self.source)
 
 
-def norm(adapter: Adapter) -> float:
-    """Frobenius norm of the whole update, all modules together: the trace of (B^T B)(A A^T), in fp64."""
-    squares = 0.0
-    for a, b in adapter.factors.values():
-        a, b = a.double(), b.double()
-        squares += float(((b.mT @ b) * (a @ a.mT)).sum())
-    return abs(adapter.scale) * max(squares, 0.0) ** 0.5
-
-
 def layer_of(module: str) -> int:
     """Index of the decoder layer in a module name; 0 for a module outside the layers."""
     match = LAYER.search(module)
     return int(match.group(1)) if match else 0
 
 
-def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: int = 0) -> Adapter:
+def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: int | str = 0) -> Adapter:
     """One adapter out of n by weights `[n]` or `[n, l]`.
 
     `factor` (PriME and LoraHub as published): A = sum w_i A_i, B = sum w_i B_i; even and quadratic in w, with
@@ -65,18 +58,20 @@ def merge(adapters: Sequence[Adapter], weights: Tensor, rule: str, keep_rank: in
     weight zero are left out, so one-hot weights give that adapter bit for bit under both rules. In a module that an
     adapter does not have its update is zero.
 
-    `keep_rank` leaves each module's merged update that many leading singular directions, see `truncate`; 0: all.
+    `keep_rank` leaves each module's merged update that many leading singular directions, see `truncate`; 0: all,
+    `SHARERS`: as many as the largest rank of the adapters.
 
     Raises:
         InputError: the adapters hold modules of different widths.
     """
     check_widths(adapters)
     parts = [adapter.folded().factors for adapter in adapters]
+    rank = max(adapter.rank for adapter in adapters) if keep_rank == SHARERS else int(keep_rank)
     merged: Factors = {}
     for name in dict.fromkeys(chain.from_iterable(parts)):
         owners = [place for place, part in enumerate(parts) if name in part]
         a, b = _merge_module([parts[place][name] for place in owners], weights[owners], name, rule)
-        merged[name] = truncate(a, b, keep_rank) if keep_rank else (a, b)
+        merged[name] = truncate(a, b, rank) if rank else (a, b)
     return Adapter(merged)
 
 
@@ -90,12 +85,37 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     if a.shape[-2] <= rank:
         return a, b
-    a_basis, a_core = torch.linalg.qr(a.mT)  # [..., in, r], [..., r, r]
-    b_basis, b_core = torch.linalg.qr(b)
-    left, sizes, right = torch.linalg.svd(b_core @ a_core.mT)
+    a_basis, b_basis, left, sizes, right = _decomposed(a, b)
     kept = sizes[..., None, :rank]
     lost = sizes.norm(dim=-1)[..., None, None] / kept.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)
     return right[..., :rank, :] @ a_basis.mT, b_basis @ (left[..., :rank] * kept * lost)
+
+
+def _decomposed(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    """a_basis `[..., in, r]`, b_basis `[..., out, r]`, left, sizes `[..., r]`, right: B A is b_basis left diag(sizes)
+    right a_basis^T.
+    """
+    a_basis, a_core = torch.linalg.qr(a.mT)  # [..., in, r], [..., r, r]
+    b_basis, b_core = torch.linalg.qr(b)
+    return (a_basis, b_basis, *torch.linalg.svd(b_core @ a_core.mT, full_matrices=False))
+
+
+def refactored(adapter: Adapter) -> Adapter:
+    """The same updates in factors that are a function of them alone: their singular value decompositions.
+
+    The factors of a merge tell more than their product: under `delta` they are the sharers' own, one below the other.
+    Here the rows of A are orthonormal, the largest entry of each is positive, B holds the sizes in falling order, and
+    directions of no size (below `NO_SIZE` of the largest) are left out, so that sharers of one A merge at its rank.
+    """
+    factors: Factors = {}
+    for name, (a, b) in adapter.folded().factors.items():
+        a_basis, b_basis, left, sizes, right = _decomposed(a.detach().cpu().double(), b.detach().cpu().double())
+        rank = max(1, int((sizes > NO_SIZE * sizes[0]).sum()))
+        rows = right[:rank] @ a_basis.mT
+        sign = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()  # [rank, 1]
+        columns = b_basis @ (left[:, :rank] * sizes[:rank])
+        factors[name] = (rows * sign).to(a), (columns * sign.T).to(b)
+    return Adapter(factors, 1.0, adapter.card, adapter.source)
 
 
 def _merge_module(pairs: list[tuple[Tensor, Tensor]], weights: Tensor, name: str, rule: str) -> tuple[Tensor, Tensor]:

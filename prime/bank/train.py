@@ -75,7 +75,7 @@ def train(
         bank: filled by `bank.allocate`, or by `bank.load` where the adapters are frozen; learner.slot is its place.
         max_batch_tokens: tokens of a forward and backward pass; 0 = chosen for the device.
         progress: called with the number of batches just done.
-        stacks: the trained tensors `[n, ...]`, one slice per adapter; None: the bank's factors.
+        stacks: the trained tensors `[n, ...]`, one slice per adapter; None: the bank's trainable factors.
         scalers: gates in front of the factor pairs; dropout follows behind them.
 
     Returns:
@@ -86,7 +86,7 @@ def train(
         InputError: a loss that is not finite, naming the learner.
     """
     batches = [learner.batches(settings) for learner in learners]  # [learners][steps][records]
-    trained = bank.parameters() if stacks is None else list(stacks)
+    trained = [p for p in bank.parameters() if p.requires_grad] if stacks is None else list(stacks)
     optimizers = [
         _Optimizer(trained, learner.slot, len(steps), settings)
         for learner, steps in zip(learners, batches, strict=True)

@@ -1,9 +1,11 @@
 """What leaves the toolkit: personal adapters as PEFT directories, with a card that says what they are.
 
-users/<user>/adapter/        relative to the base with the task adapter folded in, as the search made it; its
-                             configuration names `base + task adapter`, so that no library loads it on the plain one
+users/<user>/adapter/        relative to the base with the task adapter folded in; its configuration names `base + task
+                             adapter`, so that no library loads it on the plain one
 users/<user>/adapter_full/   --export_full: relative to the base as it was downloaded, task adapter included; the
                              form that `PeftModel.from_pretrained(base, ...)` and multi-LoRA servers load
+
+Whose adapters were merged, and by which weights, stays in the run: in result.json, which is not given away.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prime.bank.lora import Adapter, merge
+from prime.bank.lora import Adapter, merge, refactored
 from prime.checkpoints.peft import load_adapter, save_adapter, write_card
 from prime.checkpoints.published import open_adapter
 from prime.runs.files import read_json
@@ -23,11 +25,16 @@ from prime.settings import ModelSettings
 from prime.users.data import User
 
 PERSONAL, FULL = "adapter", EXPORTED
-NOT_IN_CARD = ("predictions", "seconds", "index")
+NOT_IN_CARD = ("predictions", "seconds", "index", "sharers", "weights", "best_sharer", "origin", "record_ids", "losses")
+
+
+def in_form(personal: Adapter, deploy_form: str) -> Adapter:
+    """An adapter as it is deployed, see `prime.settings.DeploySettings`."""
+    return refactored(personal) if deploy_form == "refactored" else personal
 
 
 def card_of(model: ModelSettings, run: Run, result: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The model card: base, task, sharers with weights, scores (all of the user's result but predictions), settings."""
+    """The model card: base, task, scores, settings; neither sharers nor weights (`NOT_IN_CARD`)."""
     shown = {key: value for key, value in result.items() if key not in NOT_IN_CARD}
     about = {"task": run.settings["task_name"], "base_model": base, "task_adapter": model.lora_ckpt}
     versions = library_versions()

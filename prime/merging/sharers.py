@@ -13,6 +13,7 @@ from prime.merging.anchors import ANCHOR_IDX, CANDIDATE_EMB, TEST_EMB, load_anch
 from prime.merging.nearest import top_similar
 from prime.runs.inputs import Inputs, Source, digest_of
 from prime.runs.run import user_dirname
+from prime.seeds import derive_seed
 from prime.settings import ModelSettings, SelectionSettings
 from prime.users.data import BASE_FILE, TEST_FILE, User
 from prime.users.identity import user_sources, wording
@@ -78,6 +79,11 @@ class Pool:
         for name, place in zip(names, self.ranking[user_index], strict=True):
             found |= adapter_source(f"adapter of {name}", self.folders[place])
         return found
+
+
+def initial_seed(init: str, seed: int, user_id: str) -> int:
+    """Of an anchor's initial A, as anybody can tell who knows the run's seed: the anchor's own, or the shared one."""
+    return derive_seed("shared A", seed) if init == "shared" else derive_seed("anchor", seed, user_id)
 
 
 def adapter_folder(anchor_dir: str | Path, user_id: str) -> Path:

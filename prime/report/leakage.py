@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prime.attack.scoring import PUBLISHED_ATTACK
-from prime.attack.sets import SETS, attacks_on, in_set, scores_by_user, set_summary, user_aurocs
+from prime.attack.sets import SETS, attacks_on, in_set, scores_by_user, set_summary, user_aurocs, white_box_summary
 from prime.attack.statistics import roc_curve
 from prime.errors import InputError
 from prime.report.tables import Estimate, aligned, interval_text
@@ -24,6 +24,7 @@ SET_TITLES = {
     "controlled": "controlled: trained and held-out records",
     "user": "user: sharers and others",
 }
+WHITE_BOX = "white-box: trained and held-out records, by what the deployed files fall apart into (docs/privacy.md)"
 FPR_TEXTS = {"0.1": "10 %", "0.01": "1 %", "0.001": "0.1 %"}  # keys of a summary's rates, as a reader sees them
 
 
@@ -51,6 +52,7 @@ def summarise_attacks(method: str, users: Sequence[Mapping], sharers: Sequence[M
         "users": len(users),
         "on_base": sum(user["on_base"] for user in users),
         **_sets(users, seed),
+        "white_box": white_box_summary(users, seed=seed),
         "per_user": {user["user_id"]: user_aurocs(user) for user in users},
         "sharers": {"users": len(sharers), **_sets(sharers, seed)},
     }
@@ -127,14 +129,35 @@ def read_curves(path: Path) -> list[dict[str, Any]]:
 
 
 def attack_table(summary: Mapping[str, Any]) -> str:
-    """A table for each set and attacked adapters, a line per attack, every figure beside its blind baseline."""
-    tables = []
+    """What the files fall apart into, then a table for each set and attacked adapters, a line per attack, the strongest
+    first, every figure beside its blind baseline.
+    """
+    white_box = summary.get("white_box", {})
+    tables = [f"{WHITE_BOX}\n{aligned(white_box_rows(white_box))}"] if white_box else []
     for name, title in SET_TITLES.items():
         for attacked, sets in ((summary["method"], summary["sets"]), ("sharers, unmerged", summary["sharers"]["sets"])):
             if name in sets:
                 counts = "{members} members, {non_members} non-members of {users} users".format(**sets[name])
                 tables.append(f"{title} | attacked: {attacked} ({counts})\n{aligned(set_rows(sets[name]))}")
     return "\n\n".join([*tables, notes(summary)])
+
+
+def white_box_rows(white_box: Mapping[str, Any]) -> list[list[str]]:
+    """Header and a line for each kind of pieces, the most telling first: the strongest attack, and that on the file."""
+    rows = [["pieces", "of", "cosine, whole", "attack", "AUROC", "same attack, whole", "difference"]]
+    for kind, found in sorted(white_box.items(), key=_telling):
+        row = [kind, f"{found['files']} files", f"{found['cosine']:.3f}, {found['cosine_of_whole']:.3f}"]
+        for attack, summary in list(found["attacks"].items())[:1]:
+            names = ("auroc", "blind_auroc", "auroc_above_blind")
+            row += [attack, *(interval_text(summary[name]) for name in names)]
+        rows.append(row + ["n/a"] * (len(rows[0]) - len(row)))
+    return rows
+
+
+def _telling(item: tuple[str, Mapping[str, Any]]) -> tuple[float, float]:
+    found = item[1]
+    aurocs = [summary["auroc"]["mean"] for summary in found["attacks"].values()]
+    return -max(aurocs, default=0.0), -found["cosine"]
 
 
 def set_rows(set_summary: Mapping[str, Any]) -> list[list[str]]:
