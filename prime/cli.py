@@ -127,8 +127,7 @@ def _add(container: argparse._ActionsContainer, option: Option) -> None:
         more["choices"] = choices
     elif about.get("parse") or option.kind in (int, float):
         more["type"] = about.get("parse") or option.kind
-    if about.get("metavar"):
-        more["metavar"] = about["metavar"]
+    more |= {key: about[key] for key in ("metavar", "nargs") if key in about}
     container.add_argument(*flags, **more)
 
 
@@ -191,7 +190,8 @@ def open_run(settings: Any, root: Path | str, stage: str, method: str | None, in
         inputs = replace(inputs, shared={**model_sources(model), **inputs.shared})
     before = {} if stage == "gen_profile" else BEFORE_THE_OPTION  # it has always asked through the chat template
     default = (defaults(type(settings)) | before).get
-    return Run(root, stage, str(method), recorded(settings) | more, default, inputs, settings.data.refresh)
+    refresh = getattr(settings, "data", settings).refresh
+    return Run(root, stage, str(method), recorded(settings) | more, default, inputs, refresh)
 
 
 # Options of the published scripts that have no counterpart, and what does their work here.

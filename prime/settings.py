@@ -43,7 +43,8 @@ def setting(
         neutral: results do not depend on it (where to write, how fast to work), so it is not recorded with them.
         required: it has to be given where a stage has it; the default is for stages that do not.
         published: the value of the published code where the default is another; `--as_published` sets it.
-        more: `flag`, the name of the option where it is not that of the field; `aliases`, published names; `metavar`.
+        more: `flag`, the name of the option where it is not that of the field; `aliases`, published names; `metavar`;
+            `nargs`, of argparse.
     """
     about = {"help": help, "parse": parse, "choices": choices, "neutral": neutral, "required": required, **more}
     if published is not MISSING:
@@ -169,6 +170,7 @@ non_negative = _number(float, 0, 1e9, "a number from 0")
 above_zero = _number(float, 1e-9, 1e9, "a number above 0")
 fraction = _number(float, 0, 1, "a number from 0 to 1")
 below_one = _number(float, 0, 1 - 1e-9, "a number from 0 to less than 1")
+part = _number(float, 1e-9, 1 - 1e-9, "a number between 0 and 1")
 
 
 def sample_size(text: str) -> float:

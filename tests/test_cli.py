@@ -66,7 +66,7 @@ def test_readme_commands_parse() -> None:
     commands = readme_commands()
     assert {words[0] for words in commands} >= {"task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"}
     for words in commands:
-        world.parser(words[0]).parse_args(words[1:])
+        world.parser(words[0], words[1:]).parse_args(words[1:])
 
 
 def test_readme_paths_exist() -> None:
@@ -77,13 +77,15 @@ def test_readme_paths_exist() -> None:
         assert (world.ROOT / name).is_file(), name
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_option_has_help_and_is_read(name: str) -> None:
-    for action in world.parser(name)._actions:
+@pytest.mark.parametrize("line", [*SCRIPTS, "mia.py --adapter"])
+def test_every_option_has_help_and_is_read(line: str) -> None:
+    name, *words = line.split()
+    parser = world.parser(name, words)
+    for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         assert action.help, f"{name} {action.option_strings}: no help"
-        assert "None" not in world.parser(name)._get_formatter()._expand_help(action), f"{name} {action.dest}"
+        assert "None" not in parser._get_formatter()._expand_help(action), f"{name} {action.dest}"
         assert action.type is not bool, f"{name} {action.option_strings}: type=bool"
         read = re.search(rf"\.{action.dest}\b|\"{action.dest}\"", SOURCE) or action.dest == "debug"
         assert read, f"{name} {action.option_strings}: never read"

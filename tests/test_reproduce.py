@@ -148,7 +148,7 @@ def test_the_demo_is_run_with_its_preset_and_nothing_else_is_set(here: Path) -> 
     assert found == {
         "history_anchor": {"k": 16, "embed": "target"},
         "task_lora": {"lr": 5e-3, "max_gen_len": 48},
-        "train_anchor_peft": {"lr": 1e-2, "epochs": 5, "train_gen_len": 48},
+        "train_anchor_peft": {"lr": 1e-2, "epochs": 5, "anchors_per_batch": 4, "train_gen_len": 48},
         "lora_composition_evo": {"max_gen_len": 48, "k_list": (1,), "train_gen_len": 48},
         "mia": {"n_sim": 3, "max_records": 20},
         "postprocess": {},

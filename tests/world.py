@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from prime import cli
@@ -66,9 +67,11 @@ def script(name: str):
     return importlib.import_module(name.removesuffix(".py"))
 
 
-def parser(name: str) -> argparse.ArgumentParser:
-    """The parser of a stage script."""
-    return cli.parser_of(script(name).Settings, script(name).__doc__)
+def parser(name: str, words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of a stage script; of one that has several, the one that takes these words."""
+    module = script(name)
+    asked = getattr(module, "asked", lambda _: (module.Settings, module.__doc__))
+    return cli.parser_of(*asked(words))
 
 
 def settings(command: list[str]):

@@ -44,6 +44,15 @@ class Adapter:
         return Adapter(factors, 1.0, self.card, self.source)
 
 
+def norm(adapter: Adapter) -> float:
+    """Frobenius norm of the whole update, all modules together: the trace of (B^T B)(A A^T), in fp64."""
+    squares = 0.0
+    for a, b in adapter.factors.values():
+        a, b = a.double(), b.double()
+        squares += float(((b.mT @ b) * (a @ a.mT)).sum())
+    return abs(adapter.scale) * max(squares, 0.0) ** 0.5
+
+
 def layer_of(module: str) -> int:
     """Index of the decoder layer in a module name; 0 for a module outside the layers."""
     match = LAYER.search(module)

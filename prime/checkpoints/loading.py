@@ -167,6 +167,8 @@ def check_model_dir(path: str) -> None:
     if not Path(path).is_dir():
         raise InputError(f"{path}: no such model directory (--llama_model_path)")
     if not is_meta_dir(path) and not (Path(path) / "config.json").is_file():
+        if (Path(path) / "adapter_config.json").is_file():
+            raise InputError(f"{path}: an adapter, not a model; give the base that it was trained on")
         raise InputError(
             f"{path}: no config.json there, and no params.json; a Hugging Face or a Meta model directory is expected"
         )

@@ -55,10 +55,8 @@ def score(names: Iterable[str], preds: Sequence[str], golds: Sequence[str], labe
 
 def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], labels: Labels) -> np.ndarray:
     """[s] summed over pairs: a user's row for `bootstrap`."""
-    total = np.zeros_like(metric.stats("", "", labels))
-    for pred, gold in zip(preds, golds, strict=True):
-        total += metric.stats(pred, gold, labels)
-    return total
+    rows = [metric.stats(pred, gold, labels) for pred, gold in zip(preds, golds, strict=True)]
+    return sum(rows[1:], start=rows[0]) if rows else np.zeros_like(metric.stats("", "", labels))
 
 
 def bootstrap(stats_by_user: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0) -> Interval:
