@@ -1,7 +1,8 @@
 """Merge adapters of one's own by pairs of one's own: PriME's search without a task, a task adapter or other stages.
 
-Reads   --adapters: PEFT directories for one base model, of any ranks and modules
-        --pairs: JSONL, {"input": ..., "output": ...} a line, or CSV with these columns; an input is the whole prompt
+Reads   --adapters: PEFT directories for one base model, of any ranks and modules;
+        --pairs: JSONL, {"input": ..., "output": ...} a line, or CSV with these columns; an input is the whole prompt,
+        the user's turn where the tokenizer has a chat template (--chat off: as it is)
 Writes  <output_dir>/adapter_config.json, adapter_model.safetensors, card.json, README.md
                                        the merged adapter, as PEFT and multi-LoRA servers load it; none if the base won
         <output_dir>/result.json       weights, scores and predictions of base, each adapter alone, average and merge

@@ -26,10 +26,7 @@ train_user_peft.py --holdout gives the controlled set; --anchor_dir is not read.
         --anchor_dir ./output/movie_tagging/Anchor_PEFT/LoRA --n_sim 3 \\
         --exp_dir ./output/movie_tagging/LoRA-Composition-evo
 
-With --adapter it audits any adapter by two files of records, without a pipeline; `--adapter A --help` tells how:
-
-    python mia.py --adapter my_adapter/ --llama_model_path ./llama/checkpoints/Llama-2-7b \\
-        --members members.jsonl --non_members non_members.jsonl
+`python mia.py --adapter A --members FILE --non_members FILE --help`: an audit of any adapter, without a pipeline.
 """
 
 from prime import cli  # isort: skip (first: Ctrl-C ends with one line from here on)
@@ -71,9 +68,7 @@ class Settings:
 
 
 def asked(words: Sequence[str]) -> tuple[type, str | None]:
-    """The settings that a command line is about, and what its --help begins with: an audit's where it names an option
-    that only an audit has.
-    """
+    """Settings and help of a command line: an audit's where it names an option that only an audit has."""
     of_audit = {"--adapter", "--members", "--non_members"} & {word.partition("=")[0] for word in words}
     return (AuditSettings, audit_settings.__doc__) if of_audit else (Settings, __doc__)
 
@@ -81,7 +76,6 @@ def asked(words: Sequence[str]) -> tuple[type, str | None]:
 if __name__ == "__main__":
     cli.check_options(*asked(sys.argv[1:]))  # --help and wrong options end here, before the libraries load
 
-from prime.attack.audit import audit
 from prime.attack.evidence import References, Scorer, attack_group, attack_of, owned_records
 from prime.attack.pieces import KINDS
 from prime.attack.scoring import ATTACKS
@@ -103,7 +97,7 @@ from prime.engine import load_engine
 from prime.errors import InputError
 from prime.merging.deploy import add_attacks
 from prime.merging.sharers import Selection
-from prime.report.audit import audit_table, write_audit
+from prime.report.audit import audited
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
@@ -188,12 +182,7 @@ def planned(settings: Settings) -> list[Work]:
 def main(argv: list[str] | None = None) -> None:
     settings: Settings | AuditSettings = cli.parse(*asked(sys.argv[1:] if argv is None else argv), argv)
     if isinstance(settings, AuditSettings):
-        folder = Path(settings.output_dir)
-        return print(audit_table(write_audit(folder, settings, audit(settings)), folder))
-    attack_pipeline(settings)
-
-
-def attack_pipeline(settings: Settings) -> None:
+        return print(audited(settings))
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, exp_dir = settings.data, Path(settings.exp_dir)

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import own_world
 import pytest
+import tiny
 import torch
+from chat_templates import TEMPLATES
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -18,10 +20,13 @@ from transformers import AutoTokenizer
 
 import mia
 from prime.attack import intervals
+from prime.attack.audit import encoded_records
 from prime.attack.intervals import Units
 from prime.attack.statistics import auroc
+from prime.bank.encoding import Encoder
 from prime.errors import InputError
 from prime.runs.files import read_json
+from prime.users.pairs import Pair
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +109,14 @@ def test_scores_are_pefts_losses(here: Path, audited: Path) -> None:
     calibrated = expected["base_loss"] - expected["loss"]
     np.testing.assert_allclose(columns["calibrated"].astype(float), calibrated, atol=1e-4)
     assert list(columns["line"][:3]) == ["1", "2", "3"] and list(columns["user"][:2]) == ["m0", "m1"]
+
+
+def test_a_text_is_no_turn_of_a_chat_and_needs_a_token_in_front_of_it() -> None:
+    tokenizer = tiny.tokenizer(bos=False)
+    tokenizer.chat_template = TEMPLATES["chatml"]
+    asked, text = encoded_records(Encoder(tokenizer), [Pair(1, "which tag", "a film"), Pair(2, "", "a quiet film")])
+    assert "assistant" in tokenizer.decode(asked.ids) and tokenizer.decode(asked.target).startswith("a film")
+    assert tokenizer.decode(text.ids + text.target) == "a quiet film</s>" and len(text.ids) == 1
 
 
 def test_without_references_rmia_is_not_told(here: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -55,7 +55,7 @@ def audit(settings: AuditSettings) -> Audit:
     adapters = open_own([settings.adapter, *(settings.references or ())], settings.model)
     engine = own_engine(settings.model, settings.prompts, adapters)
     engine.bank.load(adapters)
-    records = [encoded(engine.encoder, place, pair) for place, pair in enumerate(pairs)]
+    records = encoded_records(engine.encoder, pairs)
     evidence = Statistics.of(engine, records, range(1, len(adapters)))
     own = np.array(users) if all(users) else np.arange(len(pairs))
     others = Others(np.array(is_member), own)
@@ -64,10 +64,17 @@ def audit(settings: AuditSettings) -> Audit:
     return Audit(pairs, Units.choose(users, is_member), *scores)
 
 
-def encoded(encoder: Encoder, place: int, pair: Pair) -> EncodedRecord:
-    """A record as the model reads it; where nothing stands in front of a text, its first token is not scored."""
-    record = encoder.record(f"record {place}", pair.input, pair.target)
-    return record if record.ids else replace(record, ids=record.target[:1], target=record.target[1:])
+def encoded_records(encoder: Encoder, pairs: Sequence[Pair]) -> list[EncodedRecord]:
+    """As the model reads them; a text without input is no turn of a chat, and its first token is not scored where
+    nothing stands in front of it.
+    """
+    plain = Encoder(encoder.tokenizer, encoder.max_length, encoder.embeddings, "off")
+    records = []
+    for place, pair in enumerate(pairs):
+        record = (encoder if pair.input else plain).record(f"record {place}", pair.input, pair.target)
+        first = record.target[:1] if not record.ids else ()
+        records.append(replace(record, ids=record.ids + first, target=record.target[len(first) :]))
+    return records
 
 
 def by_attack(evidence: Iterator[Evidence]) -> Scores:

@@ -1,6 +1,6 @@
 """Audit of any adapter: does it tell which of two sets of records it was trained on?
 
-Reads   --adapter, --references: PEFT directories for --llama_model_path
+Reads   --adapter, --references: PEFT directories for --llama_model_path;
         --members, --non_members: JSONL of {"input": ..., "output": ...} or {"text": ...}, or CSV with these columns;
         a `user` says whose records belong together
 Writes  <output_dir>/audit_scores.csv  a row per record: file, line, user, 1 for a member, its score by every attack,
@@ -9,9 +9,10 @@ Writes  <output_dir>/audit_scores.csv  a row per record: file, line, user, 1 for
         <output_dir>/audit_roc.json, audit_roc.png, audit_roc.svg   ROC curves
 Takes   one pass over all records under the base, the adapter and each reference: seconds on a small model
 
-The outputs are scored, in their input's context; `text` is scored whole. An attack that finds members by the base alone
-(the column `base`) sees that the two sets differ, not that the adapter remembers: draw both from one source. RMIA also
-needs --references, adapters trained on neither set.
+The outputs are scored, in their input's context (as turns of the tokenizer's chat template, if it has one; --chat off:
+plain); a `text` is scored whole and plain. An attack that finds members by the base alone (the column `base`) sees that
+the two sets differ, not that the adapter remembers: draw both from one source. RMIA also needs --references, adapters
+trained on neither set.
 
     python mia.py --adapter my_adapter/ --llama_model_path ./llama/checkpoints/Llama-2-7b \\
         --members members.jsonl --non_members non_members.jsonl --output_dir audit/

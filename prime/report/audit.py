@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prime.attack.audit import SIDES, Audit
+from prime.attack.audit import SIDES, Audit, audit
 from prime.attack.audit_settings import AuditSettings
 from prime.attack.scoring import ATTACKS, NEEDS_REFERENCES
 from prime.attack.statistics import roc_curve
@@ -16,6 +16,12 @@ from prime.runs.files import write_json, write_text
 from prime.settings import recorded
 
 SHOWN = ("adapter", "base")
+
+
+def audited(settings: AuditSettings) -> str:
+    """Audit, write, and tell."""
+    folder = Path(settings.output_dir)
+    return audit_table(write_audit(folder, settings, audit(settings)), folder)
 
 
 def write_audit(folder: Path, settings: AuditSettings, found: Audit) -> dict[str, Any]:
