@@ -66,6 +66,7 @@ from prime.merging.evolution import Evaluation, best_sharer, check_search, choos
 from prime.merging.optimizer import first_generation, optimizer_name
 from prime.merging.population import Population, Setup
 from prime.merging.sharers import Pool, Selection, merging_inputs
+from prime.report.found import found_table
 from prime.report.methods import REFERENCE, choices
 from prime.runs.files import check_own
 from prime.runs.inputs import Inputs
@@ -209,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         setup = Setup(settings.search, fitness, settings.decoding, prompts.recent_k, texts, engine)
         mine = share_users(runs[-1], todo, partial(user_cost, recent_k=prompts.recent_k), runs[:-1])
         for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))
+    asked = {users[index].user_id for index in wanted}
+    print("\n\n".join(found_table(run.root, asked, texts.task, fitness) for run in runs))
     if len(runs) > 1:
         print(sharing_text(shared_evaluations([run.root for run in runs])))
     if settings.deploy.export_full:

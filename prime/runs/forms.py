@@ -71,11 +71,12 @@ USER_RESULT = {
 }
 RECORD_SETTINGS = {"seed": int, "recent_k": int, "holdout?": NUMBER, "enable_dp?": bool}  # that choose training records
 
-# -- a search: the settings of one penalty, a result, and two views of a line of evaluations.jsonl --------------------
+# -- a search: the settings of one penalty, a result, and views of a line of evaluations.jsonl ------------------------
 
 PENALTY_SETTINGS = {"sim_penalty": NUMBER}
 SEARCH_RESULT = {"sharers": [str], "best_sharer": str, "similarity": NUMBER}
 EVALUATED_WEIGHTS = {"weights": [(float, int, [NUMBER])], "similarity": NUMBER}
+EVALUATED_UTILITY = {"utility": NUMBER}
 EVALUATED_LOSS = {"loss": PLOTTABLE, "origin": re.compile("base|sharer|start|search")}
 
 # -- an attack: what the table, the frontier and the report's page take from mia_summary.json and roc.json ------------

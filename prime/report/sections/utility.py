@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from prime.report.figures.parts import sign
 from prime.report.figures.utility import draw_pairs, draw_scores
+from prime.report.found import weights_text
 from prime.report.methods import REFERENCE
 from prime.report.sections.content import Content
 from prime.report.summary import leading
@@ -55,10 +53,5 @@ def user_table(content: Content) -> dict[str, Any]:
     for user in users:
         values = [f"{by_user[user]:.3f}" if user in by_user else "-" for by_user in scores]
         result = results.get(user, {})
-        rows.append([user, *values, result.get("deployed", "-"), _weights_text(result)])
+        rows.append([user, *values, result.get("deployed", "-"), weights_text(result)])
     return {"header": ["user", *methods, "deployed", "sharers and weights"], "rows": rows}
-
-
-def _weights_text(result: Mapping[str, Any]) -> str:
-    parts = zip(result.get("sharers", []), result.get("weights", []), strict=False)
-    return ", ".join(f"{sharer}: {float(np.mean(weight)):+.2f}" for sharer, weight in parts) or "-"

@@ -1,0 +1,47 @@
+"""What a search found, a line a user: printed by lora_composition_evo.py when it has finished."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from prime.report.tables import aligned
+from prime.runs.forms import EVALUATED_UTILITY, read_form_lines
+from prime.runs.run import read_results, user_dirname
+from prime.settings import FitnessSettings
+from prime.users.metrics import METRICS
+from prime.users.tasks import Task
+
+
+def found_table(run: Path, user_ids: Collection[str], task: Task, fitness: FitnessSettings) -> str:
+    """The history's score with the base and with what is deployed, each sharer's weight, and where the adapter lies."""
+    rows = [["user", "base", "found", "deployed", "sharers and weights", "adapter"]]
+    for result in read_results(run):
+        if result["user_id"] not in user_ids:
+            continue
+        folder = Path("users") / user_dirname(result["user_id"])
+        base, *_ = read_form_lines(run / folder / "evaluations.jsonl", EVALUATED_UTILITY)
+        merged = (run / folder / "adapter").is_dir()
+        rows.append([
+            result["user_id"], f"{base['utility']:.3f}", f"{result['utility']:.3f}", result["deployed"],
+            weights_text(result), str(folder / "adapter") if merged else "-",
+        ])  # fmt: skip
+    return f"{run}: {measure(task, fitness)}\n{aligned(rows)}"
+
+
+def measure(task: Task, fitness: FitnessSettings) -> str:
+    """What a search goes by, but for its penalty."""
+    if fitness.objective == "nll":
+        return "mean log-likelihood of the user's history (higher is better)"
+    names, better = task.history_metrics, "higher" if METRICS[task.history_metrics[0]].higher_is_better else "lower"
+    return f"{fitness.m_reduce} of {' and '.join(names)} on the user's history ({better} is better)"
+
+
+def weights_text(result: Mapping[str, Any]) -> str:
+    """`1043: +0.79, 1041: +0.23`, most similar first; of weights by layer their mean."""
+    parts = []
+    for sharer, weight in zip(result.get("sharers", []), result.get("weights", []), strict=False):
+        parts.append(f"{sharer}: {fmean(weight) if isinstance(weight, list) else weight:+.2f}")
+    return ", ".join(parts) or "-"
