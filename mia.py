@@ -101,6 +101,7 @@ from prime.report.audit import audited
 from prime.report.leakage import attack_table, write_attacks
 from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
+from prime.runs.progress import counted
 from prime.runs.run import Run, read_settings
 from prime.runs.workers import open_groups, share
 from prime.users.data import CANDIDATE_FILE, TEST_FILE, User
@@ -147,7 +148,8 @@ def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
     adapters = [owners.adapter(name) for name in references.order]
     scorer = Scorer(engine, records, settings.users_per_batch, adapters, settings.model.llama_model_path)
     for run, groups in todo:
-        for subjects in share(run, groups, lambda group: [subject.user_id for subject in group], len):
+        units = share(run, groups, lambda group: [subject.user_id for subject in group], len)
+        for subjects in counted(units, sum(map(len, groups)), "adapters attacked"):
             started = time.perf_counter()
             attack = attack_of(scorer, owners, references, subjects)
             results = attack_group(scorer, attack, subjects)

@@ -69,6 +69,7 @@ from prime.merging.gates import Gates, gate_file, save_gate
 from prime.merging.sharers import Selection, adapter_folder
 from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
+from prime.runs.progress import counted
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
@@ -169,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     engine = load_engine(settings.model, settings.prompts)
     stage = Stage(settings, texts, engine, run, terms, {user.user_id: place for place, user in enumerate(anchors)})
-    for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+    units = share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k))
+    for users in counted(units, sum(map(len, groups)), "anchors trained"):
         finish_group(stage, users)
 
 

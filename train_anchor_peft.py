@@ -64,6 +64,7 @@ from prime.engine import Engine, load_engine
 from prime.errors import InputError
 from prime.merging.sharers import Selection, initial_seed
 from prime.runs.inputs import Inputs
+from prime.runs.progress import counted
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
@@ -208,7 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     order = {user.user_id: place for place, user in enumerate(anchors)}
     key = load_key(key_file(settings.privacy, folder)) if secret else None
     stage = Stage(settings, texts, engine, run, terms, order, key)
-    for users in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+    units = share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k))
+    for users in counted(units, sum(map(len, groups)), "anchors trained"):
         finish_group(stage, users)
 
 

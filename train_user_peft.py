@@ -70,7 +70,7 @@ from prime.errors import tell
 from prime.merging.deploy import NOT_IN_CARD, PERSONAL, in_form
 from prime.merging.sharers import Pool, Selection, load_pool, merging_inputs
 from prime.report.methods import choices
-from prime.runs.progress import for_each
+from prime.runs.progress import counted, for_each
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
@@ -204,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     engine = load_engine(settings.model, settings.prompts, settings.decoding.max_gen_len)
     order = {user.user_id: index for index, user in enumerate(users)}
     stage = Stage(settings, texts, engine, run, pool, order)
-    for users_of_group in share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k)):
+    units = share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k))
+    for users_of_group in counted(units, sum(map(len, groups)), "users trained"):
         finish_group(stage, users_of_group)
 
 

@@ -31,6 +31,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(progress.time, "time", clock.time)
     monkeypatch.setattr(progress.time, "localtime", progress.time.gmtime)
     monkeypatch.setattr(progress.Lines, "told", None)
+    monkeypatch.setattr(progress.Lines, "open", [])
     monkeypatch.delenv("RANK", raising=False)
     return clock
 
@@ -61,6 +62,20 @@ def test_the_minute_runs_on_from_one_bar_to_the_next(clock: Clock, capsys: pytes
     assert capsys.readouterr().err.splitlines() == ["records: 2 of 2, 20 s"]
 
 
+def test_a_group_of_many_short_passes_tells_of_both(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three groups of two, each of 90 records, a second a record."""
+    for _ in progress.counted([["a", "b"]] * 3, 6, "adapters attacked"):
+        with progress.bar(90, "records") as bar:
+            for _ in range(90):
+                clock.now += 1
+                bar.update(1)
+    told = capsys.readouterr().err.splitlines()
+    assert told[:2] == ["records: 60 of 90, 60 s; about 30 s to go, until 13:48", "records: 90 of 90, 2 min"]
+    assert told[2:4] == ["adapters attacked: 2 of 6, 2 min; about 5 min to go, until 13:54", "records: 60 of 90, 60 s;"
+                         " about 30 s to go, until 13:49"]  # fmt: skip
+    assert told[-1] == "adapters attacked: 6 of 6, 4 min"
+
+
 def test_a_day_is_told_where_the_end_is_far_and_bytes_as_a_share(clock: Clock) -> None:
     lines = progress.Lines(100, "users", "user")
     lines.done = 1
@@ -80,7 +95,7 @@ def test_others_than_the_first_process_are_silent_and_each_counts_its_share(
         clock.now += 61
         progress.for_each([(0, "a")], 10, lambda *_: setattr(clock, "now", clock.now + 61))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("test users of the first of 4 processes: 1 of 3, 61 s; about 2 min to go")
+    assert line.startswith("test users by the first of 4 processes: 1 of 3, 61 s; about 2 min to go")
 
 
 def test_a_terminal_shows_a_bar(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

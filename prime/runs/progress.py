@@ -4,7 +4,8 @@ with the estimated end.
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -14,14 +15,18 @@ from prime.runs.workers import U, world
 EVERY = 60  # seconds from line to line
 HOUR = 3600
 
+Group = TypeVar("Group", bound=Sequence)
+
 
 class Lines:
     """In place of a bar; `tick` counts smaller steps on the way to the next unit.
 
-    The minute between two lines runs on from one object to the next, so that many short ones are not silent.
+    The minute between two lines runs on from one object to the next, so that many short ones are not silent. Where one
+    is within another both tell.
     """
 
     told: float | None = None  # when the last line was
+    open: list["Lines"] = []  # from the outermost one
 
     def __init__(self, total: int, what: str, unit: str):
         self.total, self.what, self.unit = total, what, unit
@@ -31,10 +36,12 @@ class Lines:
         Lines.told = Lines.told or self.started
 
     def __enter__(self) -> "Lines":
+        Lines.open.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Where there has been a line the last one is of the end."""
+        Lines.open.remove(self)
         if self.told_at not in ((0, 0), (self.done, self.steps)):
             self._tell()
 
@@ -48,11 +55,13 @@ class Lines:
 
     def _tell_each_minute(self) -> None:
         if time.time() - (Lines.told or self.started) >= EVERY:
-            self._tell()
+            for lines in Lines.open:
+                lines._tell()
 
     def _tell(self) -> None:
-        Lines.told, self.told_at = time.time(), (self.done, self.steps)
-        tell(self.line(Lines.told))
+        if self.done or self.steps:
+            Lines.told, self.told_at = time.time(), (self.done, self.steps)
+            tell(self.line(Lines.told))
 
     def line(self, now: float) -> str:
         """`test users: 3 of 24 (310 answers), 2 min; about 14 min to go, until 18:20`."""
@@ -80,6 +89,15 @@ def bar(total: int, what: str, unit: str = "row") -> tqdm | Lines:
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", disable=world().rank > 0, leave=False)
 
 
+def counted(units: Iterable[Group], total: int, what: str) -> Iterator[Group]:
+    """The groups, under a bar of their members; of several processes each counts its share of the `total`."""
+    size = world().size
+    with bar(-(-total // size), what if size == 1 else f"{what} by the first of {size} processes", "user") as progress:
+        for unit in units:
+            yield unit
+            progress.update(len(unit))
+
+
 def for_each(
     users: Iterable[tuple[int, U]], total: int, work: Callable[[int, U, Callable[[int], object]], None]
 ) -> None:
@@ -88,7 +106,7 @@ def for_each(
     `work` calls `progress` with the number of answers that were added. Of several processes each counts its share.
     """
     size = world().size
-    what = "test users" if size == 1 else f"test users of the first of {size} processes"
+    what = "test users" if size == 1 else f"test users by the first of {size} processes"
     with bar(-(-total // size), what, "user") as users_bar, bar(0, "answers") as rows_bar:
         progress = users_bar.tick if isinstance(users_bar, Lines) else rows_bar.update
         for index, user in users:
