@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data" / "demo")]  # plain `pytest` finds 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.path.name not in ("test_pipeline.py", "test_user_peft.py", "test_page.py"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_told_by_the_minute() -> None:
+    """What a test finds on stderr does not depend on how long it takes; test_progress.py has a clock of its own."""
+    from prime.runs import progress
+
+    progress.EVERY = math.inf
 
 
 @pytest.fixture

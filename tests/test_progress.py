@@ -30,6 +30,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(progress.time, "time", clock.time)
     monkeypatch.setattr(progress.time, "localtime", progress.time.gmtime)
+    monkeypatch.setattr(progress, "EVERY", 60)
     monkeypatch.setattr(progress.Lines, "told", None)
     monkeypatch.setattr(progress.Lines, "open", [])
     monkeypatch.delenv("RANK", raising=False)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from prime.errors import tell
 from prime.runs.workers import U, world
 
-EVERY = 60  # seconds from line to line
+EVERY: float = 60  # seconds from line to line
 HOUR = 3600
 
 Group = TypeVar("Group", bound=Sequence)
