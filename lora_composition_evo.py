@@ -66,11 +66,11 @@ from prime.merging.evolution import Evaluation, best_sharer, check_search, choos
 from prime.merging.optimizer import first_generation, optimizer_name
 from prime.merging.population import Population, Setup
 from prime.merging.sharers import Pool, Selection, merging_inputs
-from prime.report.found import found_table
+from prime.report.found import found_text
 from prime.report.methods import REFERENCE, choices
 from prime.runs.files import check_own
 from prime.runs.inputs import Inputs
-from prime.runs.penalties import PENALTY_DIR, shared_evaluations, sharing_text
+from prime.runs.penalties import PENALTY_DIR
 from prime.runs.progress import for_each
 from prime.runs.run import Run
 from prime.runs.workers import open_users, share_users
@@ -210,10 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         setup = Setup(settings.search, fitness, settings.decoding, prompts.recent_k, texts, engine)
         mine = share_users(runs[-1], todo, partial(user_cost, recent_k=prompts.recent_k), runs[:-1])
         for_each(mine, len(todo), partial(work_on, Stage(settings, setup, engine, pool, runs)))
-    asked = {users[index].user_id for index in wanted}
-    print("\n\n".join(found_table(run.root, asked, texts.task, fitness) for run in runs))
-    if len(runs) > 1:
-        print(sharing_text(shared_evaluations([run.root for run in runs])))
+    print(found_text([run.root for run in runs], [users[index].user_id for index in wanted], texts.task, fitness))
     if settings.deploy.export_full:
         for run in runs:
             export_full(settings.model, run, users)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from prime.report.tables import aligned
 from prime.runs.forms import EVALUATED_UTILITY, read_form_lines
+from prime.runs.penalties import shared_evaluations, sharing_text
 from prime.runs.run import read_results, user_dirname
 from prime.settings import FitnessSettings
 from prime.users.metrics import METRICS
 from prime.users.tasks import Task
+
+
+def found_text(runs: Sequence[Path], user_ids: Collection[str], task: Task, fitness: FitnessSettings) -> str:
+    """A table for the run of each penalty, and what several shared."""
+    parts = [found_table(run, user_ids, task, fitness) for run in runs]
+    return "\n\n".join(parts + ([sharing_text(shared_evaluations(runs))] if len(runs) > 1 else []))
 
 
 def found_table(run: Path, user_ids: Collection[str], task: Task, fitness: FitnessSettings) -> str:
