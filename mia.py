@@ -103,7 +103,7 @@ from prime.runs.files import read_json
 from prime.runs.inputs import Inputs
 from prime.runs.progress import counted
 from prime.runs.run import Run, read_settings
-from prime.runs.workers import open_groups, share
+from prime.runs.workers import open_groups, share_groups
 from prime.users.data import CANDIDATE_FILE, TEST_FILE, User
 from prime.users.identity import all_of, wording
 from prime.users.tasks import get_task
@@ -148,8 +148,7 @@ def attack_open(stage: Stage, todo: Sequence[tuple[Run, Groups]]) -> None:
     adapters = [owners.adapter(name) for name in references.order]
     scorer = Scorer(engine, records, settings.users_per_batch, adapters, settings.model.llama_model_path)
     for run, groups in todo:
-        units = share(run, groups, lambda group: [subject.user_id for subject in group], len)
-        for subjects in counted(units, sum(map(len, groups)), "adapters attacked"):
+        for subjects in counted(share_groups(run, groups, lambda _: 1), sum(map(len, groups)), "adapters attacked"):
             started = time.perf_counter()
             attack = attack_of(scorer, owners, references, subjects)
             results = attack_group(scorer, attack, subjects)
