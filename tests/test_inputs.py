@@ -319,6 +319,7 @@ CHANGES = {
     "tokenizer": ("evo", tokenizer, "tokenizer"),
 }
 
+
 def command(stage: str, *more: str) -> list[str]:
     return [*kills.command(stage), *(["--prompt_path", "prompts.json"] if stage == "evo" else []), *more]
 
