@@ -106,8 +106,9 @@ class BankLinear(nn.Module):
         out = y.view(len(low), -1, y.shape[-1])
         # Factors are fp32; a model in bfloat16 gets the sum rounded. Without gradients y may be overwritten.
         if out.dtype != b.dtype:
-            add = torch.add if training else Tensor.add_
-            return add(out, torch.bmm(low, b), alpha=scale).to(y.dtype).view_as(y)
+            update = torch.bmm(low, b)
+            added = torch.add(out, update, alpha=scale) if training else out.add_(update, alpha=scale)
+            return added.to(y.dtype).view_as(y)
         add = torch.baddbmm if training else Tensor.baddbmm_
         return add(out, low, b, alpha=scale).view_as(y)
 
