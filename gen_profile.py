@@ -102,7 +102,7 @@ def write_by_model(settings: Settings, users: Sequence[User], task: Task, data: 
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    task = get_task(settings.data.task_name, settings.prompts.texts)
+    task = get_task(settings.data.task, settings.prompts.texts)
     target = Path(settings.profile_path or settings.data.folder / PROFILE_FILE)
     users, data = load_everybody(settings.data.folder, task, settings.recent_k)
     if settings.rule:

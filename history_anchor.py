@@ -107,7 +107,7 @@ def select_anchors(
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    task, data_dir = get_task(settings.data.task_name, settings.texts), settings.data.folder
+    task, data_dir = get_task(settings.data.task, settings.texts), settings.data.folder
     candidate_path = settings.candidate_path or str(data_dir / CANDIDATE_FILE)
     candidates = load_users(candidate_path, task)
     tests = load_users(data_dir / TEST_FILE, task)

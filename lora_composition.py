@@ -186,7 +186,7 @@ def check_inputs(settings: Settings, pool: Pool, users: Sequence[User]) -> None:
 
 def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan: the composed adapter is measured beside its sharers."""
-    task, n = get_task(settings.data.task_name), settings.composition.n_sim or plan.PUBLISHED_ANCHORS
+    task, n = get_task(settings.data.task), settings.composition.n_sim or plan.PUBLISHED_ANCHORS
     kinds = (task.history_labels, settings.composition.train_gen_len), (task.labels, settings.decoding.max_gen_len)
     answer = plan.longest_answer(settings.model, *kinds)
     rank = plan.rank_of(settings.anchor_dir)
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, recent_k = settings.data, settings.prompts.recent_k
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     users = load_test_users(data.folder, texts.task)
     pool = load_shared(settings, load_candidates(data.folder, texts.task), len(users))
     check_inputs(settings, pool, select(users, settings.user_idxs))

@@ -175,7 +175,7 @@ def open_runs(settings: Settings, folder: Path, inputs: Inputs) -> list[Run]:
 
 def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan: base and sharers, a generation of candidates, or what is predicted with."""
-    search, task = settings.search, get_task(settings.data.task_name)
+    search, task = settings.search, get_task(settings.data.task)
     n, rank = search.n_sim or plan.PUBLISHED_ANCHORS, plan.rank_of(settings.anchor_dir)
     candidates = max(1 + n, first_generation(n, search.opt_type, search.opt_budget), 2 + len(search.sim_penalty))
     kinds = (task.history_labels, settings.fitness.train_gen_len), (task.labels, settings.decoding.max_gen_len)
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = replace(settings, name=settings.name or method.name)
     if fitness.objective == "nll":
         settings = replace(settings, search=replace(search, sim_penalty=(0.0,)))
-    texts = load_texts(data.folder, data.task_name, prompts.prompt_path, prompts.texts)
+    texts = load_texts(data.folder, data.task, prompts.prompt_path, prompts.texts)
     if fitness.fitness == "query":
         texts = asked_as_queries(data.folder, texts)
     users = load_test_users(data.folder, texts.task)

@@ -174,7 +174,7 @@ def results_of(run: Run, subjects: Sequence[Subject]) -> list[dict]:
 
 def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan."""
-    labels = get_task(settings.data.task_name).history_labels
+    labels = get_task(settings.data.task).history_labels
     answer = plan.answer_tokens(settings.model, labels, plan.UNLABELLED)
     adapters, rank = settings.users_per_batch, plan.rank_of(settings.exp_dir)
     return [Work("scoring", adapters, rank, settings.prompts.max_length, answer, other_ranks=adapters * rank)]
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.gate_dir and not Path(settings.gate_dir).is_dir():
         raise InputError(f"--gate_dir {settings.gate_dir}: no such directory")
     alone = trained_alone(exp_dir)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     everybody = (load_test_users if alone else load_candidates)(data.folder, texts.task)
     owners = owners_of(settings, alone, everybody)
     users = own_subjects(owners) if alone else deployments(exp_dir, settings.n_sim)

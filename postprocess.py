@@ -47,7 +47,7 @@ from prime.users.tasks import get_task
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    task, stage_dir = get_task(settings.data.task_name), Path(settings.output_dir)
+    task, stage_dir = get_task(settings.data.task), Path(settings.output_dir)
     penalties = penalty_runs(stage_dir)
     runs = penalties or [stage_dir]
     for run in runs:

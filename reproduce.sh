@@ -2,6 +2,7 @@
 # The whole job, end to end. No arguments: the embedded demo, task movie_tagging, on a CPU.
 #
 #   --tasks a,b | all          tasks to run                               (movie_tagging)
+#   --task_file FILE           a task of your own in place of --tasks; its data are in --data_dir or beside the file
 #   --llama_model_path NAME    a real model: directory, GGUF file, name of the hub; needs --data_dir (the demo's)
 #   --data_dir DIR             holds <task>/user_base_LLM.json, ...       (data/demo)
 #   --output_dir DIR           results go to DIR/<task>/                  (output/demo; output with a real model)
@@ -23,11 +24,10 @@ set -euo pipefail
 CALLED_FROM="$PWD"
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
-ALL_TASKS="citation movie_tagging news_headline product_rating scholarly_title tweet_paraphrase"
-tasks=movie_tagging model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
+tasks="" task_file="" model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
 holdout=0 processes="" published=()
 
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,22s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 # closest WORD: the option that it is most like, if any is.
 closest() {
@@ -50,13 +50,14 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
         --as_published) published=(--as_published); shift; continue ;;
-        --tasks | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
+        --tasks | --task_file | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
             | --processes | --until)
             [ $# -ge 2 ] || wrong "$1 needs a value" ;;
         *) near="$(closest "$1")"; wrong "there is no option $1${near:+; did you mean $near?} (--help lists all)" ;;
     esac
     case "$1" in
         --tasks) tasks="${2//,/ }" ;;
+        --task_file) task_file="$(absolute "$2")" ;;
         --llama_model_path) model="$(named "$2")" ;;
         --data_dir) data="$(absolute "$2")" ;;
         --output_dir) output="$(absolute "$2")" ;;
@@ -71,7 +72,6 @@ while [ $# -gt 0 ]; do
     shift 2
 done
 cd "$ROOT"
-[ "$tasks" != all ] || tasks="$ALL_TASKS"
 case "$until" in
     task_lora | history_anchor | train_anchor_peft | lora_composition_evo | mia | postprocess) ;;
     *) wrong "--until names a step (task_lora, history_anchor, ...), not $until" ;;
@@ -88,6 +88,8 @@ whole --seed "$seed" 0
 [ -z "$k" ] || whole --k "$k" 3 # as many sharers are merged for a user
 [[ "$holdout" =~ ^(0|0?\.[0-9]+)$ ]] || wrong "--holdout is a share from 0 to less than 1, not $holdout"
 
+[ -z "$tasks" ] || [ -z "$task_file" ] || wrong "--tasks and --task_file: give one of them"
+[ -z "$task_file" ] || data="${data:-$(dirname "$task_file")}"
 if [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
@@ -97,17 +99,44 @@ else
     output="${output:-output}" encoder="${encoder:-microsoft/deberta-v3-large}"
 fi
 
+known="" # the built-in tasks
+for file in data/tasks/*.json; do file="${file##*/}" known+="${known:+ }${file%.json}"; done
+if [ -n "$task_file" ]; then
+    [ -f "$task_file" ] || wrong "--task_file $task_file: no such file"
+    install_requirements requirements
+    tasks="$("$PY" -m prime.users.tasks "$task_file")" || exit 2
+    tasks="${tasks%% *}" # its name, in front of what its search asks
+elif [ "$tasks" = all ]; then # that there are data of
+    tasks=""
+    for task in $known; do [ ! -d "$data/$task" ] || tasks+=" $task"; done
+    [ -n "$tasks" ] || wrong "--tasks all: $data has none of ${known// /, }"
+fi
+tasks="${tasks:-movie_tagging}"
+
+# A task of your own may have its data in the folder that is named, without one of its name.
+folder_of() { if [ -n "$task_file" ] && [ ! -d "$data/$1" ]; then echo "$data"; else echo "$data/$1"; fi; }
+
 # What is needed of a task, and which command makes it.
 check_task() {
-    local task="$1" known="$ALL_TASKS news_categorize" file
-    case " $known " in *" $task "*) ;; *) wrong "--tasks: $task is none of all, ${known// /, }" ;; esac
+    local task="$1" folder which="--task_name $1" source="the official LaMP files" file
+    local made="$which --lamp_dir DIR"
+    folder="$(folder_of "$task")"
+    if [ -n "$task_file" ]; then
+        which="--task_file $task_file" source="a table of yours"
+        made="$which --table FILE --user COLUMN --input COLUMN --target COLUMN --time COLUMN"
+    else
+        case " $known " in
+            *" $task "*) ;;
+            *) wrong "--tasks: $task is none of all, ${known// /, } (--task_file: your own)" ;;
+        esac
+    fi
     for file in user_base_LLM.json user_anchor_candidate.json test_100/user_test_100.json \
         test_100/user_test_100_label.json; do
-        [ -f "$data/$task/$file" ] || wrong "$data/$task/$file is not there. From the official LaMP files this makes it:
-    python prepare_data.py --task_name $task --lamp_dir DIR --output_dir $data/$task"
+        [ -f "$folder/$file" ] || wrong "$folder/$file is not there. From $source this makes it:
+    python prepare_data.py $made --output_dir $folder"
     done
-    [ -f "$data/$task/profile-id2text.json" ] || echo "[$task] prompts with a textual profile are left out. This adds them:
-    python gen_profile.py --task_name $task --data_dir $data/$task     (--rule: without a model)" >&2
+    [ -f "$folder/profile-id2text.json" ] || echo "[$task] prompts with a textual profile are left out. This adds them:
+    python gen_profile.py $which --data_dir $folder     (--rule: without a model)" >&2
 }
 [ -n "${tasks// /}" ] || wrong "--tasks names no task"
 for task in $tasks; do check_task "$task"; done
@@ -241,13 +270,16 @@ for task in $tasks; do
     link="$(find "$out/" -type l -print -quit 2> /dev/null || true)"
     [ -z "$link" ] || wrong "$link is a link; below $out there are to be folders and regular files only"
     # Citation learns cited titles but is tested by choices, so the search asks choices (published: cited titles).
-    if [ "$task" = citation ]; then fitness=(--fitness query); else fitness=(--fitness history); fi
+    search="$("$PY" -m prime.users.tasks "${task_file:-$task}")"
+    fitness=(--fitness "${search##* }")
     [ "${#published[@]}" = 0 ] || fitness=()
-    data_options=(--task_name "$task" --data_dir "$data/$task" ${published[@]+"${published[@]}"})
+    folder="$(folder_of "$task")" which=(--task_name "$task")
+    [ -z "$task_file" ] || which=(--task_file "$task_file")
+    data_options=("${which[@]}" --data_dir "$folder" ${published[@]+"${published[@]}"})
     model_options=("${data_options[@]}" --llama_model_path "$model" --seed "$seed")
     adapted=("${model_options[@]}" --lora_ckpt "$out/task-base_LLM" --anchor_selection_dir "$out/anchor_selection")
     step history_anchor history_anchor.py "${data_options[@]}" --encoder "$encoder" \
-        --candidate_path "$data/$task/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
+        --candidate_path "$folder/user_anchor_candidate.json" --output_dir "$out/anchor_selection"
     step task_lora task_lora.py "${model_options[@]}" \
         --output_dir "$out/task-base_LLM"
     step train_anchor_peft train_anchor_peft.py "${adapted[@]}" \

@@ -94,7 +94,7 @@ def predict_user(
 def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan."""
     training, longest = settings.training, settings.prompts.max_length
-    labels = get_task(settings.data.task_name).labels
+    labels = get_task(settings.data.task).labels
     answer = plan.answer_tokens(settings.model, labels, settings.decoding.max_gen_len)
     return [
         plan.training_work(training, 1, longest, answer),
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     folder, data_dir = Path(settings.output_dir), settings.data.folder
-    texts = load_texts(data_dir, settings.data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data_dir, settings.data.task, settings.prompts.prompt_path, settings.prompts.texts)
     base_users, users = load_base_users(data_dir, texts), load_test_users(data_dir, texts.task)
     shared = wording(texts.templates, settings.prompts.prompt_path)
     shared |= all_of("base users", data_dir / BASE_FILE, base_users, texts, trained_on=True)

@@ -145,7 +145,7 @@ def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan; a gate is counted as an adapter in training, though it is smaller."""
     training = replace(settings.training, lora_r=plan.rank_of(settings.anchor_path))
     anchors = settings.anchors_per_batch or plan.PUBLISHED_ANCHORS
-    labels = get_task(settings.data.task_name).history_labels
+    labels = get_task(settings.data.task).history_labels
     answer = plan.answer_tokens(settings.model, labels, plan.UNLABELLED)
     return [plan.training_work(training, anchors, settings.prompts.max_length, answer)]
 
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     terms = terms_of(settings.privacy, folder, opt.recorded(settings))

@@ -141,7 +141,7 @@ def history_scores(stage: Stage, anchors: Sequence[Anchor]) -> list[dict]:
 
 
 def score_answers(texts: Texts, golds: list[str], answers: list[str]) -> dict[str, float]:
-    return score(with_unicode(texts.task.history_metrics, golds), answers, golds, texts.task.history_labels)
+    return score(with_unicode(texts.task.history_metrics, golds), answers, golds, texts.task.history_choices)
 
 
 def greedy_answers(stage: Stage, prompts: list[EncodedPrompt], pairs: list[Pair]) -> list[str]:
@@ -180,7 +180,7 @@ def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan."""
     training, longest = settings.training, settings.prompts.max_length
     anchors = settings.anchors_per_batch or plan.PUBLISHED_ANCHORS
-    labels = get_task(settings.data.task_name).history_labels
+    labels = get_task(settings.data.task).history_labels
     answer = plan.answer_tokens(settings.model, labels, settings.train_gen_len)
     return [
         plan.training_work(training, anchors, longest, answer),
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data, folder = settings.data, Path(settings.output_dir)
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))
     anchors = selection.training_anchors()
     secret = settings.init == "secret"

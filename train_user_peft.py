@@ -172,7 +172,7 @@ def planned(settings: Settings) -> list[Work]:
     """The largest passes, for --plan."""
     training, longest = settings.training, settings.prompts.max_length
     users = settings.users_per_batch or plan.PUBLISHED_ANCHORS
-    answer = plan.answer_tokens(settings.model, get_task(settings.data.task_name).labels, settings.decoding.max_gen_len)
+    answer = plan.answer_tokens(settings.model, get_task(settings.data.task).labels, settings.decoding.max_gen_len)
     sharers = (settings.n_sim or plan.PUBLISHED_ANCHORS) if settings.method == "mta" else 0
     merged_rank = sharers * plan.rank_of(settings.anchor_dir)
     return [
@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     if settings.model.plan:
         return plan.show(settings.model, *planned(settings))
     data = settings.data
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     users = load_test_users(data.folder, texts.task)
     pool = None
     if settings.method == "mta":

@@ -61,7 +61,7 @@ def what_is_left(settings: Settings, root: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    task, root = get_task(settings.data.task_name), Path(settings.output_dir)
+    task, root = get_task(settings.data.task), Path(settings.output_dir)
     candidates = load_candidates(settings.data.folder, task)
     places = {user.user_id: place for place, user in enumerate(candidates)}
     if settings.user not in places:

@@ -219,7 +219,7 @@ def summary(start: Start, published: list[dict], ours: list[dict]) -> dict[str, 
 
     def score_of(held: Iterable[Held]) -> float:
         answers, golds = zip(*chain.from_iterable(held), strict=True)
-        return round(score(task.metrics, answers, golds, task.labels)[metric], 4)
+        return round(score(task.metrics, answers, golds, task.choices)[metric], 4)
 
     end = score_of(user["held"] for user in published)
     scores = list(map(score_of, zip(*map(itemgetter("held"), ours), strict=True)))  # by phase, over users

@@ -70,7 +70,6 @@ def demo_records(anchors: int, count: int) -> list[list[EncodedRecord]]:
     from prime.users.data import load_users
     from prime.users.prompts import history_records
     from prime.users.tasks import get_task
-    from prime.users.templates import TEMPLATES
 
     task, folder = get_task("movie_tagging"), shapes.ROOT / "data/demo"
     encoder = Encoder(load_tokenizer(str(folder / "model")))
@@ -78,7 +77,7 @@ def demo_records(anchors: int, count: int) -> list[list[EncodedRecord]]:
     users = sorted(users, key=lambda user: -len(user.profile))[:anchors]
     by_anchor = []
     for user in users:
-        records = history_records(user, task, TEMPLATES[task.name], None, 50)[-count:]
+        records = history_records(user, task, task.templates, None, 50)[-count:]
         by_anchor.append([encoder.record(record.id, record.input, record.target) for record in records])
     return by_anchor
 

@@ -121,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def as_reproduced(settings: stage.Settings) -> stage.Settings:
     """Citation's search asks test queries, as in reproduce.sh."""
-    asked = "query" if settings.data.task_name == "citation" else "history"
+    asked = get_task(settings.data.task).fitness
     return replace(settings, fitness=replace(settings.fitness, fitness=asked))
 
 
@@ -144,12 +144,12 @@ class Watched(Population):
     def goodness(self, evaluations: Sequence[Evaluation]) -> np.ndarray:
         """The first metric of each candidate's answer to each record, higher is better: `[c, records]`."""
         task = self.setup.texts.task
-        name, labels = task.history_metrics[0], task.history_labels
+        name, choices = task.history_metrics[0], task.history_choices
         rows = []
         for evaluation in evaluations:
             answers = self.kept[key_of(evaluation.weights)]
             pairs = zip(answers, self.golds, strict=True)
-            rows.append([score([name], [answer], [gold], labels)[name] for answer, gold in pairs])
+            rows.append([score([name], [answer], [gold], choices)[name] for answer, gold in pairs])
         values = np.array(rows)
         return values if METRICS[name].higher_is_better else -values
 
@@ -303,7 +303,7 @@ def query_loss(start: demo_runs.Start, samples: Sequence[Mapping[str, str]]) -> 
     task = start.texts.task
     name = task.metrics[0]
     golds = [start.golds[sample["id"]] for sample in samples]
-    value = score([name], [sample["output"] for sample in samples], golds, task.labels)[name]
+    value = score([name], [sample["output"] for sample in samples], golds, task.choices)[name]
     return -value if METRICS[name].higher_is_better else value
 
 

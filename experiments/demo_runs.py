@@ -120,7 +120,7 @@ def start(task: str, seed: int, output_dir: Path | str) -> Start:
 def start_of(settings: stage.Settings) -> Start:
     """Load what stage 4 begins with under these settings."""
     data, search = settings.data, settings.search
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     users = load_test_users(data.folder, texts.task)
     golds = load_labels(data.folder / LABEL_FILE)
     selection = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task))

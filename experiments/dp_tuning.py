@@ -71,7 +71,7 @@ def split(user: User) -> tuple[User, User]:
 def prepared(settings: stage.Settings, engine: Engine, folder: Path) -> tuple[stage.Stage, list[User]]:
     """What anchors are trained with, in no run directory; and the anchors."""
     data = settings.data
-    texts = load_texts(data.folder, data.task_name, settings.prompts.prompt_path, settings.prompts.texts)
+    texts = load_texts(data.folder, data.task, settings.prompts.prompt_path, settings.prompts.texts)
     anchors = Selection.of(settings.anchors, data.task_name, load_candidates(data.folder, texts.task)).anchors()
     terms = terms_of(settings.privacy, folder, recorded(settings))
     return stage.Stage(settings, texts, engine, None, terms, {}), anchors

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace, task: str, seed: int, value: str) -> dict[str,
     """Stage 4 at one value for the first users, unless it ran before: statistics of each user's answers."""
     folder = demo_runs.trained(task, seed, args.output_dir)
     output = folder / "sweep" / f"{args.vary}-{value}"
-    asked = ["--fitness", "query"] if task == "citation" else []
+    asked = ["--fitness", get_task(task).fitness]
     words = [*demo_runs.search_options(task, seed, folder), *asked, *options_of(args.vary, value)]
     stage.main([*words, "--user_idxs", f"0-{args.users}", "--output_dir", str(output)])
     answers = predictions_of(read_results(output))[Cell("prime", 0, False)]

@@ -22,8 +22,19 @@ from prime.runs.files import stop_between_writes
 from prime.runs.inputs import Inputs
 from prime.runs.run import Run
 from prime.runs.workers import keep_freed_memory, limit_threads, world
-from prime.settings import BEFORE_THE_OPTION, ModelSettings, Option, build, defaults, options, published, recorded
-from prime.users.tasks import TASKS
+from prime.settings import (
+    BEFORE_THE_OPTION,
+    DataSettings,
+    ModelSettings,
+    Option,
+    build,
+    defaults,
+    options,
+    published,
+    recorded,
+)
+from prime.users.identity import task_source
+from prime.users.tasks import TASKS, get_task
 
 # No display is needed. A notebook's shell names a backend of its own, which matplotlib would not find here.
 os.environ["MPLBACKEND"] = "Agg"
@@ -67,7 +78,7 @@ def parser_of(settings_class: type, doc: str | None) -> argparse.ArgumentParser:
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         _add(groups[title], option)
-        if option.required:
+        if option.required or (option.group, option.name) == ("data", "task_name"):
             needed.append(f"{option.flag} {option.name.upper()}")
     general = parser.add_argument_group("every script")
     general.add_argument("--as_published", action="store_true", help=AS_PUBLISHED_HELP)
@@ -122,7 +133,7 @@ def _add(container: argparse._ActionsContainer, option: Option) -> None:
         return
     more: dict[str, Any] = {"dest": option.name, "help": about["help"]}
     more |= {"required": True} if option.required else {"default": _as_typed(option.default)}
-    choices = tuple(TASKS) if option.name == "task_name" else about.get("choices")
+    choices = tuple(TASKS) if (option.group, option.name) == ("data", "task_name") else about.get("choices")
     if choices:
         more["choices"] = choices
     elif about.get("parse") or option.kind in (int, float):
@@ -142,7 +153,8 @@ def check_options(settings_class: type, doc: str | None) -> None:
     Until `run`, nothing is collected: what libraries make while they load stays, and looking through it again and again
     takes a sixth of that time.
     """
-    _read(parser_of(settings_class, doc), None)
+    parser = parser_of(settings_class, doc)
+    _check_task(parser, settings_class, _read(parser, None))
     gc.disable()
 
 
@@ -155,6 +167,8 @@ def parse(settings_class: type[Settings], doc: str | None, argv: list[str] | Non
         values = parser.parse_args(argv)
         chosen = [f"{name} {getattr(values, name)}" for name in published(settings_class)]
         tell(f"as published: {', '.join(chosen) or 'the defaults'}")
+    if _check_task(parser, settings_class, values) and values.task_file:
+        values.task_name = get_task(values.task_file).name
     for name in MODELS & vars(values).keys():
         setattr(values, name, model_directory(getattr(values, name)))
     return build(settings_class, vars(values))
@@ -178,12 +192,22 @@ def _option_problem(word: str, known: list[str]) -> str:
     return f"there is no option {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 
+def _check_task(parser: argparse.ArgumentParser, settings_class: type, values: argparse.Namespace) -> bool:
+    """Whether this script works on a task, which is one: a built-in one or that of a file."""
+    needed = any(option.group == "data" for option in options(settings_class))
+    if needed and (values.task_name is None) == (values.task_file is None):
+        parser.error("one of --task_name (a built-in task) and --task_file (your own) has to be given")
+    return needed
+
+
 def open_run(settings: Any, root: Path | str, stage: str, method: str | None, inputs: Inputs, **more: Any) -> Run:
     """The run directory `root` of a stage; `more` replaces or adds to the recorded settings.
 
     A directory made before an option came was made with its default, or as `BEFORE_THE_OPTION` says. `inputs` are what
-    results depend on beside the settings; model, tokenizer and task adapter are added here.
+    results depend on beside the settings; task, model, tokenizer and task adapter are added here.
     """
+    if isinstance(data := getattr(settings, "data", None), DataSettings):
+        inputs = replace(inputs, shared={**task_source(data.task), **inputs.shared})
     if isinstance(model := getattr(settings, "model", None), ModelSettings):
         from prime.checkpoints.identity import model_sources  # the model's libraries, which some scripts do without
 

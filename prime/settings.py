@@ -267,13 +267,19 @@ def training_tokens() -> Any:
 class DataSettings:
     """Which task, and where its files lie."""
 
-    task_name: str = setting(help="task, of the table in users/tasks.py")
+    task_name: str = setting(None, "a built-in task; for one of your own give --task_file")
+    task_file: str | None = setting(None, "file of a task of your own (docs/extending.md)", neutral=True)
     data_dir: str | None = setting(None, "folder of the task's data files; default ./data/<task_name>")
     refresh: bool = setting(False, "make again what was made from files that have changed since, no more", neutral=True)
 
     @property
     def folder(self) -> Path:
         return Path(self.data_dir or f"./data/{self.task_name}")
+
+    @property
+    def task(self) -> str:
+        """What `prime.users.tasks.get_task` takes."""
+        return self.task_file or self.task_name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from prime.merging import optimizer as search
 from prime.report.sections.leakage import leakage_table
 from prime.runs.files import read_json
 from prime.runs.run import Run
-from prime.users import prompts, tasks, templates
+from prime.users import prompts, tasks
 from prime.users.data import load_users
 
 DOCS = world.ROOT / "docs"
@@ -24,8 +24,8 @@ FOLDERS = ("", "anchor_selection", "benchmarks", "data", "data/demo", "docs", "e
 PAGES = sorted(page for folder in FOLDERS for page in (world.ROOT / folder).glob("*.md"))
 
 
-def blocks(name: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
+def blocks(name: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / name).read_text(encoding="utf-8"), re.DOTALL)
 
 
 # --- README.md: a front door
@@ -103,14 +103,17 @@ def test_the_index_names_every_page() -> None:
 
 
 @pytest.fixture
-def song_genre(monkeypatch: pytest.MonkeyPatch) -> tasks.Task:
-    """The task of the page, in the tables."""
-    row, wording = blocks("extending.md")[:2]
-    (task,) = eval(row, dict(vars(tasks)))
-    monkeypatch.setitem(tasks.TASKS, task.name, task)
-    rows = eval("{" + wording + "}", dict(vars(templates)))
-    monkeypatch.setitem(templates.TEMPLATES, task.name, rows[task.name])
-    return task
+def song_genre(tmp_path: Path) -> str:
+    """The file of the page."""
+    path = tmp_path / "song_genre.json"
+    path.write_text(blocks("extending.md", "json")[0], encoding="utf-8")
+    return str(path)
+
+
+def test_every_key_of_a_task_is_told() -> None:
+    (table,) = re.findall(r"\n\| key \|.*?\n\n", (DOCS / "extending.md").read_text(encoding="utf-8"), re.DOTALL)
+    told = set(re.findall(r"`(\w+)`", table))
+    assert {*tasks.TASK_KEYS} - told == {"name"} and {"items", "guess", "habit"} <= told
 
 
 def songs(n: int = 4) -> list[dict]:
@@ -118,53 +121,55 @@ def songs(n: int = 4) -> list[dict]:
     genres = ("rock", "folk", "jazz")
     return [
         {"user_id": user, "profile": [{"id": f"{user}{i}", "lyrics": f"la {i}", "genre": genres[i]} for i in range(3)],
-         "query": [{"id": f"q{user}{i}", "input": f"Which? ] lyrics: la {i}", "gold": genres[i]} for i in range(2)]}
+         "query": [{"id": f"q{user}{i}", "input": f"la {i}", "gold": genres[i]} for i in range(2)]}
         for user in range(n)
     ]  # fmt: skip
 
 
-def test_a_task_is_a_row(song_genre: tasks.Task, tmp_path: Path) -> None:
-    """Its data loads, its records and prompts have its wording, every stage takes it, and its table is made."""
+def test_a_task_is_a_file(song_genre: str, tmp_path: Path) -> None:
+    """Its data loads, its records have its wording, and its table is made, with what is no genre in a column."""
     world.write(tmp_path / "data/test_100/user_test_100.json", songs())
-    users = load_users(tmp_path / "data/test_100/user_test_100.json", song_genre, need_queries=True, need_golds=True)
-    rows = templates.load_templates(None, song_genre)
-    assert templates.template_problems(rows, song_genre) == []
-    record = prompts.history_records(users[0], song_genre, rows, None)[0]
+    task = tasks.get_task(song_genre)
+    users = load_users(tmp_path / "data/test_100/user_test_100.json", task, need_queries=True, need_golds=True)
+    record = prompts.history_records(users[0], task, task.templates, None)[0]
     assert record.input.startswith("Choose the genre") and record.target.strip() == "rock"
-    for name in ("task_lora.py", "lora_composition_evo.py", "mia.py", "postprocess.py"):
-        (action,) = [one for one in world.parser(name)._actions if one.dest == "task_name"]
-        assert song_genre.name in action.choices
     golds = [{"id": query["id"], "output": query["gold"]} for user in songs() for query in user["query"]]
-    world.write(tmp_path / "data/test_100/user_test_100_label.json", {"task": "SONGS", "golds": golds})
-    run = Run(tmp_path / "out/song_genre/evo", "lora_composition_evo", "prime", {"task_name": song_genre.name})
+    world.write(tmp_path / "data/test_100/user_test_100_label.json", {"task": "song_genre", "golds": golds})
+    run = Run(tmp_path / "out/song_genre/evo", "lora_composition_evo", "prime", {"task_name": task.name})
     for user in users:
         answers = [{"id": query.id, "output": "rock"} for query in user.queries]
+        answers[1]["output"] = "Rock" if user.user_id == "0" else "rock"
         result = {"user_id": user.user_id, "index": int(user.user_id), "predictions": {"prime": {"k0": answers}}}
         run.finish(user.user_id, result)
-    postprocess.main(["--task_name", "song_genre", "--data_dir", str(tmp_path / "data"), "--output_dir", str(run.root)])
+    postprocess.main(["--task_file", song_genre, "--data_dir", str(tmp_path / "data"), "--output_dir", str(run.root)])
     (row,) = read_json(run.root.parent / "summary.json")["rows"]
     assert row["accuracy"]["mean"] == 0.5 and "song_genre" in (run.root.parent / "report.html").read_text()
+    assert row["outside"]["mean"] == 1 / 8 and "outside: the share" in (run.root.parent / "summary.md").read_text()
+    assert "outside" not in read_json(run.root / "eval-k0.json")
 
 
 @pytest.mark.slow
 def test_a_new_task_runs_through_the_stages(
-    song_genre: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    song_genre: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The demo's movies, called songs: no stage asks for the task's name."""
+    """The demo's movies, called songs, and asked without LaMP's words: no stage asks for the task's name."""
     source = world.build(tmp_path, "movie_tagging", test_users=2, anchors=4)
-    target = source.with_name(song_genre.name)
+    target = source.with_name("song_genre")
     source.rename(target)
     for path in target.rglob("*.json"):
         text = path.read_text().replace('"description":', '"lyrics":').replace('"tag":', '"genre":')
-        path.write_text(text.replace("] description: ", "] lyrics: "))
+        path.write_text(re.sub(r'"input": "[^"]*\] description: ', '"input": "', text))
     monkeypatch.chdir(tmp_path)
     quick = {"task_lora.py": ["--epochs", "1", "--k_list", "1"], "train_anchor_peft.py": ["--epochs", "1"],
              "history_anchor.py": ["--encoder", world.CHECKPOINT, "--k", "4"],
              "lora_composition_evo.py": ["--k_list", "1"]}  # fmt: skip
     for words in world.announcement():
         if words[0] in (*quick, "mia.py", "postprocess.py") and "LoRA-Composition" not in words[-1].split("/"):
-            world.run([*(word.replace("movie_tagging", song_genre.name) for word in words), *quick.get(words[0], [])])
-    summary = read_json(tmp_path / f"output/{song_genre.name}/summary.json")
+            words = [word.replace("movie_tagging", "song_genre") for word in words]
+            place = words.index("--task_name")
+            words[place : place + 2] = ["--task_file", song_genre]
+            world.run([*words, *quick.get(words[0], [])])
+    summary = read_json(tmp_path / "output/song_genre/summary.json")
     assert {row["method"] for row in summary["rows"]} >= {"base", "task_lora", "prime"}
 
 
@@ -178,7 +183,7 @@ def shrunk(seed: int) -> list[tuple[np.ndarray, float]]:
 
 def test_an_optimizer_is_a_registered_class() -> None:
     """It finds its way to the least loss, and the same way each time."""
-    exec(blocks("extending.md")[2], {})
+    exec(blocks("extending.md")[0], {})
     try:
         runs = [shrunk(seed) for seed in (1, 1, 2)]
     finally:
@@ -191,7 +196,7 @@ def test_an_optimizer_is_a_registered_class() -> None:
 
 def test_an_attack_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Members have no surprising token here, others do; the attack finds them, and the report has its row."""
-    function, row = blocks("extending.md")[3:5]
+    function, row = blocks("extending.md")[1:3]
     space = dict(vars(scoring))
     exec(function, space)
     ((name, attack),) = eval("{" + row + "}", space).items()

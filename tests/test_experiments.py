@@ -126,7 +126,7 @@ def test_what_protects_is_told_by_loss_relative_to_no_penalty(
     golds = ["comedy" if name == "movie_tagging" else "1"] * 4
 
     def users(answers: list[str]) -> list[dict]:
-        stats = sum_stats(METRICS[task.metrics[0]], answers, golds, task.labels)
+        stats = sum_stats(METRICS[task.metrics[0]], answers, golds, task.choices)
         attack = made_up_attack([3.0, 1.0], [2.0, 0.0])
         one = {"stats": stats, "similarity": 0.5, "deployed": "sharer", "attack": attack}
         return [one | {"user": (0, str(number))} for number in range(3)]

@@ -1,5 +1,6 @@
 """The objective: direction per task, penalty, reducers."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -71,6 +72,13 @@ def test_a_sharers_rating_that_is_no_number_is_in_the_middle_as_published() -> N
     assert alike.resemblance(["4"], ["good"]) == 1.5
     assert alike.resemblance(["bad"], ["good"]) == 2.5  # an answer that is none is at the farther end
     assert (distinct.resemblance(["4"], ["good"]), distinct.resemblance(["bad"], ["good"])) == (3, 0)
+
+
+def test_the_error_of_the_search_has_the_ends_of_the_scale() -> None:
+    ten = dataclasses.replace(RATING, scale=(0.0, 10.0))
+    objective, alike = (Objective(ten, ["8"], 0.1, "first", unknown_answers=how) for how in ("distinct", "alike"))
+    assert objective.agreement(["none"], ["8"]) == 8 and objective.agreement(["none"], ["2"]) == 8
+    assert alike.resemblance(["4"], ["none"]) == 1  # half of the highest is 5
 
 
 @pytest.mark.parametrize(("reducer", "expected"), [("mean", -0.5), ("min", -1.0), ("max", 0.0)])

@@ -40,7 +40,6 @@ from prime.runs.inputs import Inputs
 from prime.runs.run import Run, read_results, read_settings
 from prime.users.data import load_labels, load_users
 from prime.users.tasks import TASKS
-from prime.users.templates import TEMPLATES
 from tests import meta_world, tiny, world
 
 TASK = TASKS["movie_tagging"]
@@ -82,7 +81,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         user_id = candidates[place].user_id
         save_adapter(tiny.adapter(model, index), anchors.user_dir(user_id) / "adapter", "base", {"user_id": user_id})
         anchors.finish(user_id, {"user_id": user_id, "index": index, "record_ids": ["u1-1"]})
-    world.write(folder / "prompts.json", {TASK.name: TEMPLATES[TASK.name]})
+    world.write(folder / "prompts.json", {TASK.name: TASK.templates})
     settings = world.settings(["lora_composition_evo.py", *evo_argv(folder)])
     (run,) = lora_composition_evo.open_runs(replace(settings, name="prime"), folder / "output" / "evo", Inputs())
     for index, user in enumerate(tests):

@@ -11,7 +11,7 @@ import world
 import gen_profile
 from prime.errors import InputError
 from prime.users.data import BASE_FILE, CANDIDATE_FILE, TEST_FILE, load_profiles, load_users
-from prime.users.profiles import PROFILE_PROMPTS, fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
+from prime.users.profiles import fit, load_profile_prompts, main_habit, rule_profile, whole_sentences
 from prime.users.tasks import TASKS
 
 DEMO_TASKS = sorted(path.parent.name for path in world.DEMO.glob("*/user_base_LLM.json"))
@@ -52,7 +52,7 @@ def test_demo_profiles_are_the_rules_first_sentence(task: str) -> None:
     shipped = load_profiles(world.DEMO / task / "profile-id2text.json")
     for user in load_users(world.DEMO / task / "test_100" / "user_test_100.json", TASKS[task]):
         answers = [item[TASKS[task].target] for item in user.profile]
-        assert shipped[user.user_id] == main_habit(task, answers)
+        assert shipped[user.user_id] == main_habit(TASKS[task], answers)
         assert rule_profile(TASKS[task], user.profile).startswith(shipped[user.user_id])
 
 
@@ -113,7 +113,7 @@ def test_items_are_cut_to_words() -> None:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_has_a_wording_that_passes_its_own_check(task: str, write) -> None:
-    path = write("prompts.json", {task: {"profile": PROFILE_PROMPTS[task]}})
+    path = write("prompts.json", {task: {"profile": TASKS[task].profile_prompt}})
     assert load_profile_prompts(path, TASKS[task]) == load_profile_prompts(None, TASKS[task])
 
 
@@ -182,7 +182,7 @@ def test_texts_are_what_transformers_generates(here: Path) -> None:
     assert len(empty) == 1 and found[empty[0]] == ""
     for user in [user for user in users if user.profile][-3:]:
         lines = "".join(f"Movie: {item['description']} Tag: {item['tag']}\n" for item in user.profile[-3:])
-        question = PROFILE_PROMPTS["movie_tagging"].format(lines)
+        question = TASKS["movie_tagging"].profile_prompt.format(lines)
         ids = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, sanitize_control_tokens=True,
             return_tensors="pt", return_dict=False,

@@ -10,11 +10,10 @@ from prime.users.data import User, load_users
 from prime.users.holdout import Split, check_split, records_of, trained_records, trained_split
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
-from prime.users.templates import TEMPLATES
 from prime.users.texts import Texts
 
 TASK = TASKS["movie_tagging"]
-TEXTS = Texts(TASK, TEMPLATES[TASK.name], None)
+TEXTS = Texts(TASK, TASK.templates, None)
 USERS = load_users(world.DEMO / TASK.name / "user_anchor_candidate.json", TASK)
 
 

@@ -33,7 +33,7 @@ from prime.sources.placing import report_notes
 from prime.users.data import User, load_profiles, load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
-from prime.users.templates import TEMPLATES, load_templates
+from prime.users.templates import load_templates
 from tests import meta_world, tiny
 
 MOVIES = TASKS["movie_tagging"]
@@ -509,7 +509,7 @@ def test_messages_do_not_steer_a_terminal(tmp_path: Path, capsys: pytest.Capture
      "{description:{tag}}", "{}", "{__class__}", "{description"],
 )  # fmt: skip
 def test_templates_reach_the_texts_alone(template: str, tmp_path: Path) -> None:
-    table = {"movie_tagging": TEMPLATES["movie_tagging"] | {"retrieval_history": template}}
+    table = {"movie_tagging": TASKS["movie_tagging"].templates | {"retrieval_history": template}}
     (tmp_path / "p.json").write_text(json.dumps(table))
     with pytest.raises(InputError, match="retrieval_history"):
         load_templates(tmp_path / "p.json", MOVIES)
@@ -517,7 +517,7 @@ def test_templates_reach_the_texts_alone(template: str, tmp_path: Path) -> None:
 
 def test_texts_that_look_like_templates_stay_texts() -> None:
     item = {"id": "1", "description": "{tag.__class__} {0} {{", "tag": "}{"}
-    (record,) = history_records(User("u", (item,)), MOVIES, TEMPLATES["movie_tagging"], None)
+    (record,) = history_records(User("u", (item,)), MOVIES, TASKS["movie_tagging"].templates, None)
     assert "{tag.__class__} {0} {{" in record.input and record.target == " }{"
 
 

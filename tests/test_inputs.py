@@ -19,7 +19,7 @@ from prime.runs import inputs as module
 from prime.runs import machine
 from prime.runs.inputs import Inputs, Source, file_digest, folder_digest
 from prime.runs.run import Run, user_dirname
-from prime.users.templates import TEMPLATES
+from prime.users.tasks import TASKS
 
 # -- the record, without any model ----------------------------------------------------------------------------------
 
@@ -328,7 +328,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small world in which all stages have run but the last (by any name), and one in which that has, too ("mia")."""
     folder = tmp_path_factory.mktemp("made")
     world.build(folder / "evo", kills.TASK, 3, 4)
-    world.write(folder / "evo" / "prompts.json", TEMPLATES)
+    world.write(folder / "evo" / "prompts.json", {kills.TASK: dict(TASKS[kills.TASK].templates)})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder / "evo")
         for stage in kills.STAGES:

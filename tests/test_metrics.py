@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
+from prime.users.answers import ANY_TEXT, Choices
 from prime.users.metrics import (
     METRICS,
+    OUTSIDE,
     bootstrap,
     in_their_script,
     paired_bootstrap,
@@ -22,8 +24,9 @@ from prime.users.metrics import (
 )
 from prime.users.tasks import TASKS
 
-TAGS = TASKS["movie_tagging"].labels
+TAGS = TASKS["movie_tagging"].choices
 LETTERS = ("a", "b", "c", "d")
+LETTERED, STARS = Choices(LETTERS), Choices(scale=(1.0, 5.0))
 ANSWERS = st.sampled_from(["a", "b", "c", " d\n", "", "A", "unknown"])
 CHOICES = st.lists(st.tuples(ANSWERS, st.sampled_from(LETTERS)), min_size=1, max_size=30)
 SCORES = st.lists(
@@ -33,15 +36,15 @@ SCORES = st.lists(
 )
 SENTENCES = st.lists(st.sampled_from(["the", "Cat", "sat", "on", "mats", "!", "é"]), max_size=6).map(" ".join)
 TEXTS = st.lists(st.tuples(SENTENCES, SENTENCES), min_size=1, max_size=10)
-ANY = {  # pairs of predictions and the labels, per metric
-    "accuracy": (st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1), LETTERS),
-    "f1": (st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1), LETTERS),
-    "MAE": (st.lists(st.tuples(*[st.sampled_from(["1", "4", "x", "", "nan"])] * 2), min_size=1), None),
-    "RMSE": (st.lists(st.tuples(*[st.sampled_from(["1", "4", "x", "", "inf"])] * 2), min_size=1), None),
-    "rouge-1": (TEXTS, None),
-    "rouge-L": (TEXTS, None),
-    "rouge-1-unicode": (TEXTS, None),
-    "rouge-L-unicode": (TEXTS, None),
+ANY = {  # pairs of predictions and the possible answers, per metric
+    "accuracy": (st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1), LETTERED),
+    "f1": (st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1), LETTERED),
+    "MAE": (st.lists(st.tuples(*[st.sampled_from(["1", "4", "x", "", "nan"])] * 2), min_size=1), STARS),
+    "RMSE": (st.lists(st.tuples(*[st.sampled_from(["1", "4", "x", "", "inf"])] * 2), min_size=1), STARS),
+    "rouge-1": (TEXTS, ANY_TEXT),
+    "rouge-L": (TEXTS, ANY_TEXT),
+    "rouge-1-unicode": (TEXTS, ANY_TEXT),
+    "rouge-L-unicode": (TEXTS, ANY_TEXT),
 }
 
 
@@ -52,7 +55,7 @@ def split(pairs: list[tuple[str, str]]) -> tuple[list[str], list[str]]:
 @given(CHOICES)
 def test_accuracy_and_f1_are_sklearns(pairs) -> None:
     preds, golds = split(pairs)
-    found = score(["accuracy", "f1"], preds, golds, LETTERS)
+    found = score(["accuracy", "f1"], preds, golds, LETTERED)
     clean = [pred.strip() for pred in preds]
     assert found["accuracy"] == pytest.approx(accuracy_score(golds, clean), abs=1e-12)
     expected = f1_score(golds, clean, labels=list(LETTERS), average="macro", zero_division=0)
@@ -62,7 +65,7 @@ def test_accuracy_and_f1_are_sklearns(pairs) -> None:
 @given(SCORES)
 def test_errors_are_sklearns(pairs) -> None:
     preds, golds = split(pairs)
-    found = score(["MAE", "RMSE"], preds, golds, None)
+    found = score(["MAE", "RMSE"], preds, golds, STARS)
     numbers = [float(x) for x in golds], [float(x) for x in preds]
     assert found["MAE"] == pytest.approx(mean_absolute_error(*numbers), abs=1e-12)
     assert found["RMSE"] == pytest.approx(root_mean_squared_error(*numbers), abs=1e-12)
@@ -96,18 +99,52 @@ def test_unknown_answers_and_golds_are_no_key_error() -> None:
     assert found == {"accuracy": 0.0, "f1": 0.0}
     for labels in (None, ()):
         with pytest.raises(ValueError, match="f1 needs the task's list of labels"):
-            score(["f1"], ["a"], ["a"], labels)
+            score(["f1"], ["a"], ["a"], Choices(labels))
 
 
 @pytest.mark.parametrize("answer", ["", "five", "nan", "inf", "-inf", "4 stars", "1" * 300, "1e7"])
 def test_an_answer_that_is_no_number_is_the_farther_end(answer: str) -> None:
-    found = [score(["MAE", "RMSE"], [answer], [gold], None) for gold in "12345"]
+    found = [score(["MAE", "RMSE"], [answer], [gold], STARS) for gold in "12345"]
     assert [one["MAE"] for one in found] == [4, 3, 2, 3, 4]
     assert [one["RMSE"] for one in found] == [4, 3, 2, 3, 4]
 
 
 def test_two_answers_that_are_no_numbers_are_alike() -> None:
-    assert score(["MAE"], ["five", "x"], ["six", "2"], None) == {"MAE": 1.5}
+    assert score(["MAE"], ["five", "x"], ["six", "2"], STARS) == {"MAE": 1.5}
+
+
+def test_the_scale_says_what_an_unreadable_answer_costs() -> None:
+    """Of 0 to 10 the farther end of a gold 2 is 10, and of a gold 8 it is 0."""
+    ten = Choices(scale=(0, 10))
+    assert [score(["MAE"], ["??"], [gold], ten)["MAE"] for gold in ("2", "8", "7.5")] == [8, 8, 7.5]
+    with pytest.raises(ValueError, match="need the ends of the task's scale"):
+        score(["MAE"], ["3"], ["4"], None)
+
+
+def test_case_counts_unless_the_task_says_that_it_does_not() -> None:
+    preds, golds = [" Rock\n", "ROCK", "folk", "Funk"], ["rock", "folk", "folk", "folk"]
+    strict, lenient = Choices(("rock", "folk")), Choices(("rock", "folk"), ignore_case=True)
+    assert score(["accuracy"], preds, golds, strict) == {"accuracy": 0.25}
+    assert score(["accuracy"], preds, golds, lenient) == {"accuracy": 0.5}
+    lower = score(["f1"], [pred.strip().lower() for pred in preds], golds, strict)
+    assert score(["f1"], preds, golds, lenient) == lower
+
+
+@pytest.mark.parametrize(
+    ("choices", "outside"),
+    [
+        (ANY_TEXT, []),
+        (LETTERED, ["A", "5", "", "x"]),
+        (Choices(LETTERS, ignore_case=True), ["5", "", "x"]),
+        (STARS, [" a\n", "A", "", "x"]),
+        (Choices(("6", "7"), (6, 7)), [" a\n", "A", "5", "", "x"]),
+    ],
+)
+def test_answers_outside_are_counted(choices: Choices, outside: list[str]) -> None:
+    answers = [" a\n", "A", "5", "", "x"]
+    assert [answer for answer in answers if choices.outside(answer)] == outside
+    counted = sum_stats(OUTSIDE, answers, answers, choices)
+    assert OUTSIDE.finish(counted) == len(outside) / len(answers)
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -143,12 +180,12 @@ def test_directions() -> None:
 
 
 def test_surrounding_whitespace_does_not_count() -> None:
-    found = score(["accuracy", "f1", "MAE"], [" 4\n"], ["4 "], ("4",))
+    found = score(["accuracy", "f1", "MAE"], [" 4\n"], ["4 "], Choices(("4",), (1, 5)))
     assert found == {"accuracy": 1.0, "f1": 1.0, "MAE": 0.0}
 
 
 def test_no_samples_is_nan() -> None:
-    assert all(math.isnan(score([name], [], [], LETTERS)[name]) for name in METRICS)
+    assert all(math.isnan(score([name], [], [], Choices(LETTERS, (1, 5)))[name]) for name in METRICS)
 
 
 def test_unequal_lengths_are_refused() -> None:

@@ -21,6 +21,7 @@ from prime.bank.lora import Adapter, merge, norm
 from prime.errors import InputError
 from prime.merging.own_merge import Merging, Question
 from prime.runs.files import read_json
+from prime.users.answers import ANY_TEXT
 from prime.users.metrics import METRICS
 from prime.users.own_metric import own_metric
 from prime.users.pairs import Pair, read_pairs
@@ -198,7 +199,7 @@ def test_the_metrics_are_plain_ones() -> None:
 
     def scored(name: str) -> float:
         metric = own_metric(name, "mine.jsonl", pairs)
-        rows = [metric.stats(answer, gold, None) for answer, gold in zip(answers, golds, strict=True)]
+        rows = [metric.stats(answer, gold, ANY_TEXT) for answer, gold in zip(answers, golds, strict=True)]
         return float(metric.finish(np.sum(rows, axis=0)))
 
     assert scored("mae") == pytest.approx((0 + 1.5 + 4 + 4) / 4)  # the ends are 1 and 5: the pairs' own
@@ -324,7 +325,7 @@ def test_a_function_that_fails_is_named(inside: Path) -> None:
     pairs = read_pairs("mine.jsonl")
     metric = own_metric("failing:ratio", "mine.jsonl", pairs)
     with pytest.raises(InputError, match="--metric failing:ratio: ZeroDivisionError: .*for the prediction 'a'"):
-        metric.stats("a", "b", None)
+        metric.stats("a", "b", ANY_TEXT)
 
 
 def test_what_is_only_doubtful_is_told(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:

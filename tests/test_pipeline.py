@@ -29,7 +29,6 @@ from prime.settings import FitnessSettings, SamplingSettings, SearchSettings
 from prime.users.data import load_users
 from prime.users.prompts import history_records
 from prime.users.tasks import TASKS
-from prime.users.templates import TEMPLATES
 from prime.users.texts import Texts, asked_as_queries, load_test_users, load_texts
 from tests import tiny
 
@@ -134,7 +133,7 @@ def test_fitness_by_queries_finds_the_same_where_history_and_test_ask_the_same(i
 
 
 def test_fitness_by_queries_counts_records_and_metrics_of_the_test() -> None:
-    texts = asked_as_queries(world.DEMO / "citation", Texts(TASKS["citation"], TEMPLATES["citation"], None))
+    texts = asked_as_queries(world.DEMO / "citation", Texts(TASKS["citation"], TASKS["citation"].templates, None))
     assert texts.task.history_metrics == ("accuracy", "f1") and texts.task.history_labels == ("[1]", "[2]")
     user = load_users(world.DEMO / "citation/test_100/user_test_100.json", texts.task)[0]
     fitness = FitnessSettings(fitness="query")

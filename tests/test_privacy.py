@@ -34,7 +34,6 @@ from prime.settings import PrivacySettings, TrainingSettings
 from prime.users.data import User
 from prime.users.prompts import history_records
 from prime.users.tasks import get_task
-from prime.users.templates import TEMPLATES
 from tests import tiny
 
 KEY = bytes(range(32))
@@ -167,7 +166,7 @@ def test_without_quoting_an_item_is_in_its_own_record_only() -> None:
     for left_out in range(6):
         others = tuple(item for item in items if item["id"] != str(left_out))
         whole, rest = (
-            history_records(User("u", own), task, TEMPLATES[task.name], "likes films", quoting=False)
+            history_records(User("u", own), task, task.templates, "likes films", quoting=False)
             for own in (items, others)
         )
         assert [record for record in whole if record.id != f"uu-{left_out}"] == rest

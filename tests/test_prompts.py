@@ -11,7 +11,7 @@ from prime.errors import InputError
 from prime.users.data import Query, User, first_words, load_users
 from prime.users.prompts import Prompt, Record, history_records, query_records, task_records, test_prompts
 from prime.users.tasks import TASKS, get_task
-from prime.users.templates import TEMPLATES, load_templates
+from prime.users.templates import load_templates
 
 TAGS = (
     "sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, psychology, fantasy, "
@@ -146,7 +146,7 @@ def movie_user(*texts: str, tags: tuple[str, ...] = ()) -> User:
 
 
 def movies(user: User, profile_text: str | None = "p", **options) -> list[Record]:
-    return history_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], profile_text, **options)
+    return history_records(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, profile_text, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -177,16 +177,16 @@ def test_prompts_of_the_test(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_task_records(name: str) -> None:
     task, user, (_, _, prompt, gold) = TASKS[name], make_user(name), EXPECTED[name]
-    (record,) = task_records(user, task, TEMPLATES[name], "likes {0} rain")
+    (record,) = task_records(user, task, TASKS[name].templates, "likes {0} rain")
     assert record.id == "uu/7-qq9" and record.target == f" {gold}"
-    (asked,) = test_prompts(user, task, TEMPLATES[name], 1, "likes {0} rain")
+    (asked,) = test_prompts(user, task, TASKS[name].templates, 1, "likes {0} rain")
     assert record.input == asked.text and record.input.endswith(prompt)
-    (bare,) = task_records(user, task, TEMPLATES[name], None)
+    (bare,) = task_records(user, task, TASKS[name].templates, None)
     assert bare.input.startswith("### User Profile:\n\n\n### User History:\n")
 
 
 def asked(name: str, others=(), seed: int = 0, **options) -> list[Record]:
-    return query_records(make_user(name), TASKS[name], TEMPLATES[name], others, random.Random(seed), **options)
+    return query_records(make_user(name), TASKS[name], TASKS[name].templates, others, random.Random(seed), **options)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("citation", "tweet_paraphrase")])
@@ -236,13 +236,13 @@ def test_inputs_are_not_changed(name: str) -> None:
 def test_asked_at_test_as_learned_from_history() -> None:
     user = movie_user("alpha beta")
     (record,) = movies(user)
-    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 0, None)
+    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, 0, None)
     assert record.input == prompt.text
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_space_before_the_answer(name: str) -> None:
-    rows = TEMPLATES[name]
+    rows = TASKS[name].templates
     assert all(rows[key] == rows[key].rstrip() for key in ("prompt", "OPPU_input"))
     assert rows["full_prompt"] == rows["prompt"] + " {}"
     assert rows["OPPU_full"] == rows["OPPU_input"] + f" {{{TASKS[name].target}}}"
@@ -285,15 +285,15 @@ def test_texts_are_kept_as_they_are() -> None:
     assert f"### User History:\nMovie: {CODE} Tag: a\n b \n" in records[2].input
     user = User("7", movie_user(CODE).profile, (Query("q", f"] description: {CODE}", "x"),))
     for text in (
-        test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)[0].text,
-        task_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], None)[0].input,
+        test_prompts(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, 1, None)[0].text,
+        task_records(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, None)[0].input,
     ):
         assert text.count(CODE) == 2
 
 
 def test_what_is_retrieved_is_cut_to_368_words_between_which_all_stays() -> None:
     text = CODE + LONG  # six words and more
-    (prompt,) = test_prompts(movie_user(text), TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 1, None)
+    (prompt,) = test_prompts(movie_user(text), TASKS["movie_tagging"], TASKS["movie_tagging"].templates, 1, None)
     kept = first_words(text, 368)
     assert f"Movie: {kept} Tag: comedy\n" in prompt.text and kept == text[: text.index(" w362 ")]
     assert first_words(CODE, 6) == CODE == first_words(CODE, 99)
@@ -315,29 +315,29 @@ def test_published_texts_have_single_spaces_and_768_words(write) -> None:
     (user,) = load_users(path, task, need_queries=True)
     spaced = " ".join(f"{CODE}{LONG}".split())
     whole, cut, short = spaced, " ".join(spaced.split()[:768]), " ".join(spaced.split()[:368])
-    records = history_records(user, task, TEMPLATES["movie_tagging"], None)
+    records = history_records(user, task, TASKS["movie_tagging"].templates, None)
     assert records[0].input.endswith(f"\nMovie: {cut} Tag:") and records[0].target.endswith(" w764 w765")
     assert f"Movie: {short} Tag: a b w0 " in records[2].input and whole not in records[2].input
-    (record,) = task_records(user, task, TEMPLATES["movie_tagging"], None)
+    (record,) = task_records(user, task, TASKS["movie_tagging"].templates, None)
     assert record.input.endswith(f"\nMovie: {cut} Tag:")
-    (prompt,) = test_prompts(user, task, TEMPLATES["movie_tagging"], 0, None)
+    (prompt,) = test_prompts(user, task, TASKS["movie_tagging"].templates, 0, None)
     assert prompt.text.endswith(f"\nMovie: {CODE}{LONG} Tag:")  # as published, test articles are whole
 
 
 def test_k_items_best_first() -> None:
     user = movie_user("gamma", "alpha beta", "beta", "delta", "eps", "zeta", "eta")
-    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 3, None)
+    (prompt,) = test_prompts(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, 3, None)
     head = "### User History:\nMovie: alpha beta Tag: comedy\nMovie: beta Tag: comedy\nMovie: eta Tag: comedy\n\n\n"
     assert prompt.text.startswith(head)
-    (everything,) = test_prompts(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], 99, None)
+    (everything,) = test_prompts(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, 99, None)
     assert everything.text.count("Tag: comedy\n") == 7
 
 
 def test_nothing_to_retrieve_leaves_no_header() -> None:
     user, task = movie_user(), TASKS["movie_tagging"]
-    (plain,) = test_prompts(user, task, TEMPLATES["movie_tagging"], 0, None)
-    assert test_prompts(user, task, TEMPLATES["movie_tagging"], 4, None) == [plain]
-    (record,) = task_records(user, task, TEMPLATES["movie_tagging"], "p")
+    (plain,) = test_prompts(user, task, TASKS["movie_tagging"].templates, 0, None)
+    assert test_prompts(user, task, TASKS["movie_tagging"].templates, 4, None) == [plain]
+    (record,) = task_records(user, task, TASKS["movie_tagging"].templates, "p")
     assert record.input == "### User Profile:\np\n\n" + plain.text
     assert movies(user) == []
 
@@ -349,13 +349,13 @@ def test_without_profile_text_the_second_record_has_an_empty_one() -> None:
 
 def test_query_without_its_words() -> None:
     user = User("7", (), (Query("q", "just this text", "x"),))
-    (prompt,) = test_prompts(user, TASKS["news_headline"], TEMPLATES["news_headline"], 0, None)
+    (prompt,) = test_prompts(user, TASKS["news_headline"], TASKS["news_headline"].templates, 0, None)
     assert prompt.text.endswith("\nArticle: just this text Headline:")
     with pytest.raises(InputError, match="user 7: query q: no title and two options"):
-        test_prompts(user, TASKS["citation"], TEMPLATES["citation"], 0, None)
+        test_prompts(user, TASKS["citation"], TASKS["citation"].templates, 0, None)
 
 
 def test_training_needs_gold() -> None:
     user = User("7", (), (Query("q", INPUTS["movie_tagging"], None),))
     with pytest.raises(InputError, match="user 7: query q: no field 'gold'"):
-        task_records(user, TASKS["movie_tagging"], TEMPLATES["movie_tagging"], "p")
+        task_records(user, TASKS["movie_tagging"], TASKS["movie_tagging"].templates, "p")

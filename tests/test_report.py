@@ -83,7 +83,8 @@ def test_scores_carry_intervals(output):
     prime = row(rows, "prime")["accuracy"]
     assert prime["mean"] == pytest.approx((2 * 2 + 4 * 3) / 24)
     assert prime["low"] < prime["mean"] < prime["high"]
-    columns = {*LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient"}
+    assert row(rows, "prime")["outside"]["mean"] == pytest.approx(1 - prime["mean"])  # all wrong answers are unknown
+    columns = {*LEAKAGE, "seconds_per_user", "bytes_per_user", "gradient", "outside"}
     assert set(row(rows, "prime")) == {"method", "k", "profile", "accuracy", "f1"} | columns
 
 

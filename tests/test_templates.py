@@ -8,16 +8,16 @@ from prime.errors import InputError
 from prime.users.data import Query, User
 from prime.users.prompts import Record, history_records, task_records
 from prime.users.tasks import TASKS
-from prime.users.templates import KEYS, TEMPLATES, load_templates
+from prime.users.templates import KEYS, load_templates
 
 
 def templates(name: str = "movie_tagging", **changes: object) -> dict[str, object]:
-    return {name: TEMPLATES[name] | changes}
+    return {name: TASKS[name].templates | changes}
 
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_own_templates_pass_the_check(write, name: str) -> None:
-    assert load_templates(write("t.json", templates(name)), TASKS[name]) == TEMPLATES[name]
+    assert load_templates(write("t.json", templates(name)), TASKS[name]) == TASKS[name].templates
 
 
 def test_file_replaces_the_wording(write) -> None:
@@ -62,7 +62,7 @@ BAD: list[tuple[dict[str, object], str]] = [
     ({"full_prompt": "other {} {}"}, "key 'full_prompt': must begin with 'prompt' and add the answer"),
     ({"OPPU_full": "other {tag}"}, "key 'OPPU_full': must begin with 'OPPU_input' and add the answer"),
     (
-        {"OPPU_full": TEMPLATES["movie_tagging"]["OPPU_input"]},
+        {"OPPU_full": TASKS["movie_tagging"].templates["OPPU_input"]},
         "key 'OPPU_full': must begin with 'OPPU_input' and add the answer",
     ),
     ({"prompt": None}, "key 'prompt': not a text"),

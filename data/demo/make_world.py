@@ -23,6 +23,7 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, from anywhere
 
 from prime.users.profiles import main_habit
+from prime.users.tasks import TASKS
 
 SEED = 20251104
 ARCHETYPES = 6
@@ -359,7 +360,7 @@ def make_user(task: str, split: str, index: int) -> tuple[dict, str]:
     user = {"user_id": user_id,
             "profile": [{"id": f"{user_id}{i:02d}", **world.item(e)} for i, e in enumerate(events[:items])],
             "query": [query(task, e, f"{user_id}{items + i:02d}", dice) for i, e in enumerate(events[items:])]}
-    return user, main_habit(task, [e.answer for e in events[:items]])
+    return user, main_habit(TASKS[task], [e.answer for e in events[:items]])
 
 
 def files(task: str) -> dict[str, object]:

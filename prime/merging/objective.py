@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from prime.users.metrics import METRICS, in_their_script, number, score
-from prime.users.tasks import Task
+from prime.users.answers import Choices, number
+from prime.users.metrics import METRICS, in_their_script, score
+from prime.users.task import Task
 
 Answers = Sequence[str]
 
@@ -79,7 +80,7 @@ class Objective:
         """The task's history metrics of answers against reference, reduced to one number; 0 without any record."""
         if not reference:
             return 0.0
-        values = score(self.metrics, answers, reference, self.task.history_labels)
+        values = score(self.metrics, answers, reference, self.task.history_choices)
         return self.reduce_metrics(list(values.values()))
 
     def resemblance(self, answers: Answers, sharer: Answers) -> float:
@@ -118,19 +119,20 @@ class Objective:
 
 def as_published(task: Task, answers: Answers, sharer: Answers) -> tuple[Answers, Answers]:
     """Both sides as the published similarity reads them: all texts outside the labels are one class, and a sharer's
-    rating that is no number is a 2.5. Answers against golds are read alike either way.
+    rating that is no number is a 2.5, half of the highest. Answers against golds are read alike either way.
     """
-    if "MAE" in task.history_metrics:
-        return answers, [text if number(text) is not None else "2.5" for text in sharer]
-    labels = task.history_labels
-    if labels is None:
+    choices = task.history_choices
+    if choices.scale is not None:
+        middle = f"{choices.scale[1] / 2:g}"
+        return answers, [text if number(text) is not None else middle for text in sharer]
+    if choices.labels is None:
         return answers, sharer
-    return [known(text, labels) for text in answers], [known(text, labels) for text in sharer]
+    return [known(text, choices) for text in answers], [known(text, choices) for text in sharer]
 
 
-def known(text: str, labels: Answers) -> str:
+def known(text: str, choices: Choices) -> str:
     """The label that a text is, or "": no label's class."""
-    return text.strip() if text.strip() in labels else ""
+    return choices.label(text) or ""
 
 
 def score_by_likelihood(logprobs: Sequence[Tensor], weights: Tensor) -> Score:

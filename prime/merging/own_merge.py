@@ -78,11 +78,11 @@ class Question:
 
     def scores(self, answers: Sequence[str]) -> dict[str, dict[str, float]]:
         """Of answers to all pairs: mean and interval on those searched by and on those held out."""
-        labels = self.texts.task.history_labels
+        choices = self.texts.task.history_choices
         parts: dict[str, list] = {"searched_by": [], "held_out": []}
         for place, (answer, gold) in enumerate(zip(answers, self.golds, strict=True)):
             part = "held_out" if place in self.held_out else "searched_by"
-            parts[part].append(self.metric.stats(answer, gold, labels))
+            parts[part].append(self.metric.stats(answer, gold, choices))
         return {part: bootstrap(np.array(rows), self.metric.finish)._asdict() for part, rows in parts.items()}
 
 

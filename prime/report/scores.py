@@ -14,7 +14,7 @@ import numpy as np
 from prime.report.predictions import Sample, predictions_of, setting_of
 from prime.runs.files import write_json
 from prime.runs.run import read_results, read_settings
-from prime.users.metrics import METRICS, bootstrap, paired_bootstrap, score, sum_stats
+from prime.users.metrics import METRICS, OUTSIDE, bootstrap, paired_bootstrap, score, sum_stats
 from prime.users.tasks import Task
 
 Stats = dict[str, np.ndarray]  # metric -> [u, s], or [s] of one user
@@ -28,7 +28,7 @@ def user_stats(task: Task, by_user: Mapping[str, Sequence[Sample]], golds: Mappi
 def _stats(task: Task, samples: Sequence[Sample], golds: Mapping[str, str]) -> Stats:
     answers = [sample["output"] for sample in samples]
     right = [golds[sample["id"]] for sample in samples]
-    return {metric: sum_stats(METRICS[metric], answers, right, task.labels) for metric in task.metrics}
+    return {metric: sum_stats(METRICS[metric], answers, right, task.choices) for metric in task.metrics}
 
 
 def stack(stats: Mapping[str, Stats], users: Sequence[str]) -> Stats:
@@ -42,6 +42,15 @@ def stack(stats: Mapping[str, Stats], users: Sequence[str]) -> Stats:
 def metric_intervals(task: Task, stats: Stats) -> dict[str, dict[str, float]]:
     """Each metric with its 95 % interval from resampling users."""
     return {metric: bootstrap(stats[metric], METRICS[metric].finish)._asdict() for metric in task.metrics}
+
+
+def outside_share(task: Task, by_user: Mapping[str, Sequence[Sample]], users: Sequence[str]) -> dict[str, float]:
+    """The share of these users' answers that are no label, or no number on the scale, with its interval."""
+    stats = []
+    for user in users:
+        answers = [sample["output"] for sample in by_user[user]]
+        stats.append(sum_stats(OUTSIDE, answers, answers, task.choices))
+    return bootstrap(np.stack(stats), OUTSIDE.finish)._asdict()
 
 
 def paired_comparison(task: Task, ours: Stats, reference: Stats) -> dict[str, Any]:
@@ -85,6 +94,6 @@ def write_stage_files(stage_dir: Path, task: Task, golds: Mapping[str, str]) -> 
         right = [golds[sample["id"]] for sample in samples]
         output, evaluation = (stage_dir / f"{kind}-{setting_of(cell)}.json" for kind in ("output", "eval"))
         write_json(output, {"task": task.lamp, "golds": samples})
-        write_json(evaluation, score(task.metrics, answers, right, task.labels))
+        write_json(evaluation, score(task.metrics, answers, right, task.choices))
         written += [output, evaluation]
     return written

@@ -12,7 +12,7 @@ from prime.attack.scoring import PUBLISHED_ATTACK
 from prime.report.methods import BLIND_ROWS, METHODS, PERSONALISING, REFERENCE
 from prime.report.predictions import Cell, CellPredictions, setting_of
 from prime.report.remarks import remarks
-from prime.report.scores import metric_intervals, paired_comparison, stack, user_stats
+from prime.report.scores import metric_intervals, outside_share, paired_comparison, stack, user_stats
 from prime.runs.forms import MIA_SUMMARY, read_form
 from prime.runs.run import read_results, read_settings, user_dirname
 from prime.users.metrics import METRICS
@@ -47,10 +47,15 @@ def build_summary(
         present[cell.method] = min(present.get(cell.method, len(expected)), len(present_users))
         users = compared[setting_of(cell)] or present_users
         rows.append(cell._asdict() | metric_intervals(task, stack(by_user, users)) | about[cell.method])
+        if task.choices.limited:
+            rows[-1]["outside"] = outside_share(task, predictions[cell], users)
         reference = stats.get(Cell(REFERENCE, cell.k, cell.profile), {})
         common = [user for user in users if user in reference]
         if common and cell.method != REFERENCE:
             paired.append(cell._asdict() | paired_comparison(task, stack(by_user, common), stack(reference, common)))
+    if not any(row.get("outside", {}).get("mean") for row in rows):  # the column is there where it tells something
+        for row in rows:
+            row.pop("outside", None)
     return {
         "task": task.name,
         "rows": rows,
@@ -161,6 +166,11 @@ def not_attacked(summary: Mapping[str, Any]) -> list[str]:
     """Methods with a run of their own, which merge or train and whose attack is not there."""
     own = [row["method"] for row in leading(summary) if row["auroc"] is None and row["bytes_per_user"] is not None]
     return [method for method in own if method not in METHODS or METHODS[method].members != "none"]
+
+
+def any_outside(summary: Mapping[str, Any]) -> bool:
+    """Whether some answers are no label, or no number on the scale."""
+    return "outside" in summary["rows"][0]
 
 
 def partial_methods(summary: Mapping[str, Any]) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from prime.report.methods import REFERENCE, place
 from prime.report.predictions import Cell
 from prime.report.scores import gain_of_reference
-from prime.report.summary import LEAKAGE, leading, metric_names, not_attacked, partial_methods
+from prime.report.summary import LEAKAGE, any_outside, leading, metric_names, not_attacked, partial_methods
 from prime.report.tables import Estimate, aligned, interval_text, markdown
 from prime.runs.files import write_json, write_text
 from prime.users.metrics import METRICS
@@ -18,6 +18,7 @@ from prime.users.metrics import METRICS
 LEAKAGE_TITLES = dict(zip(
     LEAKAGE, ("AUROC", "AUROC, blind", "controlled AUROC", "controlled, blind"), strict=True
 ))  # fmt: skip
+OUTSIDE_NOTE = "outside: the share of answers that are none of the labels, or no number on the scale."
 CONTROLLED_NOTE = "controlled: the same attack, records that the sharers trained on against their held-out ones."
 
 
@@ -58,13 +59,15 @@ def score_tables(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def table_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and body: method, setting, metrics with intervals, and what prime gains over the row."""
     metrics = metric_names(summary)
-    header = ["method", "k", "profile", *metrics, f"{REFERENCE}'s gain", "better/equal/worse"]
+    outside = ["outside"] * any_outside(summary)
+    header = ["method", "k", "profile", *metrics, *outside, f"{REFERENCE}'s gain", "better/equal/worse"]
     pairs = {Cell(pair["method"], pair["k"], pair["profile"]): pair for pair in summary["paired"]}
     body = []
     for row in summary["rows"]:
         pair = pairs.get(Cell(row["method"], row["k"], row["profile"]))
         counts = f"{pair['worse']}/{pair['equal']}/{pair['better']}" if pair else "-"
         values = [interval_text(row[metric]) for metric in metrics]
+        values += [f"{row[share]['mean']:.3f}" for share in outside]
         gain = interval_text(gain_of_reference(pair, metrics[0]) if pair else None, sign="+")
         profile = "yes" if row["profile"] else "no"
         body.append([row["method"], str(row["k"]), profile, *values, gain, counts])
@@ -114,6 +117,7 @@ def notes(summary: Mapping[str, Any]) -> str:
         *summary["remarks"],
         f"Better: {', '.join(directions)}. Brackets: 95 % intervals from resampling users.",
         f"{REFERENCE}'s gain: how much better its {metrics[0]} is; better/equal/worse: users, with {REFERENCE}.",
+        *([OUTSIDE_NOTE] if any_outside(summary) else []),
         f"AUROC of attack {summary['auroc_attack']}.",
         *([CONTROLLED_NOTE] if held_out(summary) else []),
         "seconds/user: to search, compose or train, the share of each of those trained together; without predicting. "

@@ -17,7 +17,7 @@ from typing import Any
 
 from prime.errors import InputError, harmless
 from prime.runs.files import json_type, read_json
-from prime.users.tasks import Task, extract
+from prime.users.task import Task, extract
 
 # The largest file of users, labels or profiles that is read. LaMP's, as processed, stay below 1 GB; parsed, JSON takes
 # five to twenty times its size in memory.
@@ -146,6 +146,8 @@ def _check_there(path: Path, task: Task) -> None:
         return
     if (folder / task.name / path.relative_to(folder)).exists():
         raise InputError(f"{path}: no such file; give --data_dir {folder / task.name}, where there is one")
+    if task.lamp == task.name:
+        raise InputError(f"{path}: no such file; prepare_data.py --table makes it of a table (docs/data.md)")
     command = f"python prepare_data.py --task_name {task.name} --lamp_dir DIR --output_dir {folder}"
     raise InputError(f"{path}: no such file; from the official LaMP files this makes it: {command}")
 
@@ -252,14 +254,14 @@ class _Checker:
         return Query(query_id, text, gold)
 
     def _unextractable(self, where: str, user_id: str, query_id: str) -> None:
-        if self.task.marker:
+        if not self.task.two_options:
             self.unmarked.append(f"user {user_id} query {query_id}")
         else:
             self.problems.append(f"{where}: field 'input' does not hold a title and the options [1] and [2]")
 
     def warn(self) -> None:
         """Report what real files hold and what is used as it is, once per file."""
-        marker = (self.task.marker or "").strip()
+        marker = self.task.marker.strip()
         self._warn(self.unmarked, f"queries do not hold '{marker}', their whole input is taken as the text")
         self._warn(self.repeated, "item ids are used more than once in a history, all of those items are used")
 

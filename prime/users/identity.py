@@ -1,4 +1,4 @@
-"""Users and the wording of prompts by their content, as a run records what it read (`prime.runs.inputs`)."""
+"""Tasks, users and the wording of prompts by their content, as a run records what it read (`prime.runs.inputs`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,17 @@ from typing import Any
 
 from prime.runs.inputs import PLACE, Source, digest_of
 from prime.users.data import PROFILE_FILE, User
+from prime.users.tasks import get_task
 from prime.users.texts import Texts
 
 
+def task_source(name: str) -> dict[str, Source]:
+    """A task, given as `get_task` takes it, without its wording."""
+    return {"task": Source(digest_of(get_task(name).content()), name)}
+
+
 def wording(templates: Mapping[str, str], prompt_path: str | None) -> dict[str, Source]:
-    return {"templates": Source(digest_of(dict(templates)), prompt_path or "the built-in wording")}
+    return {"templates": Source(digest_of(dict(templates)), prompt_path or "the task's wording")}
 
 
 def user_sources(

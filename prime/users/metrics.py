@@ -2,7 +2,7 @@
 
 Each sample gives a short vector of statistics, and the sum of the vectors of any samples gives their score:
 `finish(sum of stats)`. So resampling users is a matrix product. Texts are stripped of surrounding whitespace before
-they are compared. The same functions measure similarity, where both sides are predictions: all are symmetric.
+they are compared. The same functions measure similarity, where both sides are predictions: all scores are symmetric.
 
 Letters: `u` users, `s` statistics of a metric, `n` resamples.
 """
@@ -19,10 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-LOWEST, HIGHEST = 1.0, 5.0  # the scale of LaMP-3
-LIMIT = 1e6  # a larger "score" is no answer but a text of digits that did not end
+from prime.users.answers import ANY_TEXT, Choices, number
 
-Labels = Sequence[str] | None
 Finish = Callable[[np.ndarray], np.ndarray]
 
 
@@ -36,27 +34,33 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """`stats(pred, gold, labels)` -> [s] of a sample; `finish(sums [..., s])` -> scores [...], NaN without samples."""
+    """`stats(pred, gold, choices)` -> [s] of a sample; `finish(sums [..., s])` -> scores [...], NaN without samples."""
 
     name: str
     higher_is_better: bool
-    stats: Callable[[str, str, Labels], np.ndarray]
+    stats: Callable[[str, str, Choices], np.ndarray]
     finish: Finish
 
 
-def score(names: Iterable[str], preds: Sequence[str], golds: Sequence[str], labels: Labels) -> dict[str, float]:
-    """The named metrics over pairs of prediction and gold; NaN if there are none."""
+def score(
+    names: Iterable[str], preds: Sequence[str], golds: Sequence[str], choices: Choices | None = None
+) -> dict[str, float]:
+    """The named metrics over pairs of prediction and gold; NaN if there are none.
+
+    Args:
+        choices: the task's possible answers. F1 needs its labels, an error its scale; None: any text.
+    """
     scores = {}
     for name in names:
         metric = METRICS[name]
-        scores[name] = float(metric.finish(sum_stats(metric, preds, golds, labels)))
+        scores[name] = float(metric.finish(sum_stats(metric, preds, golds, choices or ANY_TEXT)))
     return scores
 
 
-def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], labels: Labels) -> np.ndarray:
+def sum_stats(metric: Metric, preds: Sequence[str], golds: Sequence[str], choices: Choices) -> np.ndarray:
     """[s] summed over pairs: a user's row for `bootstrap`."""
-    rows = [metric.stats(pred, gold, labels) for pred, gold in zip(preds, golds, strict=True)]
-    return sum(rows[1:], start=rows[0]) if rows else np.zeros_like(metric.stats("", "", labels))
+    rows = [metric.stats(pred, gold, choices) for pred, gold in zip(preds, golds, strict=True)]
+    return sum(rows[1:], start=rows[0]) if rows else np.zeros_like(metric.stats("", "", choices))
 
 
 def bootstrap(stats_by_user: np.ndarray, finish: Finish, n: int = 2000, seed: int = 0) -> Interval:
@@ -98,16 +102,17 @@ def percentile_interval(point: float | np.ndarray, resampled: np.ndarray) -> Int
     return Interval(float(point), float(low), float(high))
 
 
-def _accuracy_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _accuracy_stats(pred: str, gold: str, choices: Choices) -> np.ndarray:
     """[equal, 1]. An answer outside the labels equals no gold, so it is wrong without looking at them."""
-    return np.array([float(pred.strip() == gold.strip()), 1.0])
+    return np.array([float(choices.plain(pred) == choices.plain(gold)), 1.0])
 
 
-def _f1_stats(pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _f1_stats(pred: str, gold: str, choices: Choices) -> np.ndarray:
     """[hits, false alarms, misses per label, 1], length 3 x labels + 1. Unknown texts are no label's."""
-    if not labels:
+    if not choices.labels:
         raise ValueError("f1 needs the task's list of labels")
-    pred, gold = pred.strip(), gold.strip()
+    pred, gold = choices.plain(pred), choices.plain(gold)
+    labels = [choices.plain(label) for label in choices.labels]
     predicted = np.array([label == pred for label in labels])
     true = np.array([label == gold for label in labels])
     return np.concatenate([predicted & true, predicted & ~true, true & ~predicted, [True]]).astype(float)
@@ -121,16 +126,7 @@ def _finish_f1(sums: np.ndarray) -> np.ndarray:
     return np.where(sums[..., -1] > 0, f1, np.nan)
 
 
-def number(text: str) -> float | None:
-    """The number that a text is; None: no number, or none that could be a rating."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if abs(value) <= LIMIT else None  # also refuses nan and inf
-
-
-def _distance(pred: str, gold: str) -> float:
+def _distance(pred: str, gold: str, scale: tuple[float, float]) -> float:
     """|pred - gold|, where a side that is no number counts as the end of the scale farther from the other.
 
     That is the published rule for predictions. Two sides that are no numbers are alike, at distance 0: only
@@ -140,15 +136,22 @@ def _distance(pred: str, gold: str) -> float:
     if a is not None and b is not None:
         return abs(a - b)
     known = b if a is None else a
-    return 0.0 if known is None else max(abs(known - LOWEST), abs(known - HIGHEST))
+    return 0.0 if known is None else max(abs(known - scale[0]), abs(known - scale[1]))
 
 
-def _error_stats(power: int, pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _error_stats(power: int, pred: str, gold: str, choices: Choices) -> np.ndarray:
     """[error ** power, 1]."""
-    return np.array([_distance(pred, gold) ** power, 1.0])
+    if choices.scale is None:
+        raise ValueError("MAE and RMSE need the ends of the task's scale")
+    return np.array([_distance(pred, gold, choices.scale) ** power, 1.0])
 
 
-def _rouge_stats(kind: str, unicode: bool, pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _outside_stats(pred: str, gold: str, choices: Choices) -> np.ndarray:
+    """[outside, 1]."""
+    return np.array([float(choices.outside(pred)), 1.0])
+
+
+def _rouge_stats(kind: str, unicode: bool, pred: str, gold: str, choices: Choices) -> np.ndarray:
     """[F, 1]."""
     return np.array([_rouge(unicode, pred.strip(), gold.strip())[kind == "rougeL"], 1.0])
 
@@ -218,3 +221,6 @@ METRICS: dict[str, Metric] = {
         Metric("rouge-L-unicode", True, partial(_rouge_stats, "rougeL", True), _mean),
     )
 }
+
+# Answers that are no label and no number on the scale: no score, so in no list of a task's metrics.
+OUTSIDE = Metric("outside", False, _outside_stats, _mean)

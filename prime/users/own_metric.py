@@ -24,7 +24,8 @@ import numpy as np
 
 from prime.errors import InputError, tell
 from prime.runs.inputs import Source, file_digest
-from prime.users.metrics import METRICS, Labels, Metric, in_their_script, number
+from prime.users.answers import Choices, number
+from prime.users.metrics import METRICS, Metric, in_their_script
 from prime.users.pairs import Pair
 
 NAMES = ("rouge-1", "rouge-L", "accuracy", "exact", "mae")
@@ -44,7 +45,7 @@ def own_metric(name: str, path: str, pairs: Sequence[Pair]) -> Metric:
     if ":" in name:
         return Metric(name, True, partial(_function_stats, name, lru_cache(1 << 16)(_imported(name))), _MEAN)
     if name == "mae":
-        return Metric(name, False, partial(_distance_stats, *_scale(path, pairs)), _MEAN)
+        return Metric(name, False, partial(_distance_stats, Choices(scale=_scale(path, pairs))), _MEAN)
     if name == "exact":
         return replace(METRICS["accuracy"], name=name)
     if name in NAMES:
@@ -109,7 +110,7 @@ def _imported(name: str) -> Function:
     return function
 
 
-def _function_stats(name: str, function: Function, pred: str, gold: str, labels: Labels) -> np.ndarray:
+def _function_stats(name: str, function: Function, pred: str, gold: str, choices: Choices) -> np.ndarray:
     """[value, 1]."""
     pair = f"for the prediction {pred[:60]!r} and the reference {gold[:60]!r}"
     try:
@@ -137,10 +138,6 @@ def _scale(path: str, pairs: Sequence[Pair]) -> tuple[float, float]:
     return min(known), max(known)
 
 
-def _distance_stats(low: float, high: float, pred: str, gold: str, labels: Labels) -> np.ndarray:
-    """[distance, 1]; a side that is no number counts as the end of the scale farther from the other."""
-    a, b = number(pred), number(gold)
-    if a is not None and b is not None:
-        return np.array([abs(a - b), 1.0])
-    known = b if a is None else a
-    return np.array([0.0 if known is None else max(abs(known - low), abs(known - high)), 1.0])
+def _distance_stats(scale: Choices, pred: str, gold: str, choices: Choices) -> np.ndarray:
+    """[distance, 1] on the outputs' scale."""
+    return METRICS["MAE"].stats(pred, gold, scale)

@@ -1,6 +1,6 @@
 """Textual profiles of users: what a language model is asked to write, and a rule that counts without any model.
 
-Both read the history alone, never a query. The wording is ours. A file given by `--prompt_path` replaces it: JSON,
+Both read the history alone, never a query. The task has the wording. A file given by `--prompt_path` replaces it: JSON,
 `{task: {"profile": text with one {} for the items, "retrieval_history": how an item is shown}}`. The second key is that
 of the published schema (`prime.users.templates`), and may be absent.
 """
@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import mean
 
 from prime.users.prompts import history_texts
-from prime.users.tasks import CHOICE, ERROR, Task
-from prime.users.templates import TEMPLATES, key_problems, read_rows, refuse_problems
+from prime.users.task import Task
+from prime.users.templates import key_problems, read_rows, refuse_problems
 
 ITEM_WORDS = 60  # of each field of an item that is shown to the model, at most
 FREQUENT = 5  # tags, categories or words that the rule names at most
@@ -25,49 +25,15 @@ LONG = 5  # letters of a word that the rule counts, at least
 # -- by a model -----------------------------------------------------------------------------------------------------
 
 
-def _question(items: str, answer: str) -> str:
-    """The template of a question about `items`, for somebody who is going to guess `answer`."""
-    return (
-        f"Here are {items}, oldest first.\n\n{{}}\n"
-        f"Describe this person in two or three sentences for somebody who has to guess {answer}. "
-        "Name what repeats, not single items, and write nothing else."
-    )
-
-
-PROFILE_PROMPTS: dict[str, str] = {
-    "citation": _question(
-        "papers that a person wrote, each with a paper that it cites", "which papers they will cite next: their topics"
-    ),
-    "movie_tagging": _question(
-        "movies and the tag that a person gave to each", "the tag they will give to another movie: the tags they prefer"
-    ),
-    "news_categorize": _question(
-        "articles and the category that their author gave to each", "the category of their next article: usual topics"
-    ),
-    "product_rating": _question(
-        "product reviews of a person and the score, 1 to 5, that they gave", "their next score: how strict they are"
-    ),
-    "news_headline": _question(
-        "articles and the headline that their author wrote for each", "their next headline: how they word headlines"
-    ),
-    "scholarly_title": _question(
-        "abstracts of papers and the title that their author chose", "their next title: how they word titles"
-    ),
-    "tweet_paraphrase": _question(
-        "tweets of a person", "how they would say something in a tweet: wording, mood, signs"
-    ),
-}
-
-
 def load_profile_prompts(path: str | os.PathLike[str] | None, task: Task) -> dict[str, str]:
-    """The task's templates `profile` and `retrieval_history`: ours, or those of a file.
+    """The task's templates `profile` and `retrieval_history`: its own, or those of a file.
 
     Raises:
         InputError: the file has none for this task, or all that is wrong with them.
     """
-    item_template = {"retrieval_history": TEMPLATES[task.name]["retrieval_history"]}
+    item_template = {"retrieval_history": task.templates["retrieval_history"]}
     if path is None:
-        return {"profile": PROFILE_PROMPTS[task.name]} | item_template
+        return {"profile": task.profile_prompt} | item_template
     rows = item_template | read_rows(path, task)
     keys = ("profile", "retrieval_history")
     refuse_problems(path, task, key_problems(rows, keys, task))
@@ -103,28 +69,17 @@ def whole_sentences(text: str) -> str:
 
 # -- by rule --------------------------------------------------------------------------------------------------------
 
-# The sentence about the commonest answer or, of texts, the commonest first word.
-HABITS = {
-    "citation": "Cites works that mostly begin with {}.",
-    "movie_tagging": "The most frequent tag is {}.",
-    "news_categorize": "The most frequent category is {}.",
-    "product_rating": "The most frequent score is {}.",
-    "news_headline": "Headlines mostly begin with {}.",
-    "scholarly_title": "Titles mostly begin with {}.",
-    "tweet_paraphrase": "Tweets mostly begin with {}.",
-}
-WHOLE = ("movie_tagging", "news_categorize", "product_rating")  # tasks whose whole answers are counted
 
-
-def main_habit(task: str, answers: Sequence[str]) -> str:
-    """A sentence with the commonest answer, or with the commonest first word of texts if a quarter begins with it.
+def main_habit(task: Task, answers: Sequence[str]) -> str:
+    """A sentence with the commonest answer or, of free texts, the commonest first word if a quarter begins with it.
 
     The demo's textual profiles are this sentence alone.
     """
-    counts = Counter(answer if task in WHOLE else answer.split(" ")[0] for answer in answers)
+    whole = task.history_choices.limited
+    counts = Counter(answer if whole else answer.split(" ")[0] for answer in answers)
     common = _ranked(counts)[0]
-    rare = task not in WHOLE and counts[common] * 4 < len(answers)
-    return HABITS[task].format("no fixed word" if rare else common)
+    rare = not whole and counts[common] * 4 < len(answers)
+    return task.habit.format("no fixed word" if rare else common)
 
 
 def rule_profile(task: Task, items: Sequence[Mapping[str, str]]) -> str:
@@ -136,9 +91,9 @@ def rule_profile(task: Task, items: Sequence[Mapping[str, str]]) -> str:
     answers = [" ".join(item[task.target].split()) for item in items if item[task.target].strip()]
     if not answers:
         return ""
-    rules: dict[tuple[str, ...], Callable[[Sequence[str]], str]] = {CHOICE: _shares, ERROR: _scores}
-    counted = rules.get(task.history_metrics, _wording)
-    return f"{main_habit(task.name, answers)} {counted(answers)}"
+    choices = task.history_choices
+    counted = _scores if choices.scale else _shares if choices.labels else _wording
+    return f"{main_habit(task, answers)} {counted(answers)}"
 
 
 def _ranked(counts: Mapping[str, int]) -> list[str]:

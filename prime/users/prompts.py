@@ -2,7 +2,7 @@
 
 Texts are shown as they are; a retrieved item's fields are cut to 368 words. As published, only the last 50 items count,
 and the second record of an item retrieves one earlier item by BM25, which compares words. `--texts published` has users
-read with their published cut and spacing (`prime.users.data`). The wording is in `prime.users.templates`.
+read with their published cut and spacing (`prime.users.data`). The wording is the task's (`prime.users.templates`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prime.errors import InputError
 from prime.settings import RECENT_K
 from prime.users.data import PUBLISHED_WORDS, Query, User, first_words, spaced
 from prime.users.retrieval import top_k
-from prime.users.tasks import Task, extract
+from prime.users.task import Task, extract
 from prime.users.templates import Templates
 
 RETRIEVED_WORDS = 368  # published cut of a retrieved item's fields

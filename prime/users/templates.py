@@ -1,7 +1,7 @@
-"""The wording of every prompt: templates of each task, and the check of a file that replaces them.
+"""The wording of every prompt: how a task's templates are made, and the check of those that a file gives.
 
-The wording is ours. A file given by `--prompt_path` replaces it, in the published schema: JSON,
-`{task: {key: template}}` with these keys.
+A task's own are in its file (`prime.users.tasks`); the wording of the built-in ones is ours. A file given by
+`--prompt_path` replaces it, in the published schema: JSON, `{task: {key: template}}` with these keys.
 
     prompt                 a test query: the article; in citation a title and two options
     full_prompt            the same with its answer, which is what training learns
@@ -26,7 +26,7 @@ from typing import Any
 
 from prime.errors import InputError
 from prime.runs.files import read_json
-from prime.users.tasks import MOVIE_TAGS, NEWS_CATEGORIES, Task
+from prime.users.task import Task
 
 Templates = Mapping[str, str]
 KEYS = (
@@ -35,10 +35,15 @@ KEYS = (
 )  # fmt: skip
 
 
-# -- our wording ----------------------------------------------------------------------------------------------------
+# -- a task's own ---------------------------------------------------------------------------------------------------
 
 
-def _wording(intro: str, name: str, field: str, answer: str, target: str) -> dict[str, str]:
+def literal(text: str) -> str:
+    """A text as a template holds it: its braces stand for themselves."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def wording(intro: str, name: str, field: str, answer: str, target: str) -> dict[str, str]:
     """Templates of a task whose history asks the same question as its test.
 
     Args:
@@ -46,6 +51,7 @@ def _wording(intro: str, name: str, field: str, answer: str, target: str) -> dic
         name, field: how the article is introduced, and the item's field that holds it.
         answer, target: how the answer is introduced, and the item's field that holds it.
     """
+    intro, name, answer = literal(intro), literal(name), literal(answer)
     query = f"{intro}{name}: {{}} {answer}:"
     item = f"{intro}{name}: {{{field}}} {answer}:"
     return {
@@ -59,56 +65,17 @@ def _wording(intro: str, name: str, field: str, answer: str, target: str) -> dic
     }
 
 
-_CITATION = "Which reference does this paper cite, [1] or [2]?\nPaper: {} [1]: {} [2]: {} Reference:"
-
-
-_TWEET = "Say this in a tweet of your own.\nText: {} Tweet:"
-
-
-TEMPLATES: dict[str, dict[str, str]] = {
-    "citation": {
-        "prompt": _CITATION,
-        "full_prompt": _CITATION + " {}",
-        "retrieval_history": "Paper: {title} Reference: {citation}\n",
-        "retrieval_query": "{title}",
-        "retrieval_query_wokey": "{}",
-        "OPPU_input": "Which reference does this paper cite?\nPaper: {title} Reference:",
-        "OPPU_full": "Which reference does this paper cite?\nPaper: {title} Reference: {citation}",
-    },
-    "movie_tagging": _wording(
-        f"Choose the tag that fits the movie: {', '.join(MOVIE_TAGS)}.\n",
-        "Movie", "description", "Tag", "tag",
-    ),
-    "news_categorize": _wording(
-        f"Choose the category of the article: {', '.join(NEWS_CATEGORIES)}.\n",
-        "Article", "text", "Category", "category",
-    ),
-    "product_rating": _wording("Guess the score of the review, 1 to 5.\n", "Review", "text", "Score", "score"),
-    "news_headline": _wording("Write the headline of the article.\n", "Article", "text", "Headline", "title"),
-    "scholarly_title": _wording("Write the title of the paper.\n", "Abstract", "abstract", "Title", "title"),
-    "tweet_paraphrase": {
-        "prompt": _TWEET,
-        "full_prompt": _TWEET + " {}",
-        "retrieval_history": "Tweet: {text}\n",
-        "retrieval_query": "{text}",
-        "retrieval_query_wokey": "{}",
-        "OPPU_input": "Tweet:",
-        "OPPU_full": "Tweet: {text}",
-    },
-}  # fmt: skip
-
-
 # -- a file of templates --------------------------------------------------------------------------------------------
 
 
 def load_templates(path: str | os.PathLike[str] | None, task: Task) -> dict[str, str]:
-    """The task's templates: ours, or those of a file.
+    """The task's templates: its own, or those of a file.
 
     Raises:
         InputError: the file has none for this task, or all that is wrong with them.
     """
     if path is None:
-        return dict(TEMPLATES[task.name])
+        return dict(task.templates)
     rows = read_rows(path, task)
     refuse_problems(path, task, template_problems(rows, task))
     return {key: rows[key] for key in KEYS}

@@ -39,16 +39,20 @@ class Texts(NamedTuple):
         return (self.profiles or {}).get(user_id)
 
 
-def load_texts(data_dir: Path, task_name: str, prompt_path: str | None, texts: str = "faithful") -> Texts:
-    """Task, templates and profiles; without a profile file there are no prompts with a profile."""
-    task = get_task(task_name, texts)
+def load_texts(data_dir: Path, task: str, prompt_path: str | None, texts: str = "faithful") -> Texts:
+    """Task, templates and profiles; without a profile file there are no prompts with a profile.
+
+    Args:
+        task: a name or a file, see `get_task`.
+    """
+    found = get_task(task, texts)
     path = data_dir / PROFILE_FILE
     if not path.exists() and (data_dir / PUBLISHED_PROFILE_FILE).exists():
         path = data_dir / PUBLISHED_PROFILE_FILE
     profiles = load_profiles(path) if path.exists() else None
     if profiles is None:
         tell(f"{path}: not there; prompts with a textual profile are left out (gen_profile.py makes it)")
-    return Texts(task, load_templates(prompt_path, task), profiles)
+    return Texts(found, load_templates(prompt_path, found), profiles)
 
 
 def asked_as_queries(data_dir: Path, texts: Texts) -> Texts:

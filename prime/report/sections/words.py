@@ -67,7 +67,7 @@ def shorten(text: str, limit: int) -> str:
 def mark(task: Task, output: str, gold: str) -> str:
     """How good one answer is, in a word."""
     metric = task.metrics[0]
-    value = score([metric], [output], [gold], task.labels)[metric]
+    value = score([metric], [output], [gold], task.choices)[metric]
     return ("right" if value else "wrong") if metric == "accuracy" else f"{metric} {value:.2f}"
 
 
