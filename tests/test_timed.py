@@ -1,5 +1,6 @@
 """People with timed items to the data files: no record is lost or used twice, and nobody is asked about the past."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prime.errors import InputError
-from prime.sources import timed
+from prime.settings import MIN_ITEMS
 from prime.sources.placing import FILES, REPORT, Tally
-from prime.sources.timed import Origin, Sizes, Timed, convert, in_order, part
+from prime.sources.timed import Origin, Sizes, Timed, convert, in_order, part, sharing
+from prime.users.answers import ANY_TEXT, Choices
 from prime.users.data import LABEL_FILE, load_labels, load_users
 from prime.users.tasks import TASKS
 
@@ -19,12 +21,12 @@ TASK = TASKS["scholarly_title"]
 
 def people(number: int = 12, records: int = 16) -> list[Timed]:
     """In an order that is nobody's time."""
-    made = [Timed(f"p{u}", 7 * i % records, f"text {u} {i}", f"title {u} {i}") for i in range(records) for u in range(number)]
-    return made
+    pairs = product(range(records), range(number))
+    return [Timed(f"p{user}", 7 * i % records, f"text {user} {i}", f"title {user} {i}") for i, user in pairs]
 
 
-def made(folder: Path, records: list[Timed], sizes: Sizes = Sizes(), seed: int = 0) -> dict:
-    return convert(records, TASK, folder, sizes, seed, Origin({}))
+def made(folder: Path, records: list[Timed], seed: int = 0) -> dict:
+    return convert(records, TASK, folder, Sizes(), seed, Origin({}))
 
 
 def test_the_files_load_and_hold_every_record_once_by_time(tmp_path: Path) -> None:
@@ -62,19 +64,37 @@ def test_everybody_is_in_one_file_and_those_with_long_histories_may_share(length
     parts = part(histories, Sizes(), seed, Tally())
     assert sorted(sum(parts.values(), [])) == sorted(histories) and all(parts.values())
     assert len(parts["test"]) == len(lengths) // 5
-    base, candidates = ([len(histories[user]) > 10 for user in parts[kind]] for kind in ("base", "candidates"))
+    base, candidates = ([len(histories[user]) >= MIN_ITEMS for user in parts[kind]] for kind in ("base", "candidates"))
     assert not any(base) or all(candidates)
 
 
 def test_what_cannot_be_used_is_dropped_counted_and_named() -> None:
     tally = Tally()
-    records = [Timed("a", 2, "x", "y", "1"), Timed("a", 1, "x", "y", "1"), Timed("a", 2, "x", "y"), Timed(" ", 1, "x", "y"),
-               Timed("a", 1, " ", "y"), Timed("a", 1, "x", "\n", "no"), Timed("a", float("nan"), "x", "y")]  # fmt: skip
-    (own,) = in_order(records, tally).values()
+    records = [
+        Timed("a", 2, "x", "y", "1"), Timed("a", 1, "x", "y", "1"), Timed("a", 2, "x", "y"), Timed(" ", 1, "x", "y"),
+        Timed("a", 1, " ", "y"), Timed("a", 1, "x", "\n", "no"), Timed("a", float("nan"), "x", "y"),
+    ]  # fmt: skip
+    (own,) = in_order(records, tally, ANY_TEXT).values()
     assert [(r.time, r.id) for r in own] == [(1, "1.2"), (2, "1")]
     assert dict(tally.counts) == {"records read": 7, "records given twice": 1, "records without user": 1,
         "records without input": 1, "records without target": 1, "records without time": 1}  # fmt: skip
     assert tally.named["records without target"] == ["no"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "kept"),
+    [
+        (Choices(("rock", "8"), ignore_case=True), ["rock", "8"]),
+        (Choices(("7", "8"), (0, 10)), ["8", "8", "7.5"]),
+        (ANY_TEXT, [" Rock ", "8.0", "8", "7.5", "11", "x"]),
+    ],
+)
+def test_answers_are_written_as_the_tasks_and_others_are_dropped(choices: Choices, kept: list[str]) -> None:
+    tally = Tally()
+    records = [Timed("u", place, "x", text) for place, text in enumerate((" Rock ", "8.0", "8", "7.5", "11", "x"))]
+    (own,) = in_order(records, tally, choices).values()
+    assert [record.target for record in own] == kept
+    assert tally.counts["records whose answer is none of the task's"] == 6 - len(kept)
 
 
 def test_too_few_people_and_tasks_of_another_form_are_told(tmp_path: Path) -> None:
@@ -86,7 +106,11 @@ def test_too_few_people_and_tasks_of_another_form_are_told(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_constant_is_that_of_stage_2() -> None:
-    from prime.merging.anchors import MIN_ITEMS
-
-    assert timed.ANCHOR_ITEMS == MIN_ITEMS
+@pytest.mark.parametrize(
+    ("lengths", "min_items", "k"),
+    [([30] * 200, 11, 50), ([30] * 40, 11, 20), ([30] * 9, 11, 8), ([30] * 4, 11, 4), ([30] * 4 + [6] * 9, 6, 8),
+     ([5] * 20, 5, 10), ([30, 30, 9, 4], 4, 4)],
+)  # fmt: skip
+def test_what_stage_2_is_asked_for_is_what_the_candidates_allow(lengths: list[int], min_items: int, k: int) -> None:
+    histories = {f"u{i}": [Timed("", 0, "", "")] * n for i, n in enumerate(lengths)}
+    assert sharing(list(histories), histories) == {"min_items": min_items, "k": k}

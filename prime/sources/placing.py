@@ -17,7 +17,7 @@ from prime.errors import MAX_LINES, InputError, harmless
 from prime.runs.files import flush, make_folder, uninterrupted
 from prime.runs.locks import claim
 from prime.users.data import BASE_FILE, CANDIDATE_FILE, LABEL_FILE, PREPARING, TEST_FILE
-from prime.users.tasks import Task
+from prime.users.task import Task
 
 FILES = {
     "base": BASE_FILE,

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 from prime.errors import InputError
 from prime.runs.files import write_json
 from prime.seeds import derive_seed
+from prime.settings import MIN_ITEMS
 from prime.sources.placing import FILES, REPORT, TASK_FILE, Tally, placing, write_users
+from prime.users.answers import Choices
 from prime.users.data import LABEL_FILE
-from prime.users.tasks import Task
+from prime.users.task import Task
 
-ANCHOR_ITEMS = 10  # an anchor has more (published; `prime.merging.anchors.MIN_ITEMS`)
 SHARERS = 4  # candidates at least: three are merged, and the attack compares with one that is not
 BASE_SHARE = 0.4  # of the users beside those of the test: train the task
+ENOUGH = 8  # of those who may be anchors, where there are as many
 MOST = 20  # records that a user is asked, unless told otherwise
 
 
@@ -75,7 +77,7 @@ def convert(
     if not task.source or task.query_parts > 1:
         raise InputError(f"{task.name}: its items are more than a text and its answer; it takes official LaMP files")
     tally = origin.tally
-    histories = in_order(records, tally)
+    histories = in_order(records, tally, task.choices)
     for name in [name for name, own in histories.items() if len(own) < sizes.min_items]:
         tally.add("users with fewer than --min_items records", f"{name} ({len(histories.pop(name))})")
     ids = part(histories, sizes, seed, tally)
@@ -92,14 +94,16 @@ def convert(
         if origin.task_file is not None:
             write_json(folder / TASK_FILE, origin.task_file)
         report = {"task": task.name, "split": "time", "people": len(histories), "gathered": {}, "files": files}
-        report |= {"counts": dict(tally.counts), "named": tally.named, "k": clusters(ids["candidates"], histories)}
+        report |= {"counts": dict(tally.counts), "named": tally.named, **sharing(ids["candidates"], histories)}
         report |= {"options": asdict(sizes) | {"seed": seed}, "read": dict(origin.read)}
         write_json(folder / REPORT, report)
     return report
 
 
-def in_order(records: Iterable[Timed], tally: Tally) -> dict[str, list[Timed]]:
-    """Each user's records, the earliest first, their ids each used once; without those that lack something."""
+def in_order(records: Iterable[Timed], tally: Tally, choices: Choices) -> dict[str, list[Timed]]:
+    """Each user's records, the earliest first, their ids each used once; without those that lack something, or whose
+    answer is not one of the task's. Answers are written as the task writes them.
+    """
     histories: dict[str, list[Timed]] = defaultdict(list)
     taken: set[str] = set()
     seen: set[tuple[str, float, str, str]] = set()
@@ -109,9 +113,12 @@ def in_order(records: Iterable[Timed], tally: Tally) -> dict[str, list[Timed]]:
             tally.add(reason, record.id or f"record {number}")
         elif record[:4] in seen:
             tally.add("records given twice", record.id or f"record {number}")
+        elif choices.outside(record.target):
+            tally.add("records whose answer is none of the task's", f"{record.target[:40]!r}")
         else:
             seen.add(record[:4])
-            histories[record.user.strip()].append(record._replace(id=_free(record.id or str(number), taken)))
+            own = record._replace(target=choices.written(record.target), id=_free(record.id or str(number), taken))
+            histories[record.user.strip()].append(own)
     return {user: sorted(own, key=lambda record: record.time) for user, own in histories.items()}
 
 
@@ -135,15 +142,15 @@ def _free(name: str, taken: set[str]) -> str:
 def part(histories: Mapping[str, Sequence[Timed]], sizes: Sizes, seed: int, tally: Tally) -> dict[str, list[str]]:
     """User ids of each file: a function of ids, numbers of records and seed, not of the order of users.
 
-    Test users are drawn among all. Of the others, those with more than `ANCHOR_ITEMS` items may share before all else:
-    the others train the task.
+    Test users are drawn among all. Of the others, those with as many items as an anchor needs may share before all
+    else; the rest train the task.
 
     Raises:
         InputError: too few users for one in each file and `SHARERS` candidates.
     """
     order = sorted(histories, key=lambda user: (derive_seed("timed", seed, user), user))
     tests = min(100, max(1, len(order) // 5)) if sizes.test_users is None else sizes.test_users
-    others = sorted(order[tests:], key=lambda user: len(histories[user]) > ANCHOR_ITEMS)  # stable
+    others = sorted(order[tests:], key=lambda user: len(histories[user]) >= MIN_ITEMS)  # stable
     base = max(1, round(len(others) * sizes.base_share))
     candidates = others[base:]
     if len(candidates) < SHARERS:
@@ -161,10 +168,16 @@ def _dropped(tally: Tally) -> str:
     return f" ({'; '.join(counts)})" if counts else ""
 
 
-def clusters(candidates: Iterable[str], histories: Mapping[str, Sequence[Timed]]) -> int:
-    """`--k` for stage 2: as many sharers as the candidates allow, half of those who may be one, from 8 to 50."""
-    able = sum(len(histories[user]) > ANCHOR_ITEMS for user in candidates)
-    return min(50, max(able // 2, min(able, 8)))
+def sharing(candidates: Sequence[str], histories: Mapping[str, Sequence[Timed]]) -> dict[str, int]:
+    """`--min_items` and `--k` of stage 2 for these candidates.
+
+    An anchor has the usual number of items, or fewer where `ENOUGH` candidates do not have as many. Clusters are half
+    of those who may be anchors, from `ENOUGH` to the published 50.
+    """
+    lengths = sorted((len(histories[user]) for user in candidates), reverse=True)
+    least = min(MIN_ITEMS, lengths[: ENOUGH][-1])
+    able = sum(length >= least for length in lengths)
+    return {"min_items": least, "k": min(50, max(able // 2, min(able, ENOUGH)))}
 
 
 def asked(kind: str, records: int, sizes: Sizes) -> int:
