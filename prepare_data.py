@@ -1,7 +1,8 @@
-"""Official LaMP files, or a table of your own, to the files that all stages read.
+"""Official LaMP files, a table of your own, or people's public texts, to the files that all stages read.
 
 Reads   --lamp_dir: {train,dev}_questions.json and {train,dev}_outputs.json, or each in a folder train/, dev/
         --table: CSV, JSON Lines or Parquet, where a row is what a person answered to a text, and when
+        --git: a clone, whose authors' commit messages are read; --acl: a clone of acl-org/acl-anthology
 Writes  <output_dir>/user_base_LLM.json, user_anchor_candidate.json,
         <output_dir>/test_100/user_test_100.json, user_test_100_label.json; no user is in two files
         <output_dir>/user_reserve_10_percent.json   LaMP's: set aside
@@ -10,6 +11,7 @@ Writes  <output_dir>/user_base_LLM.json, user_anchor_candidate.json,
 Takes   about a minute per GB; LaMP's within a few hundred MB of memory. A second run makes the same files again.
 
     python prepare_data.py --table support.csv --user user --input ticket --target reply --time date
+    python prepare_data.py --git ./linux --people 40
     python prepare_data.py --task_name movie_tagging --lamp_dir ./lamp/LaMP_2 --output_dir ./data/movie_tagging
 
 docs/data.md: what a table may hold. docs/real_data.md: where LaMP's files are, what is done to them, and what differs
@@ -26,7 +28,10 @@ from prime import settings as opt
 from prime.errors import InputError
 from prime.report.tables import aligned
 from prime.runs.progress import bar
+from prime.sources.anthology import ENOUGH, anthology_records
 from prime.sources.gather import OVERLAP
+from prime.sources.git_log import git_records
+from prime.sources.people import WORDS, Limits
 from prime.sources.placing import TASK_FILE, Tally, report_notes, report_rows
 from prime.sources.prepare import BASE_SHARE, RESERVE_SHARE, TEST_USERS, Options, Shares, prepare
 from prime.sources.rows import columns_of
@@ -54,6 +59,17 @@ class TableSettings:
     )
     labels: str | None = opt.setting(None, "the possible answers, with commas; other rows are dropped")
     scale: str | None = opt.setting(None, "LOWEST,HIGHEST or LOWEST,HIGHEST,STEP of numbers; other rows are dropped")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeopleSettings:
+    """People's public texts: whose, and how many. Users are numbers."""
+
+    git: str | None = opt.setting(None, "clone of a repository: of authors' commit messages, body to subject line")
+    acl: str | None = opt.setting(None, "clone of the ACL Anthology: of authors' papers, abstract to title")
+    people: int = opt.setting(0, "those with the most records; 0 = all", parse=opt.natural)
+    items: int = opt.setting(0, "records of a person, the latest; 0 = all", parse=opt.natural)
+    words: int = opt.setting(WORDS, "of a text that is answered, at most", parse=opt.positive)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +116,7 @@ class Settings:
     )
     seed: int = opt.seed()
     own_table: TableSettings = opt.group()
+    public_texts: PeopleSettings = opt.group()
     who_goes_where: SplitSettings = opt.group()
 
 
@@ -137,6 +154,18 @@ def from_table(settings: Settings, path: Path) -> dict[str, Any]:
     return convert(records, task, folder_of(settings, task.name), sizes, settings.seed, origin)
 
 
+def from_people(settings: Settings) -> dict[str, Any]:
+    own, who, tally = settings.public_texts, settings.who_goes_where, Tally()
+    limits, least = Limits(own.people, own.items, own.words), who.min_items or Sizes.min_items
+    if own.git:
+        task, records = "news_headline", git_records(Path(own.git), limits, tally)
+    else:
+        task, records = "scholarly_title", anthology_records(Path(own.acl or ""), limits, tally, max(least, ENOUGH))
+    known = get_task(settings.task_file or settings.task_name or task)
+    sizes = Sizes(who.test_users, who.base_share, who.queries, least)
+    return convert(records, known, folder_of(settings, known.name), sizes, settings.seed, Origin({}, tally))
+
+
 def told(answers: dict[str, Any]) -> str:
     """What the answers of a table were taken for."""
     if "scale" in answers:
@@ -154,21 +183,28 @@ def folder_of(settings: Settings, name: str) -> Path:
 def next_command(settings: Settings, folder: Path, report: dict[str, Any]) -> str:
     """What runs the pipeline on a table's files; with the demo's model, which needs no GPU."""
     task_file = settings.task_file or folder / TASK_FILE
-    which = ["--tasks", report["task"]] if settings.task_name else ["--task_file", str(task_file)]
-    data = folder.parent if settings.task_name else folder
+    built_in = not settings.task_file and (settings.task_name or not settings.own_table.table)
+    which = ["--tasks", report["task"]] if built_in else ["--task_file", str(task_file)]
+    data = folder.parent if built_in else folder
     short = ["--set", f"history_anchor.min_items={report['min_items']}"] if report["min_items"] < opt.MIN_ITEMS else []
     return shlex.join(["bash", "reproduce.sh", *which, "--data_dir", str(data), "--k", str(report["k"]), *short])
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(Settings, __doc__, argv)
-    lamp_dir, path = settings.lamp_dir, settings.own_table.table
-    if (lamp_dir is None) == (path is None):
-        raise InputError("give one of --lamp_dir (official LaMP files) and --table (CSV, JSON Lines or Parquet)")
-    report = from_lamp(settings, lamp_dir) if lamp_dir else from_table(settings, Path(path or ""))
+    lamp_dir, path, public = settings.lamp_dir, settings.own_table.table, settings.public_texts
+    if sum(source is not None for source in (lamp_dir, path, public.git, public.acl)) != 1:
+        raise InputError(
+            "give one of --lamp_dir (official LaMP files), --table (CSV, JSON Lines or Parquet), --git (a clone) and "
+            "--acl (the ACL Anthology)"
+        )
+    if lamp_dir:
+        report = from_lamp(settings, lamp_dir)
+    else:
+        report = from_table(settings, Path(path)) if path else from_people(settings)
     folder = folder_of(settings, report["task"])
     print(f"{aligned(report_rows(report))}\n\n{report_notes(report)}\n\nwritten: {folder}")
-    if path:
+    if not lamp_dir:
         command = next_command(settings, folder, report)
         print(f"next, with the demo's small model (with yours: --llama_model_path DIR):\n  {command}")
 

@@ -16,6 +16,8 @@
 #   --until STEP               stop after this step                       (postprocess)
 #   --config FILE              options of the stages: presets/*.toml, or your own like them; several add up
 #   --set STAGE.OPTION=VALUE   one of them, such as lora_composition_evo.opt_budget=30
+#   --real                     a real model of 135 M parameters, with presets/small_real.toml, on a laptop
+#   --git DIR                  with --real: the authors of this clone and their commit messages are the data
 #
 # Each step is printed before it runs and timed after. Steps that finished under the same command and with the same
 # files to read (data, model, what the steps before made) are skipped; others make again what is stale, no more. Stage 2
@@ -25,9 +27,9 @@ CALLED_FROM="$PWD"
 . "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 
 tasks="" task_file="" model="" data="" output="" encoder="" k="" seed=0 methods=prime until=postprocess
-holdout=0 processes="" published=()
+holdout=0 processes="" published=() real=no clone=""
 
-usage() { sed -n '2,22s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
+usage() { sed -n '2,24s/^# \{0,1\}//p' "$ROOT/reproduce.sh"; }
 wrong() { echo "reproduce.sh: $1" >&2; exit 2; }
 # closest WORD: the option that it is most like, if any is.
 closest() {
@@ -50,8 +52,9 @@ while [ $# -gt 0 ]; do
     case "$1" in
         --help | -h) usage; exit 0 ;;
         --as_published) published=(--as_published); shift; continue ;;
+        --real) real=yes; shift; continue ;;
         --tasks | --task_file | --llama_model_path | --data_dir | --output_dir | --encoder | --k | --seed | --methods | --holdout \
-            | --processes | --until)
+            | --processes | --until | --git)
             [ $# -ge 2 ] || wrong "$1 needs a value" ;;
         *) near="$(closest "$1")"; wrong "there is no option $1${near:+; did you mean $near?} (--help lists all)" ;;
     esac
@@ -61,7 +64,8 @@ while [ $# -gt 0 ]; do
         --llama_model_path) model="$(named "$2")" ;;
         --data_dir) data="$(absolute "$2")" ;;
         --output_dir) output="$(absolute "$2")" ;;
-        --encoder) if [ -d "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
+        --git) clone="$(absolute "$2")" ;;
+        --encoder) if [ -e "$2" ]; then encoder="$(absolute "$2")"; else encoder="$2"; fi ;;
         --k) k="$2" ;;
         --seed) seed="$2" ;;
         --methods) methods="$2" ;;
@@ -90,7 +94,10 @@ whole --seed "$seed" 0
 
 [ -z "$tasks" ] || [ -z "$task_file" ] || wrong "--tasks and --task_file: give one of them"
 [ -z "$task_file" ] || data="${data:-$(dirname "$task_file")}"
-if [ -z "$model" ]; then
+[ "$real" = yes ] || [ -z "$clone" ] || wrong "--git goes with --real"
+if [ "$real" = yes ]; then
+    . presets/real.sh
+elif [ -z "$model" ]; then
     model=data/demo/model
     data="${data:-data/demo}" output="${output:-output/demo}" encoder="${encoder:-data/demo/model}"
 else

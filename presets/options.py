@@ -5,7 +5,8 @@
 
 A preset is a TOML file: a table for each stage script with its options by name; `[model]`, of all stages that load
 the model; `[reproduce]`, of reproduce.sh itself. A table's `unless_published` is left out with --as_published. Files
-and `--set stage.option=value` win over earlier ones. The demo's file comes first where no model is named.
+and `--set stage.option=value` win over earlier ones. The demo's file comes first where no model is named, that of small
+real models with --real.
 
 Printed are shell arrays: `words`, without what was settled here; `preset_STAGE`, options of a stage; `preset_alike` and
 `preset_lorahub`, what rows as published take of PriME's (how much is asked, not how it is searched); `given`, the
@@ -27,12 +28,13 @@ from prime.runs.files import read_bytes
 from prime.settings import FitnessSettings, ModelSettings, Option, PromptSettings, SearchSettings, options
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "presets" / "demo.toml"
+DEMO, SMALL_REAL = "presets/demo.toml", "presets/small_real.toml"
+BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # what processors that multiply in bfloat16 say of themselves
 FILE_BYTES = 1 << 20
 MODEL, OWN, UNLESS_PUBLISHED = "model", "reproduce", "unless_published"
 LOADING = ("task_lora", "train_anchor_peft", "train_anchor_gate", "lora_composition_evo", "lora_composition",
            "train_user_peft", "mia")  # fmt: skip
-STAGES = ("history_anchor", *LOADING)
+STAGES = ("prepare_data", "history_anchor", *LOADING)
 GENERATING = {"num_repeat", "train_gen_len"}  # of a search that generates answers; LoraHub's does not
 ASKED = {"n_sim", "sharers", "opt_budget", "train_sample", *GENERATING}  # how much, not how
 SEARCHED = {option.name for group in (SearchSettings, FitnessSettings) for option in options(group)} - ASKED
@@ -134,11 +136,14 @@ class Presets:
             path = Path(os.environ.get("CALLED_FROM", "."), value)
             read = (f"--set {value}", read_set(value)) if word == "--set" else (value, read_preset(path, value))
             self.given.append(read)
-        for _, tables in reversed(self.given):
-            self.words = [*as_words(tables.get(OWN, {})), *self.words]
         self.sources = list(self.given)
+        if "--real" in self.words:
+            fast = {MODEL: {"dtype": "bfloat16"}} if multiplies_bf16() else {}
+            self.sources[:0] = [(SMALL_REAL, read_preset(ROOT / SMALL_REAL, SMALL_REAL)), ("this processor", fast)]
+        for _, tables in reversed(self.sources):
+            self.words = [*as_words(tables.get(OWN, {})), *self.words]
         if not {"--llama_model_path", "--real"} & set(self.words):
-            self.sources.insert(0, ("presets/demo.toml", read_preset(DEMO, "presets/demo.toml")))
+            self.sources.insert(0, (DEMO, read_preset(ROOT / DEMO, DEMO)))
 
     def tables(self, stage: str) -> Iterator[Table]:
         """What each source says of a stage."""
@@ -164,9 +169,18 @@ class Presets:
         yield array("preset_alike", as_words(asked))
         yield array("preset_lorahub", as_words({name: asked[name] for name in asked if name not in GENERATING}))
         yield array("given", (name for name, _ in self.given))
-        names = ", ".join(name for name, _ in self.sources)
+        names = ", ".join(name for name, tables in self.sources if tables)
         chosen = "; ".join(f"{stage} {' '.join(as_words(self.of(stage)))}" for stage in STAGES if self.of(stage))
         yield array("told", [harmless(f"settings of {names}: {chosen}")] if names else [])
+
+
+def multiplies_bf16() -> bool:
+    """Whether this processor does; elsewhere bfloat16 is slower than float32."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return False
+    return bool(BF16 & set(text.split()))
 
 
 def array(name: str, words: Iterable[str]) -> str:

@@ -70,6 +70,7 @@ def _replace(file: Path, target: Path, made_of: dict[str, str]) -> None:
         convert(file, making)
         write_json(making / SOURCE, made_of)
         for written in making.iterdir():
+            written.chmod(0o644)
             flush(written)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
@@ -148,3 +149,10 @@ def _dtype(file: Path) -> Any:
     plain = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16}
     kinds = {tensor.tensor_type for tensor in GGUFReader(file).tensors if len(tensor.shape) > 1}
     return plain.get(kinds.pop(), torch.bfloat16) if len(kinds) == 1 else torch.bfloat16
+
+
+if __name__ == "__main__":
+    try:
+        print(model_directory(sys.argv[1]))
+    except InputError as error:
+        sys.exit(str(error))
