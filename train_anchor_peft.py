@@ -10,6 +10,8 @@ Takes   about 2 minutes on the demo (16 anchors, 2 CPU cores). Resumes by anchor
         --lora_ckpt ./output/movie_tagging/task-base_LLM/lora_ckpt.pt \\
         --output_dir ./output/movie_tagging/Anchor_PEFT/LoRA
 
+--distill public shares a fresh adapter that learned the answers to public prompts instead (prime/merging/distil.py).
+
 --enable_dp protects every single history item (docs/privacy.md says what that covers). It trains on one record per
 item, without records that quote other items, and the card then carries the guarantee, but no scores on the history.
 """
@@ -41,6 +43,7 @@ class Settings:
         "secret key (--noise_key); or shared: one A for all, frozen, so that merges add up at its rank",
         choices=("seed", "secret", "shared"),
     )
+    distil: opt.DistilSettings = opt.group()
     train_gen_len: int = opt.train_gen_len()
     anchors: opt.SelectionSettings = opt.group()
     user_idxs: str | None = opt.user_idxs("anchors, counted in the order of the anchor file,")
@@ -49,12 +52,7 @@ class Settings:
 if __name__ == "__main__":
     cli.check_options(Settings, __doc__)  # --help and wrong options end here, before the libraries load
 
-import torch
-
-from prime.bank.batching import Pair
 from prime.bank.dp import KEY_FILE, Mechanism, Terms, key_file, terms_of
-from prime.bank.encoding import EncodedPrompt
-from prime.bank.sampling import Sampler
 from prime.bank.secret import KEY_BYTES, load_key, stream
 from prime.bank.train import Learner
 from prime.checkpoints import plan
@@ -62,16 +60,17 @@ from prime.checkpoints.memory import Work
 from prime.checkpoints.peft import save_adapter
 from prime.engine import Engine, load_engine
 from prime.errors import InputError
+from prime.merging.answering import greedy_answers, history_scores
+from prime.merging.distil import answered, public_records
 from prime.merging.sharers import Selection, initial_seed
-from prime.runs.inputs import Inputs
+from prime.runs.inputs import Inputs, Source, digest_of
 from prime.runs.progress import counted
 from prime.runs.run import Run
 from prime.runs.workers import open_groups, share_groups
 from prime.seeds import derive_seed
-from prime.users.data import CANDIDATE_FILE, User, select, user_cost
+from prime.users.data import BASE_FILE, CANDIDATE_FILE, User, load_users, select, user_cost
 from prime.users.holdout import Split, trained_records
 from prime.users.identity import user_sources, wording
-from prime.users.metrics import score, with_unicode
 from prime.users.prompts import Record
 from prime.users.tasks import get_task
 from prime.users.texts import Texts, load_candidates, load_texts
@@ -87,7 +86,8 @@ class Stage:
     run: Run
     terms: Terms | None  # of differential privacy
     order: dict[str, int]  # places of the anchors in the anchor file, by id
-    key: bytes | None  # that initial A are drawn from; None: from seeds
+    key: bytes | None = None  # that initial A are drawn from; None: from seeds
+    public: Sequence[Record] = ()  # what sharers distil on; none: they share what they trained
 
 
 class Anchor:
@@ -110,6 +110,7 @@ class Anchor:
         if terms:
             steps = training.batch_size, training.epochs
             self.mechanism = terms.mechanism(self.name, self.seed, self.encoded, *steps)
+        self.distilled: dict = {}  # what was learned in place of the history
         self.privacy = {"privacy": terms.report(self.mechanism)} if terms and self.mechanism else {}
 
     def learner(self, place: int) -> Learner:
@@ -117,38 +118,27 @@ class Anchor:
 
     def card(self, task: str, scores: dict) -> dict:
         """What is published with the adapter; scores of a private one would tell of its history without noise."""
-        about = {"task": task, "user_id": self.user.user_id, "records": len(self.records)} | self.held_out
-        return about | (self.privacy or {"scores_on_history": scores})
+        about = {"task": task, "user_id": self.user.user_id, "records": len(self.records)}
+        return about | self.held_out | self.distilled | (self.privacy or {"scores_on_history": scores})
 
 
-def history_scores(stage: Stage, anchors: Sequence[Anchor]) -> list[dict]:
-    """Scores of each anchor on its own history by the base and by its adapter, which is in the bank at its place."""
-    prompts: list[EncodedPrompt] = []
-    owner: list[int] = []  # place of the anchor whose prompt it is
-    for place, anchor in enumerate(anchors):
-        prompts += [stage.engine.encoder.prompt(record.id, record.input) for record in anchor.records]
-        owner += [place] * len(anchor.records)
-    before = greedy_answers(stage, prompts, [(-1, index) for index in range(len(prompts))])
-    after = greedy_answers(stage, prompts, [(place, index) for index, place in enumerate(owner)])
-    reports, start = [], 0
-    for anchor in anchors:
-        end = start + len(anchor.records)
-        golds = [record.target.strip() for record in anchor.records]
-        scores = partial(score_answers, stage.texts, golds)
-        reports.append({"before": scores(before[start:end]), "after": scores(after[start:end])})
-        start = end
-    return reports
+def distilled(stage: Stage, anchor: Anchor, place: int) -> Learner:
+    """The learner of what an anchor's adapter, in the bank at its place, answers to public prompts."""
+    pairs = [(place, index) for index in range(len(stage.public))]
+    answers = greedy_answers(stage.engine, stage.texts, stage.public, pairs, stage.settings.train_gen_len)
+    learned = answered(stage.public, answers, anchor.records)
+    if not learned.records:
+        raise InputError(f"{anchor.name}: no answer to a public prompt is left to learn from")
+    anchor.distilled = learned.told()
+    return Learner(place, anchor.name, derive_seed("distil", anchor.seed), stage.engine.encode_records(learned.records))
 
 
-def score_answers(texts: Texts, golds: list[str], answers: list[str]) -> dict[str, float]:
-    return score(with_unicode(texts.task.history_metrics, golds), answers, golds, texts.task.history_choices)
-
-
-def greedy_answers(stage: Stage, prompts: list[EncodedPrompt], pairs: list[Pair]) -> list[str]:
-    """The answer to each prompt by the adapter it is paired with."""
-    limit = stage.engine.limit(stage.texts.task.history_labels, stage.settings.train_gen_len)
-    tokens = stage.engine.answer(prompts, pairs, Sampler(temperature=0), limit)
-    return [stage.engine.encoder.text(tokens[pair]) for pair in pairs]
+def train_group(stage: Stage, group: Sequence[Anchor], learners: Sequence[Learner]) -> list[list[float | None]]:
+    """Train fresh adapters in the bank; each learner's losses."""
+    training, shared = stage.settings.training, stage.settings.init == "shared"
+    seeds = [anchor.initial for anchor in group]
+    stage.engine.bank.allocate(seeds, training.lora_r, training.lora_alpha, frozen_a=shared)
+    return stage.engine.train(learners, training, "anchors")
 
 
 def finish_group(stage: Stage, users: Sequence[User]) -> None:
@@ -156,13 +146,12 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
     settings, engine, run = stage.settings, stage.engine, stage.run
     group = [Anchor(stage, user) for user in users]
     started = time.perf_counter()
-    rank, alpha = settings.training.lora_r, settings.training.lora_alpha
-    engine.bank.allocate([anchor.initial for anchor in group], rank, alpha, frozen_a=settings.init == "shared")
-    learners = [anchor.learner(place) for place, anchor in enumerate(group)]
-    losses = engine.train(learners, settings.training, "anchors")
+    losses = train_group(stage, group, [anchor.learner(place) for place, anchor in enumerate(group)])
+    if stage.public:
+        train_group(stage, group, [distilled(stage, anchor, place) for place, anchor in enumerate(group)])
     seconds = round((time.perf_counter() - started) / len(group), 3)
-    with torch.inference_mode():
-        reports = history_scores(stage, group)
+    histories = [anchor.records for anchor in group]
+    reports = history_scores(engine, stage.texts, histories, settings.train_gen_len)
     results = []
     for place, (anchor, report) in enumerate(zip(group, reports, strict=True)):
         name = anchor.user.user_id
@@ -171,7 +160,7 @@ def finish_group(stage: Stage, users: Sequence[User]) -> None:
             save_adapter(engine.bank.adapter(place), run.user_dir(name) / "adapter", settings.model.adapted_base, card)
         ids = [record.id for record in anchor.records]
         result: dict = {"user_id": name, "index": stage.order[name], "record_ids": ids}
-        result |= anchor.held_out | {"losses": losses[place], "history": report} | anchor.privacy
+        result |= anchor.held_out | anchor.distilled | {"losses": losses[place], "history": report} | anchor.privacy
         results.append(result | {"seconds": {"train": seconds}})
     run.finish_all(results)
 
@@ -200,6 +189,11 @@ def main(argv: list[str] | None = None) -> None:
     terms = terms_of(settings.privacy, folder, opt.recorded(settings), other_use=secret)
     shared = wording(texts.templates, settings.prompts.prompt_path)
     once = (KEY_FILE,) if terms or secret else ()  # with another model, the same noise would be in two releases
+    public: list[Record] = []
+    if settings.distil.distill:
+        path = Path(settings.distil.public_prompts or data.folder / BASE_FILE)
+        public = public_records(load_users(path, texts.task), texts, settings.distil.public_records, settings.seed)
+        shared["public prompts"] = Source(digest_of([record.input for record in public]), str(path))
     inputs = Inputs(shared, user_sources(data.folder, CANDIDATE_FILE, anchors, texts), once)
     run = cli.open_run(settings, folder, "train_anchor_peft", "anchors", inputs)
     groups = open_groups(select(anchors, settings.user_idxs), settings.anchors_per_batch, run.done)
@@ -208,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     engine = load_engine(settings.model, settings.prompts)
     order = {user.user_id: place for place, user in enumerate(anchors)}
     key = load_key(key_file(settings.privacy, folder)) if secret else None
-    stage = Stage(settings, texts, engine, run, terms, order, key)
+    stage = Stage(settings, texts, engine, run, terms, order, key, public)
     units = share_groups(run, groups, partial(user_cost, recent_k=settings.prompts.recent_k))
     for users in counted(units, sum(map(len, groups)), "anchors trained"):
         finish_group(stage, users)

@@ -23,7 +23,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch
 
 import train_anchor_peft as stage
 from experiments import demo_runs
@@ -31,6 +30,7 @@ from prime import cli
 from prime.bank.dp import terms_of
 from prime.bank.logprobs import target_logprobs
 from prime.engine import Engine, load_engine
+from prime.merging.answering import history_scores
 from prime.merging.sharers import Selection
 from prime.runs.files import read_json, write_json
 from prime.settings import above_zero, natural, positive, recorded
@@ -86,8 +86,8 @@ def measure(work: stage.Stage, users: Sequence[User]) -> dict:
     task, templates, recent_k = work.texts.task, work.texts.templates, work.settings.prompts.recent_k
     for anchor, user in zip(anchors, users, strict=True):
         anchor.records = history_records(split(user)[1], task, templates, None, recent_k, quoting=False)
-    with torch.inference_mode():
-        reports = stage.history_scores(work, anchors)
+    histories = [anchor.records for anchor in anchors]
+    reports = history_scores(engine, work.texts, histories, work.settings.train_gen_len)
     scores: dict[str, Any] = {"loss": held_out_loss(engine, anchors, range(len(anchors)))}
     scores["base_loss"] = held_out_loss(engine, anchors, [-1] * len(anchors))
     for when in ("before", "after"):

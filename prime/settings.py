@@ -428,6 +428,21 @@ class PrivacySettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistilSettings:
+    """Sharing what an adapter answers to others in its place, see `prime.merging.distil`."""
+
+    distill: str | None = setting(
+        None,
+        "share a fresh adapter that learns what a sharer's own answers to public prompts; that one is not written",
+        choices=("public",),
+    )
+    public_prompts: str | None = setting(
+        None, "file of the users whose items are asked, answers unused; default <data_dir>/user_base_LLM.json"
+    )
+    public_records: int = setting(400, "of them asked, drawn by the seed; 0 = all", parse=natural)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SelectionSettings:
     """Where stage 2 put its files."""
 

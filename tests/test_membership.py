@@ -74,6 +74,43 @@ def test_tpr_is_not_available_where_the_rate_cannot_be_observed():
     assert statistics.tpr_at_fpr([], np.zeros(100), 0.01) is None
 
 
+def test_two_way_auroc_is_the_pooled_one_and_its_draws_weigh_pairs_by_user_and_sharer():
+    """Against records that are written out as often as their user times their sharer is drawn."""
+    rng = np.random.default_rng(3)
+    users, sharers = [0, 0, 1, 2, 2], [0, 1, 1, 0, 2]
+    members = [rng.integers(0, 9, 4).astype(float) for _ in users]
+    others = [rng.integers(-2, 8, size).astype(float) for size in (3, 0, 2, 4, 1)]
+    found = statistics.two_way_auroc(members, others, users, sharers, n=200, seed=5)
+    assert found["mean"] == pytest.approx(pairs(np.concatenate(members), np.concatenate(others)))
+    drawn = []
+    for of_user, of_sharer in zip(statistics.resamples(3, 200, 5), statistics.resamples(3, 200, 6), strict=True):
+        times = [int(of_user[u] * of_sharer[s]) for u, s in zip(users, sharers, strict=True)]
+        sides = []
+        for side in (members, others):
+            sides.append(np.concatenate([np.repeat(cell, often) for cell, often in zip(side, times, strict=True)]))
+        if min(map(len, sides)):
+            drawn.append(pairs(*sides))
+    assert [found["low"], found["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]))
+
+
+def test_two_way_intervals_hold_the_truth_where_those_of_users_alone_do_not():
+    """Worlds without leakage, in which what separates a sharer's records is the sharer's and comes with each user."""
+    held = {"both": 0, "users": 0}
+    for world in range(60):
+        rng = np.random.default_rng(world)
+        cells = [(user, sharer) for user in range(16) for sharer in rng.choice(10, 3, replace=False)]
+        users, sharers = zip(*cells, strict=True)
+        shift = rng.normal(0, 1.0, 10)  # of a sharer's trained records; 0 in the mean
+        members = [rng.normal(shift[sharer], 1, 8) for sharer in sharers]
+        others = [rng.normal(0, 1, 4) for _ in sharers]
+        both = statistics.two_way_auroc(members, others, users, sharers, n=200)
+        by_user = [[np.concatenate(side[3 * u : 3 * u + 3]) for u in range(16)] for side in (members, others)]
+        users_alone = statistics.attack_summary(*by_user, *by_user, n=200)["auroc"]
+        for name, interval in (("both", both), ("users", users_alone)):
+            held[name] += interval["low"] <= 0.5 <= interval["high"]
+    assert held["both"] >= 52 > held["users"] + 10
+
+
 def evidence(adapter, base=(), mean=(), std=(), **more):
     return scoring.Evidence(*(np.array(values, float) for values in (adapter, base, mean, std)), **more)
 
@@ -84,6 +121,17 @@ def test_losses_of_a_hand_made_record():
     assert scoring.ATTACKS["mean_loss"](record) == -0.75
     assert scoring.ATTACKS["calibrated"](record) == 2.0
     assert scoring.ATTACKS["calibrated"](evidence(record.base, record.base)) == 0.0
+
+
+def test_logit_is_the_log_odds_of_the_target_against_the_base():
+    record = evidence(np.log([0.9, 0.5]), np.log([0.5, 0.2]))  # the target: 0.45 for 0.1
+    assert scoring.ATTACKS["logit"](record) == pytest.approx(np.log(0.45 / 0.55) - np.log(0.1 / 0.9))
+    assert scoring.ATTACKS["logit"](evidence(record.base, record.base)) == 0.0
+    sure, surer = (scoring.ATTACKS["logit"](evidence(np.log([p]), np.log([0.5]))) for p in (0.99, 0.9999))
+    assert surer - sure == pytest.approx(np.log(9999 / 99))  # where their losses differ by 0.01
+    certain = scoring.ATTACKS["logit"](evidence([0.0], np.log([0.5])))  # fp32 says so of what is nearly certain
+    assert surer < certain < 17
+    assert scoring.ATTACKS["logit"](evidence([1e-7], np.log([0.5]))) == pytest.approx(certain)
 
 
 def test_zlib_prefers_what_is_likelier_than_it_is_compressible():

@@ -201,6 +201,8 @@ class Attack:
             result[f"{side}_ids"] = owners
             result[f"{side}_num_samples"] = [numbers[owner] for owner in owners]
             result[f"{side}_loss"] = [-value for value in result["scores"][scoring.PUBLISHED_ATTACK][side]]
+        numbers = Counter(owner for owner, _ in places["held_out"])
+        result["held_out_num_samples"] = [numbers[owner] for owner in subject.members]
         return result
 
     def places(self, side: str, owners: Iterable[str]) -> Iterator[tuple[str, int]]:

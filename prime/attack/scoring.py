@@ -8,6 +8,7 @@ Letters: `t` target tokens of a record (EOS included), `m` reference models, `z`
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MIN_K = 0.2  # share of a record's tokens that Min-K % looks at, the least likely ones; the authors' choice
+NEARLY_SURE = 2.0**-24  # what fp32 cannot tell from 0 beside a probability of 1
 RMIA_A = 0.3  # of offline RMIA: how far P(x) moves with the reference models; the authors' tool's default
 RMIA_GAMMA = 2.0  # of RMIA: how many times likelier than a population's record; the paper's choice
 
@@ -52,6 +54,19 @@ def calibrated_loss(e: Evidence) -> float:
     scores 0 for every record, so its blind baseline is 0.5 by construction.
     """
     return float(np.sum(e.adapter) - np.sum(e.base))
+
+
+def logit(e: Evidence) -> float:
+    """Log-odds of the whole target, log p / (1 - p), less those of the base (LiRA's statistic, Carlini et al. 2022).
+
+    Losses near zero lie close together, their odds far apart: a sure record and a very sure one are told apart.
+    """
+    return _log_odds(float(np.sum(e.adapter))) - _log_odds(float(np.sum(e.base)))
+
+
+def _log_odds(logprob: float) -> float:
+    """log p / (1 - p) of p = exp(logprob); 1 - p is at least `NEARLY_SURE`."""
+    return logprob - math.log(max(-math.expm1(logprob), NEARLY_SURE))
 
 
 def mean_loss(e: Evidence) -> float:
@@ -115,6 +130,7 @@ def rmia(e: Evidence) -> float:
 ATTACKS: dict[str, Callable[[Evidence], float]] = {
     "loss": summed_loss,
     "calibrated": calibrated_loss,
+    "logit": logit,
     "mean_loss": mean_loss,
     "zlib": zlib_ratio,
     "min_k": min_k,

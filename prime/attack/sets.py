@@ -14,7 +14,7 @@ import numpy as np
 
 from prime.attack.pieces import WHOLE
 from prime.attack.scoring import ATTACKS, PUBLISHED_ATTACK
-from prime.attack.statistics import attack_summary, auroc
+from prime.attack.statistics import attack_summary, auroc, two_way_auroc
 
 # name -> the sides that an attack has to tell apart, members first
 SETS: dict[str, tuple[str, str]] = {
@@ -128,12 +128,33 @@ def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: i
     """The named set's numbers of users, members and non-members, and its `attack_summaries`."""
     users = in_set(results, name)
     members, non_members = scores_by_user(users, "scores", PUBLISHED_ATTACK, name)
+    attacks = attack_summaries(users, name, n=n, seed=seed)
+    known = all(len(user["member_ids"]) == len(user.get("held_out_num_samples", ())) > 0 for user in users)
+    if users and name == "controlled" and known:
+        for attack, summary in attacks.items():
+            summary["auroc_users_and_sharers"] = _two_way(users, attack, n, seed)
     return {
         "users": len(users),
         "members": sum(map(len, members)),
         "non_members": sum(map(len, non_members)),
-        "attacks": attack_summaries(users, name, n=n, seed=seed),
+        "attacks": attacks,
     }
+
+
+def _two_way(results: Sequence[Mapping], attack: str, n: int, seed: int) -> dict[str, float]:
+    """AUROC in the controlled set, its interval drawn over users and sharers."""
+    sharers: dict[str, int] = {}
+    sides: dict[str, list[np.ndarray]] = {"member": [], "held_out": []}
+    users: list[int] = []
+    cells: list[int] = []
+    for number, result in enumerate(results):
+        for name in result["member_ids"]:
+            users.append(number)
+            cells.append(sharers.setdefault(name, len(sharers)))
+        for side, parts in sides.items():
+            borders = np.cumsum(result[f"{side}_num_samples"])[:-1]
+            parts += np.split(np.array(result["scores"][attack][side], dtype=float), borders)
+    return two_way_auroc(sides["member"], sides["held_out"], users, cells, n=n, seed=seed)
 
 
 def user_aurocs(result: Mapping) -> dict[str, dict[str, float]]:

@@ -155,6 +155,31 @@ def _last_allowed(false: np.ndarray, draws: np.ndarray, allowed: np.ndarray) -> 
     return low
 
 
+def two_way_auroc(
+    members: Sequence[np.ndarray],
+    non_members: Sequence[np.ndarray],
+    users: Sequence[int],
+    sharers: Sequence[int],
+    *,
+    n: int = 2000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """AUROC of all pairs, with an interval that draws users and sharers, both with replacement.
+
+    A sharer is merged for many users, whose records are then no independent draws. A pair counts as often as its
+    user is drawn times its sharer is drawn (the pigeonhole bootstrap: Owen, 2007), on either side.
+
+    Args:
+        members, non_members: an array of scores, which may be empty, of each cell: a user and a sharer.
+        users, sharers: of each cell, numbered from 0. Who comes again in another seed keeps the number.
+    """
+    by_user, by_sharer = resamples(max(users) + 1, n, seed), resamples(max(sharers) + 1, n, seed + 1)
+    draws = np.vstack([np.ones(len(users)), by_user[:, list(users)] * by_sharer[:, list(sharers)]])
+    sizes = np.array([len(m) for m in members], float), np.array([len(m) for m in non_members], float)
+    drawn = (draws @ sizes[0] > 0) & (draws @ sizes[1] > 0)
+    return _interval(pooled_auroc(pair_counts(members, non_members), *sizes, draws[drawn]))
+
+
 # --- one attack ------------------------------------------------------------------------------------
 
 

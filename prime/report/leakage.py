@@ -162,10 +162,13 @@ def _telling(item: tuple[str, Mapping[str, Any]]) -> tuple[float, float]:
 
 def set_rows(set_summary: Mapping[str, Any]) -> list[list[str]]:
     """Header and body of one set: AUROC and true positive rates of each attack, each followed by its blind baseline."""
-    rows = [["attack", "AUROC", "blind", *(f"TPR at {rate} / blind" for rate in FPR_TEXTS.values())]]
+    two_way = all("auroc_users_and_sharers" in summary for summary in set_summary["attacks"].values())
+    drawn = ["and sharers drawn"] if two_way else []
+    rows = [["attack", "AUROC", *drawn, "blind", *(f"TPR at {rate} / blind" for rate in FPR_TEXTS.values())]]
     for attack, summary in set_summary["attacks"].items():
         rates = [_rate_text(summary["tpr_at_fpr"][fpr], summary["blind_tpr_at_fpr"][fpr]) for fpr in FPR_TEXTS]
-        rows.append([attack, interval_text(summary["auroc"]), interval_text(summary["blind_auroc"]), *rates])
+        both = [interval_text(summary["auroc_users_and_sharers"])] if two_way else []
+        rows.append([attack, interval_text(summary["auroc"]), *both, interval_text(summary["blind_auroc"]), *rates])
     return rows
 
 
