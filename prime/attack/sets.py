@@ -129,7 +129,7 @@ def set_summary(results: Sequence[Mapping], name: str, *, n: int = 2000, seed: i
     users = in_set(results, name)
     members, non_members = scores_by_user(users, "scores", PUBLISHED_ATTACK, name)
     attacks = attack_summaries(users, name, n=n, seed=seed)
-    known = all(len(user["member_ids"]) == len(user.get("held_out_num_samples", ())) > 0 for user in users)
+    known = all(0 < len(user.get("member_ids", ())) == len(user.get("held_out_num_samples", ())) for user in users)
     if users and name == "controlled" and known:
         for attack, summary in attacks.items():
             summary["auroc_users_and_sharers"] = _two_way(users, attack, n, seed)
