@@ -185,8 +185,7 @@ def test_held_out_items_are_in_neither_adapter_nor_gate_and_are_attacked_as_non_
         assert own["on_base"] == (not own["white_box"])  # the file as it is, is what the controlled set attacks
         whole = own["white_box"].get("whole", {}).get("scores", {}).get("calibrated", {})
         assert whole.items() <= own["scores"]["calibrated"].items()
-    assert white_box["others"]["cosine"] > white_box["others"]["cosine_of_whole"] > 0
-    assert white_box["others"]["attacks"]["calibrated"]["auroc"]["mean"] >= 0.5
+    assert white_box["whole"]["cosine"] > 0
     curves = world.read(Path(search) / "mia_roc.json")["curves"]
     assert {(c["set"], c["model"]) for c in curves} == {
         (name, model) for name in ("published", "controlled", "user") for model in ("deployed", "base")
