@@ -70,11 +70,11 @@ def table(folder: Path) -> dict[str, np.ndarray]:
 def test_aurocs_are_scikit_learns_on_the_csv(audited: Path) -> None:
     columns, summary = table(audited), read_json(audited / "audit.json")
     truth = columns["member"].astype(int)
-    assert (truth.sum(), len(truth), summary["unit"]) == (24, 144, "user") and len(summary["attacks"]) == 7
+    assert (truth.sum(), len(truth), summary["unit"]) == (24, 144, "user") and len(summary["attacks"]) == 8
     for name, models in summary["attacks"].items():
         for model, column in (("adapter", name), ("base", f"base_{name}")):
             scores = columns[column].astype(float)
-            if name == "calibrated" and model == "base":
+            if name in ("calibrated", "logit") and model == "base":
                 assert models[model] is None and not scores.any()  # one score for all
                 continue
             found = models[model]["auroc"]

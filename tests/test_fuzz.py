@@ -50,7 +50,7 @@ ODD = (
 )  # fmt: skip
 
 
-EVALUATIONS = '{"weights": [1.0], "loss": 0.5, "origin": "base"}\n' * 3
+EVALUATIONS = '{"weights": [1.0], "loss": 0.5, "utility": 0.5, "origin": "base"}\n' * 3
 
 
 # -- a finished run -------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         answers = [{"id": query.id, "output": "comedy"} for query in user.queries]
         result = {
             "user_id": user.user_id, "index": index, "deployed": "merge", "sharers": [candidates[0].user_id],
-            "weights": [1.0], "predictions": {"prime": {"k0": answers, "k1-profile": answers}},
+            "utility": 0.5, "weights": [1.0], "predictions": {"prime": {"k0": answers, "k1-profile": answers}},
             "seconds": {"search": 1.0, "predict": 1.0},
         }  # fmt: skip
         run.finish(user.user_id, result)

@@ -212,7 +212,8 @@ def test_all_methods_are_commands_that_parse(here: Path) -> None:
     assert (best_sharer.baseline, uniform.baseline, prime.baseline) == ("best_sharer", "uniform", None)
     assert best_sharer.fitness == uniform.fitness == prime.fitness
     assert not prime.search_only and [args.method for name, args in parsed if "user" in name] == ["oppu", "mta"]
-    sharing = [args for name, args in parsed if hasattr(args, "n_sim") and name != "train_user_peft.py"]
+    merging = [(name, args) for name, args in parsed if name not in ("history_anchor.py", "train_user_peft.py")]
+    sharing = [args for _, args in merging if hasattr(args, "n_sim")]
     assert {(args.anchor_dir, args.n_sim) for args in sharing} == {(prime.anchor_dir, 3)}
     made = {args.output_dir for name, args in parsed[3:] if name in ("lora_composition_evo.py", "lora_composition.py",
             "train_user_peft.py")}  # fmt: skip

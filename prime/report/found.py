@@ -7,13 +7,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from prime.errors import InputError
 from prime.report.tables import aligned
-from prime.runs.forms import EVALUATED_UTILITY, read_form_lines
+from prime.runs.forms import EVALUATED_UTILITY, NUMBER, read_form, read_form_lines
 from prime.runs.penalties import shared_evaluations, sharing_text
 from prime.runs.run import read_results, user_dirname
 from prime.settings import FitnessSettings
 from prime.users.metrics import METRICS
 from prime.users.tasks import Task
+
+FOUND = {"utility": NUMBER, "deployed": str}
 
 
 def found_text(runs: Sequence[Path], user_ids: Collection[str], task: Task, fitness: FitnessSettings) -> str:
@@ -29,10 +32,14 @@ def found_table(run: Path, user_ids: Collection[str], task: Task, fitness: Fitne
         if result["user_id"] not in user_ids:
             continue
         folder = Path("users") / user_dirname(result["user_id"])
-        base, *_ = read_form_lines(run / folder / "evaluations.jsonl", EVALUATED_UTILITY)
+        read_form(run / folder / "result.json", FOUND)
+        path = run / folder / "evaluations.jsonl"
+        evaluations = read_form_lines(path, EVALUATED_UTILITY)
+        if not evaluations:
+            raise InputError(f"{path}: empty, the base's evaluation expected first")
         merged = (run / folder / "adapter").is_dir()
         rows.append([
-            result["user_id"], f"{base['utility']:.3f}", f"{result['utility']:.3f}", result["deployed"],
+            result["user_id"], f"{evaluations[0]['utility']:.3f}", f"{result['utility']:.3f}", result["deployed"],
             weights_text(result), str(folder / "adapter") if merged else "-",
         ])  # fmt: skip
     return f"{run}: {measure(task, fitness)}\n{aligned(rows)}"
