@@ -28,6 +28,8 @@ from prime.runs.machine import machine
 from prime.runs.run import Run, user_dirname
 from prime.users.tasks import TASKS
 
+pytestmark = pytest.mark.slow  # the whole pipeline is run before the first test
+
 TASK = TASKS["movie_tagging"]
 SCRIPT = "<script>alert(1)</script>"
 HOSTILE = [

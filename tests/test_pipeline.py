@@ -32,6 +32,8 @@ from prime.users.tasks import TASKS
 from prime.users.texts import Texts, asked_as_queries, load_test_users, load_texts
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # the whole pipeline is run before the first test
+
 TASK = "movie_tagging"
 EVO = f"./output/{TASK}/LoRA-Composition-evo"
 ANCHORS = f"./output/{TASK}/Anchor_PEFT/LoRA"

@@ -23,6 +23,8 @@ from prime.users.prompts import history_records
 from prime.users.texts import load_test_users, load_texts
 from tests import tiny
 
+pytestmark = pytest.mark.slow  # the whole pipeline is run before the first test
+
 # -- training on top of a frozen adapter ----------------------------------------------------------------------------
 
 DROPOUT = replace(SETTINGS, lora_dropout=0.1)
