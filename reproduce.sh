@@ -199,8 +199,8 @@ step() {
     [ "$stopped" = no ] || return 0
     [ "$name" != "$until" ] || stopped=yes
     if [ "$1" != postprocess.py ]; then
-        local -n preset="preset_${1%.py}"
-        set -- "${@:1:$#-2}" "${preset[@]}" "${@: -2}"
+        local preset="preset_${1%.py}[@]"
+        set -- "${@:1:$#-2}" ${!preset+"${!preset}"} "${@: -2}"
     fi
     now="$(made_of "$@")"
     if [ -d "${@: -1}" ] && [ "$now" = "$(cat "$mark" 2> /dev/null)" ]; then
@@ -240,14 +240,14 @@ per_pcs() {
 # objective is what differs.
 other_searches() {
     local searched=(--n_sim 3 --opt_type cma --opt_budget 10 --as_published)
-    local preset_lora_composition_evo=("${preset_alike[@]}")
+    local preset_lora_composition_evo=(${preset_alike[@]+"${preset_alike[@]}"})
     # On the same sharers, asked as they were trained.
     [ "${#published[@]}" != 0 ] || searched+=(--texts faithful --chat auto)
     step prime_published lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --sim_penalty 0.1 --name prime_published \
         --output_dir "$out/LoRA-Composition-evo-published"
     attack mia_prime_published LoRA-Composition-evo-published --skip_sharers
-    preset_lora_composition_evo=("${preset_lorahub[@]}")
+    preset_lora_composition_evo=(${preset_lorahub[@]+"${preset_lorahub[@]}"})
     step lorahub lora_composition_evo.py "${adapted[@]}" \
         --anchor_dir "$out/Anchor_PEFT/LoRA" "${searched[@]}" --objective nll --output_dir "$out/LoraHub"
     attack mia_lorahub LoraHub --skip_sharers

@@ -9,7 +9,7 @@ from typing import Any
 
 from prime.errors import InputError
 from prime.report.tables import aligned
-from prime.runs.forms import EVALUATED_UTILITY, NUMBER, read_form, read_form_lines
+from prime.runs.forms import EVALUATED_UTILITY, NUMBER, form_problems, read_form_lines
 from prime.runs.penalties import shared_evaluations, sharing_text
 from prime.runs.run import read_results, user_dirname
 from prime.settings import FitnessSettings
@@ -32,7 +32,9 @@ def found_table(run: Path, user_ids: Collection[str], task: Task, fitness: Fitne
         if result["user_id"] not in user_ids:
             continue
         folder = Path("users") / user_dirname(result["user_id"])
-        read_form(run / folder / "result.json", FOUND)
+        problems = form_problems(result, FOUND, f"{run / folder / 'result.json'}: the file")
+        if problems:
+            raise InputError.many(problems)
         path = run / folder / "evaluations.jsonl"
         evaluations = read_form_lines(path, EVALUATED_UTILITY)
         if not evaluations:

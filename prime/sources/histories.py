@@ -14,6 +14,7 @@ from typing import Any
 
 from prime.sources.gather import Person
 from prime.sources.lamp import Reader
+from prime.sources.placing import free_name
 from prime.sources.spool import Item, Question
 from prime.sources.values import date_key, strictly_before
 from prime.users.tasks import Task, extract
@@ -105,7 +106,7 @@ class Histories:
         for profile, question in first.items():
             for key, official in zip(shown[profile], json.loads(question.ids), strict=True):
                 if key not in ids:
-                    ids[key] = _free(official or str(len(ids)), taken)
+                    ids[key] = free_name(official or str(len(ids)), taken)
         longest = max(shown, key=lambda profile: len(shown[profile]))
         return {key: ids[key] for key in dict.fromkeys([*shown[longest], *ids])}
 
@@ -171,13 +172,3 @@ class Histories:
 def _with_fields(item: Item, names: Iterable[str]) -> Item:
     """The item with exactly these fields, empty where it has none."""
     return {name: item.get(name, "") for name in names}
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """`name`, with a number behind it if it is taken; taken from now on."""
-    free, number = name, 1
-    while free in taken:
-        number += 1
-        free = f"{name}.{number}"
-    taken.add(free)
-    return free

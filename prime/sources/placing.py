@@ -164,3 +164,13 @@ def report_notes(report: Mapping[str, Any]) -> str:
         more = ", ..." if number > len(examples) else ""
         lines.append(f"{kind}: {number:,}" + (f" ({', '.join(examples)}{more})" if examples else ""))
     return harmless("\n".join(lines))
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """`name`, with a number behind it if it is taken; taken from now on."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f"{name}.{number}"
+    taken.add(free)
+    return free

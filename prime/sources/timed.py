@@ -18,7 +18,7 @@ from prime.errors import InputError
 from prime.runs.files import write_json
 from prime.seeds import derive_seed
 from prime.settings import MIN_ITEMS
-from prime.sources.placing import FILES, REPORT, TASK_FILE, Tally, placing, write_users
+from prime.sources.placing import FILES, REPORT, TASK_FILE, Tally, free_name, placing, write_users
 from prime.users.answers import Choices
 from prime.users.data import LABEL_FILE
 from prime.users.task import Task
@@ -117,7 +117,7 @@ def in_order(records: Iterable[Timed], tally: Tally, choices: Choices) -> dict[s
             tally.add("records whose answer is none of the task's", f"{record.target[:40]!r}")
         else:
             seen.add(record[:4])
-            own = record._replace(target=choices.written(record.target), id=_free(record.id or str(number), taken))
+            own = record._replace(target=choices.written(record.target), id=free_name(record.id or str(number), taken))
             histories[record.user.strip()].append(own)
     return {user: sorted(own, key=lambda record: record.time) for user, own in histories.items()}
 
@@ -127,16 +127,6 @@ def _unusable(record: Timed) -> str:
         if not getattr(record, name).strip():
             return f"records without {name}"
     return "" if math.isfinite(record.time) else "records without time"
-
-
-def _free(name: str, taken: set[str]) -> str:
-    """`name`, with a number behind it if it is taken; taken from now on."""
-    free, number = name, 1
-    while free in taken:
-        number += 1
-        free = f"{name}.{number}"
-    taken.add(free)
-    return free
 
 
 def part(histories: Mapping[str, Sequence[Timed]], sizes: Sizes, seed: int, tally: Tally) -> dict[str, list[str]]:
